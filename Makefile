@@ -1,0 +1,47 @@
+# Two commands do everything on a fresh machine with Python 3.11 and make: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# a stamp per set of extras, so that a second run installs nothing
+STAMP = $(VENV)/.installed-
+
+.PHONY: demo test test-slow lint clean
+.DEFAULT_GOAL := demo
+
+$(VENV)/bin/python:
+	@echo "==> creating $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP)demo: $(VENV)/bin/python pyproject.toml
+	@echo "==> installing glcan-fx and what it needs (torch is large: about two minutes)"
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(STAMP)test: $(VENV)/bin/python pyproject.toml
+	@echo "==> installing glcan-fx with test extras (torch is large: about two minutes)"
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@ $(STAMP)demo
+
+$(STAMP)lint: $(STAMP)test
+	@echo "==> installing linters"
+	$(BIN)/python -m pip install --quiet --editable '.[test,lint]'
+	@touch $@
+
+demo: $(STAMP)demo
+	@echo "==> training a small detector twice: backpropagation and glcan_fx"
+	$(BIN)/glcan-fx demo $(ARGS)
+
+test: $(STAMP)test
+	@echo "==> running the tests"
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-slow: $(STAMP)test
+	@echo "==> running the slow tests"
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(STAMP)lint
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,25 @@
+"""glcan_fx: train vision models in less memory, by gradient-isolated local modules that a compiler builds."""
+
+from .compiler import plan, transform
+from .errors import (
+    CriterionError,
+    GlcanFxError,
+    PlanError,
+    TargetError,
+    TraceError,
+    UnsupportedError,
+    UnusedGradientsWarning,
+)
+from .local_model import LocalModel
+from .plan import LocalModule, Plan
+from .rules import Feature, Place, Rules
+from .runtime import LocalOutput
+from .tasks import Classification, CriterionTask, Detection, Segmentation, SuperResolution, Task
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Classification", "CriterionError", "CriterionTask", "Detection", "Feature", "GlcanFxError", "LocalModel",
+    "LocalModule", "LocalOutput", "Place", "Plan", "PlanError", "Rules", "Segmentation", "SuperResolution",
+    "TargetError", "Task", "TraceError", "UnsupportedError", "UnusedGradientsWarning", "plan", "transform",
+]

@@ -1,0 +1,487 @@
+"""Pass 2, analyze: find the trunk, its units, where it can be cut, and what the tail reads from it.
+
+Only the graph decides; no architecture is known by name. The idea (compare the dominator trees of a control-flow
+graph): the values through which every path from the input to the output passes form a chain. A region between two
+neighbours of the chain that hides most of the network (the body under a long skip, the encoder of a U-Net, everything
+behind the first tap of a feature pyramid) is opened by ignoring its bypass edges. The trunk ends where the resolution
+first grows, where the positions are pooled away, or where a bypass comes back for the last time.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import networkx as nx
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from .errors import PlanError
+from .trace import Trace, is_float
+
+_START: Any = "start"  # a virtual node before all inputs
+_GROWS = 1.5  # fewer positions than this factor more are padding or an extra token, not up-sampling
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A block of the trunk: the smallest part that may become a local module.
+
+    ``end`` is the value it hands on, ``name`` that value in the user's own module path, ``aliases`` other paths that
+    return the same value.
+    """
+
+    end: fx.Node
+    name: str
+    aliases: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A value of the trunk (or an input of the network) that the tail reads."""
+
+    node: fx.Node
+    name: str
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Where one can cut. ``chain`` is the trunk's chain of values from the input on; ``units`` partition it."""
+
+    trace: Trace
+    chain: list[fx.Node]
+    units: list[Unit]
+    taps: list[Tap]
+    channels_last: frozenset[fx.Node]
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        return tuple(tensor_of(node).shape)
+
+    def channels(self, node: fx.Node) -> int:
+        shape = self.shape(node)
+        return shape[-1 if node in self.channels_last or len(shape) < 3 else 1] if len(shape) > 1 else 1
+
+    def positions(self, node: fx.Node) -> int:
+        """Number of places per image: the product of the spatial (or token) sizes; 1 where there are none."""
+        return _positions(self.shape(node), node in self.channels_last)
+
+    def stride(self, node: fx.Node) -> int:
+        """Input size over this value's size along the last spatial axis; 0 where the value has no places."""
+        source, value = self.spatial(self.chain[0]), self.spatial(node)
+        return round(source[-1] / value[-1]) if source and len(value) == len(source) else 0
+
+    def spatial(self, node: fx.Node) -> tuple[int, ...]:
+        shape = self.shape(node)
+        return shape[1:-1] if node in self.channels_last else shape[2:]
+
+    @cached_property
+    def trunk(self) -> frozenset[fx.Node]:
+        """Nodes that the trunk's last value is computed from."""
+        return frozenset(ancestors([self.chain[-1]]))
+
+
+def analyze(trace: Trace) -> Structure:
+    """Find the structure of a traced network. Raises PlanError where there is no differentiable path."""
+    graph = _dataflow(trace)
+    layouts = _channels_last(trace)
+    positions = {n: _positions(tuple(tensor_of(n).shape), n in layouts) for n in trace.graph.nodes if _is_tensor(n)}
+    graph, chain, bypassed = _chain(trace, graph, positions)
+    chain = _until_tail(trace, graph, chain, bypassed, positions)
+    units = _units(trace, graph, chain)
+    chain = chain[: chain.index(units[-1].end) + 1] if units else chain
+    structure = Structure(trace, chain, units, [], layouts)
+    return Structure(trace, chain, units, _taps(trace, structure.trunk, [u.end for u in units]), layouts)
+
+
+# ---------------------------------------------------------------------------------------------- values
+
+
+def tensor_of(node: fx.Node) -> Tensor:
+    """The first floating-point tensor that a node produced."""
+    return next(leaf for leaf in tree_leaves(node.meta["value"]) if isinstance(leaf, Tensor))
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return node.op != "output" and isinstance(node.meta.get("value"), Tensor) and is_float(node.meta["value"])
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes themselves and all that they are computed from."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def input_dependent(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that are computed from the network's inputs, not from parameters alone."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _dataflow(trace: Trace) -> nx.DiGraph:
+    """Edges along which gradients flow from the inputs to the outputs; sizes and masks carry none."""
+    graph = nx.DiGraph()
+    dependent = input_dependent(trace.graph)
+    for node in trace.graph.nodes:
+        carries = node.op == "output" or (node in dependent and is_float(node.meta["value"]))
+        if not carries:
+            continue
+        if node.op == "placeholder":
+            graph.add_edge(_START, node)
+        for source in node.all_input_nodes:
+            if source in graph:
+                graph.add_edge(source, node)
+    if trace.output not in graph:
+        raise PlanError(
+            "no output depends on a floating-point input: there is nothing to cut. Pass example_inputs= with the "
+            "tensors that the model is trained on."
+        )
+    return graph
+
+
+def _channels_last(trace: Trace) -> frozenset[fx.Node]:
+    """Values whose channels are the last axis: made or read by layers that act on the last axis."""
+    last: dict[fx.Node, bool] = {}
+    nodes = [n for n in trace.graph.nodes if _is_tensor(n)]
+
+    def evidence(node: fx.Node) -> bool | None:
+        module = trace.module(node)
+        if isinstance(module, nn.Linear | nn.LayerNorm | nn.MultiheadAttention):
+            # LayerNorm subclasses for images permute inside
+            return not isinstance(module, nn.LayerNorm) or type(module).forward is nn.LayerNorm.forward
+        if module is not None and any(p.dim() >= 3 for p in module.parameters()):
+            return False
+        return None
+
+    for node in nodes:
+        own = evidence(node)
+        if own is not None:
+            last[node] = own
+            for source in node.all_input_nodes:
+                if _is_tensor(source):
+                    last[source] = own
+    for order in (nodes, reversed(nodes)):  # nearly the same shape, same layout: forwards, then backwards
+        for node in order:
+            for source in node.all_input_nodes:
+                if _is_tensor(source) and _alike(tensor_of(source).shape, tensor_of(node).shape):
+                    if source in last:
+                        last.setdefault(node, last[source])
+                    elif node in last:
+                        last[source] = last[node]
+    return frozenset(node for node, value in last.items() if value)
+
+
+def _alike(a: Sequence[int], b: Sequence[int]) -> bool:
+    """Same shape, or but for one size (an extra token), or with places swapped."""
+    if len(a) != len(b):
+        return False
+    return sum(x != y for x, y in zip(a, b, strict=True)) <= 1 or (sorted(a) == sorted(b) and a[-1] == b[-1])
+
+
+def _positions(shape: tuple[int, ...], channels_last: bool) -> int:
+    return math.prod(shape[1:-1] if channels_last else shape[2:])
+
+
+# ---------------------------------------------------------------------------------------------- the chain
+
+
+def _chain(
+    trace: Trace, graph: nx.DiGraph, positions: dict[fx.Node, int]
+) -> tuple[nx.DiGraph, list[fx.Node], set[fx.Node]]:
+    """Chain of values from input to output after opening the regions that hide the network.
+
+    Returns the graph without the bypass edges, the chain, and the nodes that the bypass edges led to.
+    """
+    graph = graph.copy()
+    bypassed: set[fx.Node] = set()
+    while True:
+        chain = _dominators(graph, trace.output)
+        for start, end in pairwise(chain):
+            region = _between(graph, start, end)
+            if region and _hides_network(trace, graph, start, end, region, positions):
+                bypasses = _bypasses(graph, start, end, region)
+                if bypasses:
+                    graph.remove_edges_from(bypasses)
+                    bypassed.update(target for _, target in bypasses)
+                    break
+            if _leaves_trunk(start, end, positions, graph):
+                return graph, chain, bypassed
+        else:
+            return graph, chain, bypassed
+
+
+def _dominators(graph: nx.DiGraph, end: fx.Node) -> list[fx.Node]:
+    """Values through which every path from the inputs to ``end`` passes, in order, inputs first."""
+    above = nx.immediate_dominators(graph, _START)
+    chain = [end]
+    while above[chain[-1]] is not _START:
+        chain.append(above[chain[-1]])
+    return chain[::-1]
+
+
+def _between(graph: nx.DiGraph, start: fx.Node, end: fx.Node) -> set[fx.Node]:
+    """Nodes on the paths between two neighbours of the chain, both excluded."""
+    return _reach(graph, start, end, forward=True) & _reach(graph, end, start, forward=False)
+
+
+def _reach(graph: nx.DiGraph, start: fx.Node, stop: fx.Node, *, forward: bool) -> set[fx.Node]:
+    step = graph.successors if forward else graph.predecessors
+    found: set[fx.Node] = set()
+    stack = [start]
+    while stack:
+        for node in step(stack.pop()):
+            if node not in found and node is not stop:
+                found.add(node)
+                stack.append(node)
+    return found
+
+
+def _hides_network(
+    trace: Trace, graph: nx.DiGraph, start: fx.Node, end: fx.Node, region: set[fx.Node], positions: dict[fx.Node, int]
+) -> bool:
+    """Whether a region is more than one block: it ends in several outputs, is an hourglass, or holds other blocks."""
+    if end.op == "output":
+        return True
+    rank = tensor_of(start).dim()  # of another rank are attention's heads and the like
+    places = [positions[node] for node in region if node in positions and tensor_of(node).dim() == rank]
+    outside = min(positions.get(start, 1), positions.get(end, 1))
+    if places and 1 < min(places) < outside / _GROWS:
+        return True
+    return _holds_most_layers(trace, start, end, region) or _holds_repeated_blocks(trace, graph, start, end, region)
+
+
+def _holds_most_layers(trace: Trace, start: fx.Node, end: fx.Node, region: set[fx.Node]) -> bool:
+    """Whether the model itself, not one of its blocks, closes a branch around most of its layers."""
+    layers = [node for node in trace.graph.nodes if _has_weight(trace, node)]
+    home = _common_path(layers)
+    inside = sum(node in region for node in layers)
+    return end.meta["module"] == home and inside > 2 and 2 * inside > len(layers)
+
+
+def _holds_repeated_blocks(
+    trace: Trace, graph: nx.DiGraph, start: fx.Node, end: fx.Node, region: set[fx.Node]
+) -> bool:
+    """Whether two or more blocks of one kind, each with branches of its own, lie inside the region."""
+    bypasses = _bypasses(graph, start, end, region)
+    if not bypasses:
+        return False
+    inner = _without(graph.subgraph(region | {start, end}), bypasses, start)
+    kinds: dict[type, set[str]] = {}
+    for a, b in pairwise(_dominators(inner, end)):
+        inside = _between(inner, a, b)
+        if inside and a is not start:
+            path = _common_path([*inside, b])
+            if path != _common_path([*region, end]):
+                kinds.setdefault(type(_module_at(trace, path)), set()).add(path)
+    return any(len(paths) > 1 for paths in kinds.values())
+
+
+def _bypasses(graph: nx.DiGraph, start: fx.Node, end: fx.Node, region: set[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
+    """The fewest edges out of ``start`` without which the heaviest path through the region gets a chain of its own."""
+    inner = graph.subgraph(region | {start, end})
+    heaviest: dict[fx.Node, tuple[int, fx.Node | None]] = {}
+    for node in reversed(list(nx.topological_sort(inner))):
+        weight, after = max(((heaviest[t][0], t) for t in inner.successors(node)), default=(0, None), key=_first)
+        heaviest[node] = _weight(node) + weight, after
+    branches = {target: nx.descendants(inner, target) | {target} for target in inner.successors(start)}
+    kept: dict[frozenset[fx.Node], None] = {}
+    node = heaviest[start][1]
+    while node is not None:
+        kept[frozenset(target for target, reach in branches.items() if node in reach)] = None
+        node = heaviest[node][1]
+    for keep in sorted(kept, key=len, reverse=True):
+        bypasses = [(start, target) for target in branches if target not in keep]
+        if bypasses and len(_dominators(_without(inner, bypasses, start), end)) > 2:
+            return bypasses
+    return []
+
+
+def _without(graph: nx.DiGraph, edges: list[tuple[fx.Node, fx.Node]], start: fx.Node) -> nx.DiGraph:
+    graph = graph.copy()
+    graph.remove_edges_from(edges)
+    graph.add_edge(_START, start)
+    return graph
+
+
+def _first(pair: tuple[int, Any]) -> int:
+    return pair[0]
+
+
+def _weight(node: fx.Node) -> int:
+    return sum(leaf.numel() for leaf in tree_leaves(node.meta.get("value")) if isinstance(leaf, Tensor)) + 1
+
+
+def _leaves_trunk(start: fx.Node, end: fx.Node, positions: dict[fx.Node, int], graph: nx.DiGraph) -> bool:
+    """Whether the resolution grows from one value of the chain to the next."""
+    if end not in positions or start not in positions:
+        return end.op == "output"
+    same_rank = tensor_of(start).dim() == tensor_of(end).dim()
+    return same_rank and positions[end] >= _GROWS * positions[start]
+
+
+def _pools_away(trace: Trace, graph: nx.DiGraph, node: fx.Node, positions: dict[fx.Node, int]) -> bool:
+    """Whether the places are gone at ``node`` for good: neither it nor what follows has any."""
+    if positions.get(node, 1) > 1 or node.op == "placeholder":
+        return False
+    return all(positions.get(after, 1) <= 1 for after in nx.descendants(graph, node))
+
+
+def _until_tail(
+    trace: Trace, graph: nx.DiGraph, chain: list[fx.Node], bypassed: set[fx.Node], positions: dict[fx.Node, int]
+) -> list[fx.Node]:
+    """The chain up to the trunk's last value."""
+    stop = len(chain) - 1
+    for index, (start, end) in enumerate(pairwise(chain)):
+        weighted = any(_has_weight(trace, node) for node in {*_between(graph, start, end), end})
+        flattened = start in positions and end in positions and tensor_of(start).dim() > 2 >= tensor_of(end).dim()
+        pooled = positions.get(start, 1) > 1 and _pools_away(trace, graph, end, positions)
+        if _leaves_trunk(start, end, positions, graph) or (not weighted and (pooled or flattened)):
+            stop = index
+            break
+    # A bypass that comes back after the last block feeds the tail (a long skip, merged before up-sampling).
+    returns = {next((node for node in chain if node is target or node in nx.descendants(graph, target)), None)
+               for target in bypassed}
+    for index in reversed(range(1, stop + 1)):
+        if chain[index] in returns:
+            stop = index - 1
+            break
+        if _between(graph, chain[index - 1], chain[index]):
+            break
+    # A neck's own projections belong to the tail: leave out what shares a module with the event that ends the trunk.
+    event, trunk = chain[min(stop + 1, len(chain) - 1)], chain[: stop + 1]
+    home = event.meta.get("module", "") if event.op != "output" else ""
+    outside = [node for node in trunk if not (_within(node.meta["module"], home) or _within(_target(node), home))]
+    return outside if len(outside) > len(trunk) / 2 else trunk
+
+
+# ---------------------------------------------------------------------------------------------- units
+
+
+def _units(trace: Trace, graph: nx.DiGraph, chain: list[fx.Node]) -> list[Unit]:
+    """Partition the chain into units: at block boundaries, each with trainable weights of its own."""
+    regions = {end: _between(graph, start, end) for start, end in pairwise(chain)}
+    kinds = set()
+    for end, region in regions.items():
+        path = _common_path([*region, end]) if region else ""
+        if path and not all(_within(node.meta["module"], path) for node in chain[1:]):
+            kinds.add(type(_module_at(trace, path)))
+    ends: list[fx.Node] = []
+    cut: fx.Node | None = None  # where the present unit may end
+    at_block = weighted = False
+    done: set[fx.Node] = set()
+    for node in chain:
+        fresh = ancestors([node]) - done
+        done |= fresh
+        if any(_has_weight(trace, part) for part in fresh):
+            if weighted and cut is not None:
+                ends.append(cut)
+                cut, at_block = None, False
+            weighted = True
+        if weighted and not at_block and _is_tensor(node) and not _inside_block(trace, node, kinds):
+            cut = node
+            at_block = any(type(_module_at(trace, path)) in kinds for path in node.meta["returned_by"])
+    if weighted and (cut is not None or not ends):
+        ends.append(chain[-1])
+    elif ends:
+        ends[-1] = chain[-1]
+    return [Unit(end, *_names(trace, end, set(ends) - {end})) for end in ends]
+
+
+def _has_weight(trace: Trace, node: fx.Node) -> bool:
+    """Whether a node has a trainable weight; norms, biases, tokens and position tables do not make a local module."""
+    if node.op == "get_attr":
+        return any(p.requires_grad and p.dim() >= 2 and min(p.shape[:2]) > 1 for p in trace.parameters(node))
+    return any(p.requires_grad and p.dim() >= 2 for p in trace.parameters(node))
+
+
+def _inside_block(trace: Trace, node: fx.Node, kinds: set[type]) -> bool:
+    """Whether a value is internal to a module of a block kind (and not what that module returns)."""
+    path = _target(node) or node.meta["module"]
+    while path:
+        if type(_module_at(trace, path)) in kinds and path not in node.meta["returned_by"]:
+            return True
+        path = path.rpartition(".")[0]
+    return False
+
+
+def _names(trace: Trace, node: fx.Node, others: Iterable[fx.Node] = ()) -> tuple[str, tuple[str, ...]]:
+    """A value's name in the user's module paths, and its other names.
+
+    The name is the outermost module that returns this value and holds none of the ``others``.
+    """
+    paths = [path for path in node.meta["returned_by"] if path]
+    calls = {path: [n for n in trace.graph.nodes if path in n.meta["returned_by"]].index(node) for path in paths}
+    if not paths:
+        inner = node.name.removeprefix(node.meta["module"].replace(".", "_") + "_")
+        return ".".join(filter(None, [node.meta["module"], inner])), ()
+    own = [p for p in paths if not any(_within(o.meta["module"], p) or _within(_target(o), p) for o in others)]
+    unique = {path: f"{path}:{call}" if call else path for path, call in calls.items()}  # a module's later calls
+    name = own[-1] if own else paths[0]
+    return unique[name], tuple(unique[path] for path in paths if path != name)
+
+
+def _taps(trace: Trace, trunk: frozenset[fx.Node], ends: list[fx.Node]) -> list[Tap]:
+    """Values of the trunk, and inputs, that the tail reads, in graph order."""
+    dependent = input_dependent(trace.graph)
+    taps: dict[fx.Node, None] = {}
+    seen: set[fx.Node] = set()
+    stack: list[fx.Node] = [trace.output]
+    while stack:
+        node = stack.pop()
+        if node in seen or node not in dependent:
+            continue
+        seen.add(node)
+        if node.op == "placeholder" or (node in trunk and any(
+            isinstance(leaf, Tensor) for leaf in tree_leaves(node.meta["value"])
+        )):
+            taps[node] = None
+        else:
+            stack.extend(node.all_input_nodes)
+    return [
+        Tap(node, str(node.target) if node.op == "placeholder" else _names(trace, node, set(ends) - {node})[0])
+        for node in trace.graph.nodes if node in taps
+    ]
+
+
+def _target(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_module" else ""
+
+
+def _within(path: str, home: str) -> bool:
+    return bool(home) and (path == home or path.startswith(home + "."))
+
+
+def _common_path(nodes: Iterable[fx.Node]) -> str:
+    """The innermost module that all of these nodes lie in."""
+    common: list[str] | None = None
+    for node in nodes:
+        parts = node.meta["module"].split(".") if node.meta.get("module") else []
+        common = parts if common is None else [a for a, b in zip(common, parts, strict=False) if a == b]
+        if common != parts[: len(common)]:
+            common = common[: next(i for i, (a, b) in enumerate(zip(common, parts, strict=False)) if a != b)]
+    return ".".join(common or [])
+
+
+def _module_at(trace: Trace, path: str) -> nn.Module:
+    return trace.shadow.get_submodule(path)
+
+
+def unit_at(structure: Structure, name: str) -> Unit | None:
+    """The unit that ends at a split point given by name: a unit's own, or any module path on the chain."""
+    for unit in structure.units:
+        if name == unit.name or name in unit.aliases:
+            return unit
+    for node in structure.chain:
+        if node.op != "placeholder" and (name in node.meta["returned_by"] or name == _names(structure.trace, node)[0]):
+            return Unit(node, name, ())
+    return None

@@ -1,0 +1,41 @@
+"""The command line: ``glcan-fx demo``."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from . import __version__, demo
+from .errors import GlcanFxError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command. Exit codes: 0 done, 1 it cannot be done as asked (stderr says why), 2 usage or file error."""
+    parser = argparse.ArgumentParser(
+        prog="glcan-fx",
+        description="Train vision models in less memory: gradient-isolated local modules, built by a compiler.",
+        epilog="example: glcan-fx demo --data my-coco-folder --steps 500",
+    )
+    parser.add_argument("--version", action="version", version=f"glcan-fx {__version__}")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log what the compiler decides")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    part = commands.add_parser("demo", help="train a small detector by backpropagation and by glcan_fx, and compare")
+    demo.add_arguments(part)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO if options.verbose else logging.WARNING,
+                        format="%(name)s: %(message)s")
+    try:
+        return demo.run(options)
+    except GlcanFxError as error:
+        print(f"glcan-fx: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"glcan-fx: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("glcan-fx: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,335 @@
+"""The compiler: ``plan`` and ``transform``, which call the passes in their order."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
+
+from .analyze import Structure, Tap, Unit, analyze, unit_at
+from .emit import assign, emit, register
+from .errors import PlanError
+from .local_model import LocalModel, assemble, is_compiled
+from .partition import K, partition
+from .plan import LocalModule, Plan
+from .rules import Feature, Place, Rules, State
+from .synthesize import Auxiliary, Head, Options, parameters_of, synthesize, tail_of
+from .tasks import Spec, Task, make_task, specs
+from .tasks.base import Criterion
+from .trace import trace
+
+log = logging.getLogger("glcan_fx")
+
+
+def plan(
+    model: nn.Module,
+    *,
+    k: K = "natural",
+    task: str | Task | None = None,
+    example_inputs: Any = None,
+    criterion: Criterion | None = None,
+    rules: Rules | None = None,
+    aux_depth: int = 0,
+    aux_width: float = 1.0,
+    head: Head = "light",
+) -> Plan:
+    """Decide how ``model`` is cut into local modules and what their auxiliary networks are; changes nothing.
+
+    Args:
+        model: any module that torch.fx can capture, on any device, in either mode.
+        k: number of local modules, "natural" (one per block), or a list of split points (module paths). 1 is plain
+            backpropagation.
+        task: "detection", "classification", "segmentation", "super_resolution", or a Task object.
+        example_inputs: a tensor or tuple of tensors of the sizes that you train with (values do not matter, batch at
+            least 2). Detection: images, 2 x 3 x 320 x 320 when left out.
+        criterion: ``(outputs, targets) -> Tensor or dict``, instead of a task's own loss.
+        rules: the selection rules Γ.
+        aux_depth: trunk blocks that each auxiliary network keeps. aux_width: its relative channels, in (0, 1].
+        head: "full" copies neck and head as they are, "light" without their shape-keeping towers.
+
+    Raises TraceError, PlanError.
+    """
+    chosen, _, _ = _plan(model, k, task, example_inputs, criterion, rules, aux_depth, aux_width, head)
+    return chosen
+
+
+def transform(model: nn.Module, *, plan: Plan | None = None, **options: Any) -> LocalModel:
+    """Compile ``model`` into gradient-isolated local modules that train in a standard loop.
+
+    Returns a GraphModule that *shares* the model's parameters; the model itself is not changed. Create the optimiser
+    afterwards, from ``local.parameters()`` or ``local.parameter_groups()``. ``plan``: apply this plan; otherwise all
+    keywords are those of ``plan()``. Raises TraceError, PlanError.
+    """
+    if plan is not None:
+        if not isinstance(plan, Plan):
+            raise PlanError(f"plan= must be a glcan_fx.Plan, not {type(plan).__name__}: Plan.from_json() reads text")
+        if set(options) - {"task", "criterion"}:
+            raise PlanError(f"plan= already decides {', '.join(sorted(set(options)))}: leave them out")
+        return plan.apply(model, **options)
+    defaults = {"k": "natural", "task": None, "example_inputs": None, "criterion": None, "rules": None,
+                "aux_depth": 0, "aux_width": 1.0, "head": "light"}
+    if set(options) - set(defaults):
+        raise TypeError(f"transform() has no options {sorted(set(options) - set(defaults))}")
+    chosen, structure, made = _plan(model, *(defaults | options).values())
+    return _build(chosen, structure, model, made)
+
+
+def apply(plan: Plan, model: nn.Module, task: str | Task | None, criterion: Criterion | None) -> LocalModel:
+    """What ``Plan.apply`` does."""
+    if task is not None or criterion is not None:
+        task = make_task(task if task is not None else plan.task if criterion is None else None, criterion, None)
+    else:
+        task = plan.task_object or make_task(plan.task, None, None)
+    return _build(plan, _structure(model, task, plan.inputs), model, task)
+
+
+# ---------------------------------------------------------------------------------------------- the passes in order
+
+
+def _plan(
+    model: nn.Module, k: K, task: str | Task | None, example_inputs: Any, criterion: Criterion | None,
+    rules: Rules | None, depth: int, width: float, head: Head,
+) -> tuple[Plan, Structure, Task]:
+    _check(model, depth, width, head)
+    made = make_task(task, criterion, rules)
+    made.network(model)  # first: whether the task fits the model at all
+    inputs = specs(made.example_inputs(model, example_inputs))
+    if example_inputs is None:
+        log.info("no example_inputs: planned for %s", ", ".join(map(str, inputs)))
+    options = Options(depth, width, head)
+    structure = _structure(model, made, inputs)  # 1 trace, 2 analyze
+    def draft(unit: Unit, cuts: Sequence[Unit]) -> LocalModule:
+        return _local_module(structure, model, made, options, unit, cuts)[0]
+
+    def aux_bytes(unit: Unit) -> int:
+        return draft(unit, structure.units[:-1]).aux_saved
+
+    cuts = partition(structure, k, aux_bytes, lambda: _tail_bytes(structure, model, made))  # 3 partition
+    modules = [draft(unit, cuts) for unit in cuts]  # 4 select, and 5 synthesize as a draft
+    modules.append(_last_module(structure, model, made, cuts))
+    chosen = Plan(
+        model=type(model).__name__, task=made.name, network=made.network(model), modules=tuple(modules),
+        natural=tuple(unit.name for unit in structure.units[:-1]), inputs=tuple(inputs), options=options,
+        notes=tuple(_notes(structure, model)), task_object=made,
+    )
+    log.info("planned %s: %d local modules of %d possible", chosen.model, chosen.k, len(structure.units))
+    return chosen, structure, made
+
+
+def _check(model: nn.Module, depth: int, width: float, head: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise PlanError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if is_compiled(model):
+        raise PlanError("this model is compiled already: transform its .original instead")
+    if hasattr(model, "_orig_mod"):
+        raise PlanError("the model is wrapped by torch.compile: transform the bare model first, then compile the "
+                        "result: torch.compile(glcan_fx.transform(model, ...))")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise PlanError(
+            f"the model is wrapped in {type(model).__name__}: transform the bare model first, model.module, and wrap "
+            "the result: DistributedDataParallel(glcan_fx.transform(model, ...))"
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise PlanError(f"{type(model).__name__} has no trainable parameters: nothing to train. Set requires_grad_().")
+    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 0:
+        raise PlanError(f"aux_depth={depth!r}: a number of blocks, 0 or more")
+    if isinstance(width, bool) or not isinstance(width, int | float) or not 0 < width <= 1:
+        raise PlanError(f"aux_width={width!r}: relative channels, above 0 and at most 1")
+    if head not in ("full", "light"):
+        raise PlanError(f"head={head!r}: choose 'full' or 'light'")
+
+
+def _structure(model: nn.Module, task: Task, inputs: Any) -> Structure:
+    with torch.random.fork_rng(devices=[]):
+        example = tree_map_only(Spec, Spec.empty, list(inputs))
+        return analyze(trace(model, example, path=task.network(model)))
+
+
+def _notes(structure: Structure, model: nn.Module) -> list[str]:
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    notes = [f"{len(frozen)} parameters are frozen, the first is {frozen[0]}"] if frozen else []
+    constants = structure.trace.constants
+    if constants:
+        notes.append(f"{len(constants)} tensors that the forward pass creates were recorded as constants")
+    return notes
+
+
+# ---------------------------------------------------------------------------------------------- one local module
+
+
+def _place(structure: Structure, node: fx.Node, name: str) -> Place:
+    return Place(name, structure.stride(node), structure.channels(node))
+
+
+def _levels(structure: Structure, task: Task) -> dict[Any, fx.Node] | None:
+    """The network's output levels by key, where the task's head reads levels."""
+    outputs = structure.trace.output.args[0]
+    if not task.outputs_are_levels:
+        return None
+    if isinstance(outputs, fx.Node):
+        outputs = {"0": outputs}
+    if not isinstance(outputs, dict):
+        raise PlanError(f"task '{task.name}' expects a dict of feature maps from the backbone")
+    return dict(outputs)
+
+
+def _local_module(
+    structure: Structure, model: nn.Module, task: Task, options: Options, unit: Unit, cuts: Sequence[Unit],
+    real: LocalModule | None = None,
+) -> tuple[LocalModule, Auxiliary, dict[str, Any]]:
+    """Select the features of the module that ends with ``unit`` and build its auxiliary network (a draft, or real)."""
+    index = [cut.end for cut in cuts].index(unit.end)
+    owner = assign(structure, [cut.end for cut in cuts])
+    place = _place(structure, unit.end, unit.name)
+    levels = _levels(structure, task)
+    keys, sigma = list(levels or {}), {}
+    if levels is not None:
+        places = [_place(structure, node, str(key)) for key, node in levels.items()]
+        kept = real.levels if real else tuple(task.rules.levels(place, places))
+        if not kept or any(not 0 <= i < len(keys) for i in kept):
+            raise PlanError(f"rules.levels must keep some of {len(keys)} levels, not {kept!r} (module '{unit.name}')")
+        weights = real.sigma if real else tuple(task.rules.sigma(place, places[i]) for i in kept)
+        sigma = {keys[i]: weight for i, weight in zip(kept, weights, strict=True)}
+        keys = [keys[i] for i in kept]
+    else:
+        kept = weights = ()
+
+    def select(outputs: Any) -> Any:
+        return outputs if levels is None else {key: levels[key] for key in keys}
+
+    taps = tail_of(structure, select(structure.trace.output.args[0])).taps
+    if real:
+        features: tuple[Feature, ...] = real.features
+        if {feature.tap for feature in features} != {tap.name for tap in structure.taps if tap.node in taps}:
+            raise PlanError(f"the plan's module '{real.name}' reads {', '.join(f.tap for f in features)}, but this "
+                            f"{type(model).__name__} has other features: it was made for another model. Plan again.")
+    else:
+        features = tuple(_feature(structure, task, tap, place, owner, index) for tap in structure.taps
+                         if tap.node in taps)
+    auxiliary = synthesize(
+        structure, model if real else None, unit.end, features, options, select=select, sigma=sigma,
+        outputs_are_predictions=not task.outputs_are_levels,
+    )
+    source = {key: node.meta["value"] for key, node in select(None).items()} if levels is not None else None
+    request = {"outputs": auxiliary.outputs, "source": source, "levels": kept, "style": options.head,
+               "width": options.width, "image": _image(structure)}
+    if real:
+        return real, auxiliary, request
+    head_saved, head_parameters = task.head_size(model, **request)
+    units = _units_of(structure, cuts, index)
+    own = [node for node, module in owner.items() if module == index]
+    info = LocalModule(
+        name=_span(units), cut=unit.name, units=units, stride=place.stride, channels=place.channels,
+        parameters=_parameters(structure, own),
+        aux_parameters=parameters_of([auxiliary.network]) + head_parameters,
+        saved=sum(node.meta["saved"] for node in own), aux_saved=auxiliary.saved + head_saved, features=features,
+        levels=tuple(kept), sigma=tuple(weights),
+    )
+    return info, auxiliary, request
+
+
+def _feature(
+    structure: Structure, task: Task, tap: Tap, place: Place, owner: dict[fx.Node, int], index: int
+) -> Feature:
+    module = -1 if tap.node.op == "placeholder" else owner[tap.node]
+    state: State = "past" if module < index else "own" if module == index else "future"
+    if tap.node.op == "placeholder" or not isinstance(tap.node.meta["value"], Tensor):
+        return Feature(tap.name, "cache")
+    source = task.rules.source(_place(structure, tap.node, tap.name), place, state)
+    if state == "future" and source != "synthesised":
+        raise PlanError(f"rules.source: '{tap.name}' does not exist yet at '{place.name}', so it can only be "
+                        f"'synthesised', not {source!r}")
+    return Feature(tap.name, source)
+
+
+def _image(structure: Structure) -> tuple[int, int]:
+    """Height and width of the example images."""
+    *_, height, width = (1, 1, *structure.spatial(structure.chain[0]))
+    return height, width
+
+
+def _tail_bytes(structure: Structure, model: nn.Module, task: Task) -> int:
+    levels = _levels(structure, task)
+    if levels is None:
+        return 0
+    values = {key: node.meta["value"] for key, node in levels.items()}
+    return task.head_size(model, values, values, tuple(range(len(values))), "full", 1.0, _image(structure))[0]
+
+
+def _last_module(structure: Structure, model: nn.Module, task: Task, cuts: Sequence[Unit]) -> LocalModule:
+    owner = assign(structure, [cut.end for cut in cuts])
+    own = [node for node, module in owner.items() if module == len(cuts)]
+    end = structure.chain[-1]
+    units = _units_of(structure, cuts, len(cuts))
+    traced = {id(p) for node in structure.trace.graph.nodes for p in structure.trace.parameters(node)}
+    rest = sum(p.numel() for p in structure.trace.shadow.parameters() if id(p) not in traced)
+    return LocalModule(
+        name=_span(units), cut=None, units=units, stride=structure.stride(end), channels=structure.channels(end),
+        parameters=_parameters(structure, own) + rest, aux_parameters=0,
+        saved=sum(node.meta["saved"] for node in own) + _tail_bytes(structure, model, task), aux_saved=0,
+        features=(), levels=(), sigma=(),
+    )
+
+
+def _units_of(structure: Structure, cuts: Sequence[Unit], index: int) -> tuple[str, ...]:
+    order = {node: position for position, node in enumerate(structure.chain)}
+    ends = [-1, *(order[cut.end] for cut in cuts), len(structure.chain)]
+    names = tuple(u.name for u in structure.units if ends[index] < order[u.end] <= ends[index + 1])
+    return names or (cuts[index].name if index < len(cuts) else "tail",)
+
+
+def _span(units: Sequence[str]) -> str:
+    return units[0] if len(units) == 1 else f"{units[0]} … {units[-1]}"
+
+
+def _parameters(structure: Structure, nodes: Sequence[fx.Node]) -> int:
+    return sum(p.numel() for p in {id(p): p for n in nodes for p in structure.trace.parameters(n)}.values())
+
+
+# ---------------------------------------------------------------------------------------------- building
+
+
+def _build(chosen: Plan, structure: Structure, model: nn.Module, task: Task) -> LocalModel:
+    _check(model, chosen.options.depth, chosen.options.width, chosen.options.head)
+    cuts = []
+    for name in chosen.cuts:
+        unit = unit_at(structure, name)
+        if unit is None:
+            raise PlanError(f"the plan cuts at '{name}', which this {type(model).__name__} does not have: it was made "
+                            f"for another model ({chosen.model}). Make a new plan.")
+        cuts.append(unit)
+    with torch.random.fork_rng(devices=[]):  # building must not move the user's random state
+        auxiliaries, heads = [], []
+        for unit, info in zip(cuts, chosen.modules, strict=False):
+            _, auxiliary, request = _local_module(structure, model, task, chosen.options, unit, cuts, info)
+            auxiliaries.append(auxiliary)
+            heads.append(task.head(model, **request))
+        aux = nn.Module()
+        register(aux, structure, [cut.end for cut in cuts], auxiliaries, heads, task)
+    keys = list(_levels(structure, task) or {})
+
+    def outputs(values: Any) -> Any:
+        if task.outputs_are_levels and isinstance(values, fx.Node):
+            return {keys[0]: values}
+        return values
+
+    graph = emit(structure, [cut.end for cut in cuts], auxiliaries, task,
+                 [_headline(i, m) for i, m in enumerate(chosen.modules)], outputs)
+    example = next((p for p in model.parameters()), None)
+    if example is not None:
+        aux.to(device=example.device)
+    log.info("compiled %s; create the optimiser after this call, from its parameters()", chosen.model)
+    return assemble(model, aux, graph, chosen, task)
+
+
+def _headline(index: int, module: LocalModule) -> str:
+    parts = [f"local module {index}: {module.name}"]
+    if module.stride:
+        parts.append(f"stride {module.stride}, {module.channels} channels")
+    for source, label in (("cache", "P"), ("own", "own"), ("synthesised", "S")):
+        names = [feature.tap for feature in module.features if feature.source == source]
+        if names:
+            parts.append(f"{label}: {', '.join(names)}")
+    return " | ".join(parts) if module.cut else f"{parts[0]}, neck and head"

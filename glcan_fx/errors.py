@@ -1,0 +1,29 @@
+"""Errors and warnings: every message says what happened, where (module path) and what to do."""
+
+
+class GlcanFxError(Exception):
+    """Base class of every error that glcan_fx raises on purpose."""
+
+
+class TraceError(GlcanFxError):
+    """The model, or the sub-module that the task compiles, cannot be captured as a graph."""
+
+
+class PlanError(GlcanFxError):
+    """The model cannot be planned as asked: unknown task, k out of range, unknown split point, …"""
+
+
+class TargetError(GlcanFxError):
+    """A training step got no targets, or targets of the wrong form."""
+
+
+class CriterionError(GlcanFxError):
+    """A criterion returned something that is no scalar loss."""
+
+
+class UnsupportedError(GlcanFxError):
+    """The training set-up cannot work with local gradients (second-order gradients, sharded sub-modules)."""
+
+
+class UnusedGradientsWarning(UserWarning):
+    """Part of the last step's local losses never reached ``backward()``."""

@@ -1,0 +1,264 @@
+"""Surgery on copied layers: other widths, fresh values, weighted gradients. Knows torch.nn's attributes, no models."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
+
+from .errors import PlanError
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.factor, None
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """``x`` itself; its gradient is multiplied by ``factor``.
+
+    On a level of V_m this is the weight sigma_j of GLCAN's eq. 8 as the local module sees it, whatever the loss is.
+    """
+    out: Tensor = _ScaleGradient.apply(x, factor)
+    return out
+
+
+def leaves(module: nn.Module) -> Iterable[nn.Module]:
+    """The sub-modules that have parameters, buffers or no children, each once; torch.nn's composites stay whole."""
+    for part in module.modules():
+        if not any(True for _ in part.children()) or isinstance(part, nn.MultiheadAttention):
+            yield part
+
+
+def narrowed(channels: int, width: float) -> int:
+    """Channels at a relative width: a multiple of 8, at least 8, at most as many as before."""
+    return channels if width >= 1 or channels <= 8 else max(8, 8 * round(channels * width / 8))
+
+
+def is_norm(module: nn.Module) -> bool:
+    """A layer whose every parameter and buffer is a vector of one value per channel (or a counter)."""
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    sizes = {t.numel() for t in tensors if t.dim() == 1}
+    return not any(True for _ in module.children()) and len(sizes) == 1 and all(t.dim() <= 1 for t in tensors)
+
+
+def fits(module: nn.Module, channels: int) -> bool:
+    """Whether a leaf accepts that many input channels as it is."""
+    for name in ("in_channels", "in_features", "embed_dim"):
+        if hasattr(module, name):
+            return bool(getattr(module, name) == channels)
+    return not is_norm(module) or _norm_size(module) == channels
+
+
+def _norm_size(module: nn.Module) -> int:
+    return next(t.numel() for t in [*module.parameters(), *module.buffers()] if t.dim() == 1)
+
+
+def channel_axis(module: nn.Module, value: Tensor) -> int:
+    """The axis of an input that a leaf treats as channels."""
+    if hasattr(module, "in_features") or isinstance(module, nn.MultiheadAttention):
+        return -1
+    if isinstance(module, nn.LayerNorm) and type(module).forward is nn.LayerNorm.forward:
+        return -1  # subclasses for images permute inside
+    return 1 if value.dim() > 1 else 0
+
+
+def set_width(module: Any, inputs: int, outputs: int | None = None) -> None:
+    """Give a convolution, linear or norm layer other channel counts, in place; values are undefined afterwards.
+
+    Raises PlanError for any other layer that has parameters.
+    """
+    if hasattr(module, "in_channels") and hasattr(module, "out_channels") and hasattr(module, "groups"):
+        before = module.in_channels
+        outputs = int(module.out_channels) if outputs is None else outputs
+        if module.groups == before:  # depthwise
+            multiplier = module.out_channels // before
+            module.groups, outputs = inputs, inputs * multiplier
+        else:
+            module.groups = math.gcd(module.groups, math.gcd(inputs, outputs))
+        kernel = tuple(module.weight.shape[2:])
+        module.in_channels, module.out_channels = inputs, outputs
+        a, b = (inputs, outputs) if getattr(module, "transposed", False) else (outputs, inputs)
+        _replace(module, "weight", (a, b // module.groups, *kernel))
+        _replace(module, "bias", (outputs,))
+    elif hasattr(module, "in_features") and hasattr(module, "out_features"):
+        outputs = int(module.out_features) if outputs is None else outputs
+        module.in_features, module.out_features = inputs, outputs
+        _replace(module, "weight", (outputs, inputs))
+        _replace(module, "bias", (outputs,))
+    elif is_norm(module):
+        before = _norm_size(module)
+        for name in ("num_features", "num_channels"):
+            if hasattr(module, name):
+                setattr(module, name, inputs)
+        if hasattr(module, "normalized_shape"):
+            module.normalized_shape = (inputs,)
+        if hasattr(module, "num_groups"):
+            module.num_groups = math.gcd(module.num_groups, inputs)
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor.dim() == 1 and tensor.numel() == before:
+                _replace(module, name, (inputs,))
+    elif any(True for _ in module.parameters()):
+        raise PlanError(f"a layer of class {type(module).__name__} cannot be made narrower: use aux_width=1")
+
+
+def _replace(module: nn.Module, name: str, shape: Sequence[int]) -> None:
+    old = getattr(module, name, None)
+    if old is None:
+        return
+    new = old.detach().new_ones(tuple(shape))
+    if isinstance(old, nn.Parameter):
+        setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad))
+    else:
+        module._buffers[name] = new
+
+
+Widths = dict[str, tuple[int, int | None]]
+
+
+def fit(module: nn.Module, run: Callable[[], Any], width: float, keep: set[nn.Module]) -> Widths:
+    """Run ``module`` once and give each layer the input channels that it meets, and ``width`` of its outputs.
+
+    ``keep`` are layers whose number of outputs stays (predictors: the interface). Returns what was changed, by path.
+    """
+    changed: Widths = {}
+    done: set[nn.Module] = set()
+    paths = {part: path for path, part in module.named_modules()}
+
+    def adapt(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        value = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+        if value is None or layer in done or not any(True for _ in layer.parameters()) and not is_norm(layer):
+            return
+        done.add(layer)
+        channels = value.shape[channel_axis(layer, value)]
+        outputs = getattr(layer, "out_channels", getattr(layer, "out_features", None))
+        wanted = outputs if outputs is None or layer in keep else narrowed(outputs, width)
+        if not fits(layer, channels) or wanted != outputs:
+            set_width(layer, channels, wanted)
+            changed[paths[layer]] = channels, wanted
+
+    handles = [layer.register_forward_pre_hook(adapt, with_kwargs=True) for layer in leaves(module)]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return changed
+
+
+def predictors(module: nn.Module, outputs: Any) -> set[nn.Module]:
+    """The layers nearest to the outputs: those from whose weights an output is reached without another weight."""
+    owners = {id(p): layer for layer in leaves(module) for p in layer.parameters() if p.dim() >= 2}
+    found: set[nn.Module] = set()
+    seen: set[Any] = set()
+    stack = [leaf.grad_fn for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+    while stack:
+        function = stack.pop()
+        if function in seen:
+            continue
+        seen.add(function)
+        below = [after for after, _ in function.next_functions if after is not None]
+        own = [owners[key] for f in below if (key := id(getattr(f, "variable", None))) in owners]
+        casts = [owners[key] for f in below if len(f.next_functions) == 1  # autocast, a transposed weight
+                 if (key := id(getattr(f.next_functions[0][0], "variable", None))) in owners]
+        found.update(own, casts)
+        if not own and not casts:
+            stack.extend(below)
+    return found
+
+
+def towers(module: nn.Module, run: Callable[[], Any]) -> list[str]:
+    """Paths of the largest sub-modules with weights that always keep their input's shape: what "light" leaves out."""
+    keeps: dict[str, bool] = {}
+
+    def watch(path: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            same = len(args) == 1 and isinstance(args[0], Tensor) and isinstance(out, Tensor)
+            keeps[path] = keeps.get(path, True) and same and args[0].shape == out.shape
+        return hook
+
+    handles = [part.register_forward_hook(watch(path)) for path, part in module.named_modules()
+               if path and any(p.dim() >= 2 for p in part.parameters())]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    kept = sorted((path for path, same in keeps.items() if same), key=lambda path: path.count("."))
+    largest: list[str] = []
+    for path in kept:
+        if not any(path.startswith(outer + ".") for outer in largest):
+            largest.append(path)
+    return largest
+
+
+def saved_bytes(run: Callable[[], Any]) -> tuple[int, Any]:
+    """Bytes that autograd keeps for backward while ``run`` runs, parameters excluded; and what ``run`` returns."""
+    seen: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            seen.setdefault(tensor.untyped_storage()._cdata, tensor.detach())
+        return tensor
+
+    with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    return sum(tensor.untyped_storage().nbytes() for tensor in seen.values()), result
+
+
+def replace(module: nn.Module, path: str, new: nn.Module) -> None:
+    owner, _, name = path.rpartition(".")
+    setattr(module.get_submodule(owner), name, new)
+
+
+def not_in_place(module: nn.Module) -> None:
+    """Make activations write new tensors: what they would overwrite may be handed on, or kept by a neighbour."""
+    for part in module.modules():
+        if getattr(part, "inplace", False):
+            part.inplace = False  # type: ignore[assignment]
+
+
+Moments = dict[str, tuple[float, float, int]]
+
+
+@torch.no_grad()
+def moments(module: nn.Module) -> Moments:
+    """Mean, deviation and fan-in of every parameter: what ``freshen`` draws from."""
+    return {name: (p.float().mean().item(), p.float().std(correction=0).item(), _fan_in(p))
+            for name, p in module.named_parameters() if p.numel()}
+
+
+@torch.no_grad()
+def freshen(module: nn.Module, source: Moments | None = None) -> None:
+    """Initialise a copy like a freshly built module, in place.
+
+    Weights are drawn with the mean and scale that the source's weights have (whatever scheme made them), vectors
+    (biases, norm weights, class priors) get the source's mean, statistics are reset.
+    """
+    source = moments(module) if source is None else source
+    for name, parameter in module.named_parameters():
+        mean, std, fan_in = source.get(name, (0.0, 0.0, 1))
+        if parameter.dim() >= 2:
+            parameter.normal_(mean, std * math.sqrt(fan_in / max(_fan_in(parameter), 1)))
+        else:
+            parameter.fill_(mean)
+    for part in module.modules():
+        reset: Any = getattr(part, "reset_running_stats", None)
+        if callable(reset):
+            reset()
+        elif is_norm(part):  # frozen statistics: those of an identity
+            for name, buffer in part.named_buffers(recurse=False):
+                buffer.fill_(1.0 if "var" in name or "weight" in name else 0.0)
+
+
+def _fan_in(parameter: Tensor) -> int:
+    return parameter[0].numel() if parameter.dim() >= 2 and parameter.shape[0] else 1

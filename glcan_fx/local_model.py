@@ -1,0 +1,216 @@
+"""The result: a GraphModule that trains by local losses and evaluates as the original model."""
+
+import copy
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.graph import PythonCode
+
+from .errors import PlanError, UnsupportedError, UnusedGradientsWarning
+from .runtime import LocalBackward, LocalOutput, LossScale, private_graph
+
+if TYPE_CHECKING:
+    from .plan import Plan
+    from .tasks import Task
+
+
+class LocalModel(fx.GraphModule):
+    """The user's model as gradient-isolated local modules; shares the model's parameters, buffers and sub-modules.
+
+    In training mode a call runs the graph whose code ``local.code`` shows; in evaluation mode it calls the original
+    model, so predictions are the same bit for bit. What is new (auxiliary networks) is registered under ``aux.``;
+    every other key of ``state_dict`` is the original's.
+    """
+
+    plan: "Plan"
+    task: "Task"
+    aux: nn.Module
+    _training_step: Any
+
+    def __init__(self, model: nn.Module, aux: nn.Module, graph: fx.Graph, plan: "Plan", task: "Task") -> None:
+        taken = [name for name in model._modules | model._parameters | model._buffers if name in _RESERVED]
+        if taken:
+            raise PlanError(
+                f"{type(model).__name__} has members called {', '.join(map(repr, taken))}, names that the compiled "
+                "module needs itself. Wrap the model in a module that holds it under another name."
+            )
+        root = nn.Module()
+        _share(root, model, aux)
+        super().__init__(root, graph, class_name="LocalModel")
+        _share(self, model, aux)
+        self.__dict__.update(_original=model, plan=plan, task=task, _last_reached=[])
+        self.__dict__["training"] = model.training
+        aux.train(model.training)
+        self.register_load_state_dict_pre_hook(_accept_plain_checkpoint)
+
+    @property
+    def original(self) -> nn.Module:
+        """The model that this one was compiled from; same parameters."""
+        model: nn.Module = self.__dict__["_original"]
+        return model
+
+    def recompile(self) -> PythonCode:
+        code = super().recompile()
+        cls: Any = type(self)
+        cls._training_step = cls.forward  # the generated function
+        cls.forward = LocalModel._dispatch
+        return code
+
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]  # what it calls is compiled
+    def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.training:
+            return self.original(*args, **kwargs)
+        names = [str(node.target) for node in self.graph.nodes if node.op == "placeholder"]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if given.get("targets") is None and not torch.is_grad_enabled():
+            return self.original(*args, **kwargs)  # statistics are being collected (update_bn): nothing to train
+        self.task.check(next(iter(given.values()), None), given.get("targets"))
+        _refuse_sharded(self)
+        self._warn_of_unused()
+        with private_graph():
+            result = self._training_step(*args, **kwargs)
+        self.aux.get_submodule("scale").update()  # type: ignore[operator]
+        self._watch_last(result)
+        return result
+
+    def _watch_last(self, result: Any) -> None:
+        """Note whether the last module's loss, an ordinary autograd graph, reaches backward."""
+        last = result.losses[-1] if isinstance(result, LocalOutput) else list(result.values())[-1]
+        reached = self.__dict__["_last_reached"] = [False] if last.requires_grad else []
+        if reached:
+            last.register_hook(lambda grad: reached.__setitem__(0, True))
+
+    def _warn_of_unused(self) -> None:
+        """Warn, before its gradients are lost, of a step in which only a part of the losses was minimised."""
+        reached = [part.delivered for part in self.modules() if isinstance(part, LocalBackward)]
+        reached.append(self.__dict__["_last_reached"])
+        flags = [flag for step in reached for flag in step]
+        if any(flags) and not all(flags):
+            warnings.warn(
+                f"only {sum(flags)} of {len(flags)} local losses of the last step reached backward(): the other local "
+                "modules were not trained. Minimise the sum: out.loss, or sum(losses.values()) of a detector.",
+                UnusedGradientsWarning, stacklevel=4,
+            )
+
+    def train(self, mode: bool = True) -> "LocalModel":
+        super().train(mode)
+        self.original.train(mode)  # also applies the model's own train(), which may keep parts in evaluation mode
+        return self
+
+    def parameter_groups(self, lr: float, aux_lr: float | None = None) -> list[dict[str, Any]]:
+        """Optimiser groups with the two learning rates of GLCAN's eq. 5 and 6: the model's, and the auxiliary's."""
+        own = {id(p) for p in self.original.parameters()}
+        return [
+            {"params": [p for p in self.parameters() if id(p) in own], "lr": lr},
+            {"params": [p for p in self.parameters() if id(p) not in own], "lr": lr if aux_lr is None else aux_lr},
+        ]
+
+    def original_state_dict(self) -> dict[str, Any]:
+        """The original model's state dict: what to ship."""
+        return self.original.state_dict()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LocalModel":
+        model = copy.deepcopy(self.original, memo)
+        task = copy.deepcopy(self.task, memo)  # may hold a criterion with parameters
+        aux = copy.deepcopy(self.aux, memo)
+        new = assemble(model, aux, copy.deepcopy(self.graph), self.plan, task)
+        memo[id(self)] = new
+        return _with_modes(new, _modes(self))
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (self.original, self.aux.state_dict(), self.plan, self.task, _modes(self))
+
+
+_RESERVED = ("aux", "plan", "task", "original", "graph", "code", "meta")
+
+
+def assemble(model: nn.Module, aux: nn.Module, graph: fx.Graph, plan: "Plan", task: "Task") -> LocalModel:
+    """Connect graph, model and auxiliary networks: resolve what each local loss trains, and the last head."""
+    aux.get_submodule("last").add_module("head", task.last_head(model))
+    scale = aux._modules.get("scale") or LossScale()
+    aux.add_module("scale", scale)
+    for index, info in enumerate(plan.modules[:-1]):
+        part = aux.get_submodule(str(index))
+        slots = [*_slots(model, graph, index), *_owned(part)]
+        for name in task.modules():
+            slots += _owned(aux.get_submodule(name))
+        part.add_module("backward", LocalBackward(slots, scale, info.name))
+    return LocalModel(model, aux, graph, plan, task)
+
+
+def _slots(model: nn.Module, graph: fx.Graph, index: int) -> Iterator[tuple[nn.Module, str]]:
+    """(module, name) of every parameter that local module ``index`` uses."""
+    for node in graph.nodes:
+        if node.meta.get("local_module") != index:
+            continue
+        if node.op == "call_module":
+            yield from _owned(model.get_submodule(str(node.target)))
+        elif node.op == "get_attr" and not str(node.target).startswith("aux."):
+            owner, _, name = str(node.target).rpartition(".")
+            module = model.get_submodule(owner)
+            if name in module._parameters:
+                yield module, name
+
+
+def _owned(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    for part in module.modules():
+        for name in part._parameters:
+            yield part, name
+
+
+def _share(target: nn.Module, model: nn.Module, aux: nn.Module) -> None:
+    """Let ``target`` hold the model's own tensors and modules. The dicts of direct tensors are the same objects, so
+    that a conversion (``.to()``) of one is seen by the other."""
+    target.__dict__["_parameters"] = model._parameters
+    target.__dict__["_buffers"] = model._buffers
+    target.__dict__["_non_persistent_buffers_set"] = model._non_persistent_buffers_set
+    target.__dict__["_modules"] = {**model._modules, "aux": aux}
+
+
+def _accept_plain_checkpoint(module: LocalModel, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A checkpoint of the original model loads strictly: auxiliary networks keep their present values."""
+    if not any(key.startswith(f"{prefix}aux.") for key in state):
+        state.update({f"{prefix}aux.{key}": value for key, value in module.aux.state_dict().items()})
+
+
+def _rebuild(
+    model: nn.Module, aux: dict[str, Tensor], plan: "Plan", task: "Task", modes: dict[str, bool]
+) -> LocalModel:
+    local = plan.apply(model, task=task)
+    local.aux.load_state_dict(aux)
+    return _with_modes(local, modes)
+
+
+def _modes(local: LocalModel) -> dict[str, bool]:
+    """Which modules are in training mode: parts may be kept in evaluation mode."""
+    return {name: part.training for name, part in local.named_modules(remove_duplicate=False)}
+
+
+def _with_modes(local: LocalModel, modes: dict[str, bool]) -> LocalModel:
+    for name, part in local.named_modules(remove_duplicate=False):
+        part.__dict__["training"] = modes.get(name, local.training)
+    local.original.__dict__["training"] = local.training
+    return local
+
+
+def _refuse_sharded(local: LocalModel) -> None:
+    """FSDP2 on sub-modules hooks their forward, which the training graph does not call: gradients would be wrong."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return
+    from torch.distributed.tensor import DTensor
+
+    for name, parameter in local.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise UnsupportedError(
+                f"parameter '{name}' is sharded by fully_shard() on a sub-module, whose hooks the compiled training "
+                "step does not run. Shard the whole compiled module instead: fully_shard(local), and nothing inside."
+            )
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a model is, or holds, a compiled one."""
+    return any(isinstance(part, LocalModel) for part in model.modules())

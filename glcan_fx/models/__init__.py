@@ -1,0 +1,11 @@
+"""The models of the experiments of GLCAN (arXiv 2406.00446), as plain ``nn.Module`` s.
+
+They know nothing of the compiler, and no builder downloads anything unless ``weights_backbone`` asks for it.
+"""
+
+from .edsr import EDSR, ResidualBlock, edsr, edsr_full
+from .retinanet import RESNET_DEPTHS, retinanet
+from .yolo import COCO_ANCHORS, YOLO, yolo
+
+__all__ = ["COCO_ANCHORS", "EDSR", "RESNET_DEPTHS", "YOLO", "ResidualBlock", "edsr", "edsr_full"]
+__all__ += ["retinanet", "yolo"]

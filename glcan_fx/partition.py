@@ -1,0 +1,93 @@
+"""Pass 3, partition: where one does cut. Natural, merged to k modules with the smallest peak, or as the user says."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from torch import fx
+
+from .analyze import Structure, Unit, ancestors, unit_at
+from .errors import PlanError
+
+K = int | Literal["natural"] | Sequence[str]
+
+
+def partition(
+    structure: Structure, k: K, aux_bytes: Callable[[Unit], int], tail_bytes: Callable[[], int]
+) -> list[Unit]:
+    """The units after which to cut: k - 1 of them, in order.
+
+    k: "natural" (after every unit), a number of local modules, or a list of split points (module paths). With a
+    number below the natural one, neighbours are merged so that the largest module, its own saved bytes plus its
+    auxiliary network's (``aux_bytes`` of the unit that it ends with; ``tail_bytes`` for the last), is smallest.
+    Raises PlanError for a k that the model does not offer, with the list of split points.
+    """
+    units = structure.units
+    if isinstance(k, str) and k == "natural":
+        return units[:-1]
+    if isinstance(k, str) or not isinstance(k, int | Sequence):
+        raise PlanError(f"k must be a number, 'natural' or a list of split points, not {k!r}")
+    if isinstance(k, Sequence):
+        return _explicit(structure, k)
+    if isinstance(k, bool) or not 1 <= k <= max(len(units), 1):
+        offers = ", ".join(unit.name for unit in units[:-1]) or "none"
+        raise PlanError(
+            f"k={k} local modules are not possible: this model offers 1 to {max(len(units), 1)}. Its natural split "
+            f"points are: {offers}. Choose a smaller k, or pass a list of module paths to cut elsewhere."
+        )
+    if k in (1, len(units)):
+        return units[:-1] if k > 1 else []
+    return _merge(structure, k, [aux_bytes(unit) for unit in units[:-1]] + [tail_bytes()])
+
+
+def _explicit(structure: Structure, names: Sequence[str]) -> list[Unit]:
+    found: dict[fx.Node, Unit] = {}
+    for name in names:
+        unit = unit_at(structure, name)
+        if unit is None or unit.end is structure.chain[-1]:
+            reason = "ends the trunk, and the last module owns what follows" if unit else "is no value that all data"
+            offers = ", ".join(u.name for u in structure.units[:-1])
+            raise PlanError(
+                f"split point '{name}' {reason if unit else reason + ' passes through'}. Natural split points: "
+                f"{offers}."
+            )
+        found[unit.end] = unit
+    order = {node: index for index, node in enumerate(structure.chain)}
+    return sorted(found.values(), key=lambda unit: order[unit.end])
+
+
+def unit_bytes(structure: Structure) -> list[int]:
+    """Bytes that each unit keeps for backward; the tail's are added to the last."""
+    done: set[fx.Node] = set()
+    sizes = []
+    for unit in structure.units:
+        own = ancestors([unit.end]) - done
+        done |= own
+        sizes.append(sum(node.meta["saved"] for node in own))
+    sizes[-1] += sum(node.meta["saved"] for node in structure.trace.graph.nodes if node not in done)
+    return sizes
+
+
+def _merge(structure: Structure, k: int, behind: list[int]) -> list[Unit]:
+    """Dynamic programme over (units so far, modules so far); smallest maximum, then smallest sum of squares."""
+    own, n = unit_bytes(structure), len(structure.units)
+    total = [0]
+    for size in own:
+        total.append(total[-1] + size)
+    best: list[dict[int, tuple[int, int, int]]] = [{0: (0, 0, -1)}]  # per count: {units: (peak, squares, last cut)}
+    for _ in range(k):
+        row: dict[int, tuple[int, int, int]] = {}
+        for end in range(1, n + 1):
+            options = []
+            for start, (peak, squares, _) in best[-1].items():
+                if start < end:
+                    size = total[end] - total[start] + behind[end - 1]
+                    options.append((max(peak, size), squares + size * size, start))
+            if options:
+                row[end] = min(options)
+        best.append(row)
+    cuts, end = [], n
+    for count in range(k, 0, -1):
+        end = best[count][end][2]
+        if end > 0:
+            cuts.append(structure.units[end - 1])
+    return cuts[::-1]

@@ -1,0 +1,134 @@
+"""The Plan: every decision of the compiler as plain data."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .errors import PlanError
+from .rules import Feature
+from .show import plan_dot, plan_table
+from .synthesize import Options
+from .tasks import Spec, Task
+from .tasks.base import Criterion
+
+if TYPE_CHECKING:
+    from .local_model import LocalModel
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LocalModule:
+    """One gradient-isolated local module, as planned.
+
+    cut: the split point that it ends with (None: the last, which owns neck and head). units: the natural units it is
+    made of. features: V_m, the taps its local loss reads. levels: output levels kept, sigma: their weights (eq. 8);
+    both empty where the network has no levels. saved, aux_saved: bytes kept for backward at the example size by the
+    module and by its auxiliary network.
+    """
+
+    name: str
+    cut: str | None
+    units: tuple[str, ...]
+    stride: int
+    channels: int
+    parameters: int
+    aux_parameters: int
+    saved: int
+    aux_saved: int
+    features: tuple[Feature, ...]
+    levels: tuple[int, ...]
+    sigma: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``transform`` will do, before anything is built. Prints as a table; edit with ``dataclasses.replace``.
+
+    natural: the finest split points. inputs: sizes of the example inputs of the compiled part (``network``).
+    """
+
+    model: str
+    task: str
+    network: str
+    modules: tuple[LocalModule, ...]
+    natural: tuple[str, ...]
+    inputs: tuple[Any, ...]
+    options: Options
+    notes: tuple[str, ...] = ()
+    task_object: Task | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    @property
+    def k(self) -> int:
+        """Number of local modules."""
+        return len(self.modules)
+
+    @property
+    def cuts(self) -> tuple[str, ...]:
+        """The split points, in order."""
+        return tuple(module.cut for module in self.modules if module.cut is not None)
+
+    def apply(
+        self, model: nn.Module, *, task: str | Task | None = None, criterion: Criterion | None = None
+    ) -> "LocalModel":
+        """Build the compiled module; it shares the model's parameters, and the model itself is left as it is.
+
+        ``task`` or ``criterion`` are needed for a plan from JSON whose task is not one of the built-in ones. Raises
+        PlanError where the plan does not fit the model.
+        """
+        from .compiler import apply  # the one import that points up: a plan is data, applying it is the compiler's
+
+        return apply(self, model, task, criterion)
+
+    def to_json(self) -> str:
+        """The plan as JSON text (format version 1); ``from_json`` reads it back."""
+        data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del data["task_object"]
+        return json.dumps({"format": "glcan_fx.plan", "version": _VERSION, **data}, indent=1, default=_plain)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Read ``to_json``'s text. Raises PlanError for text that is none."""
+        try:
+            data = json.loads(text)
+            if data.pop("format") != "glcan_fx.plan" or data.pop("version") != _VERSION:
+                raise PlanError(f"this is no plan of format version {_VERSION}: make it again with glcan_fx.plan()")
+            data["modules"] = tuple(_module_from(item) for item in data["modules"])
+            data["options"] = Options(**data["options"])
+            data["inputs"] = tuple(_specs_from(item) for item in data["inputs"])
+            data["natural"], data["notes"] = tuple(data["natural"]), tuple(data["notes"])
+            return cls(**data)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError(f"this is no plan in JSON: {error!r}") from error
+
+    def __str__(self) -> str:
+        return plan_table(self)
+
+    def to_dot(self) -> str:
+        """The partition graph in Graphviz's DOT language."""
+        return plan_dot(self)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Spec):
+        return {"shape": list(value.shape), "dtype": value.dtype}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    raise TypeError(f"{type(value).__name__} is no plain data")
+
+
+def _module_from(item: dict[str, Any]) -> LocalModule:
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in item.items()}
+    values["features"] = tuple(Feature(**feature) for feature in item["features"])
+    return LocalModule(**values)
+
+
+def _specs_from(item: Any) -> Any:
+    if isinstance(item, dict) and set(item) == {"shape", "dtype"}:
+        return Spec(tuple(item["shape"]), item["dtype"])
+    if isinstance(item, dict):
+        return {key: _specs_from(part) for key, part in item.items()}
+    return tuple(_specs_from(part) for part in item) if isinstance(item, list) else item

@@ -1,0 +1,128 @@
+"""Show a plan: as a table for the terminal, and as a graph in Graphviz's DOT language."""
+
+from io import StringIO
+from typing import TYPE_CHECKING
+
+import graphviz
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .plan import LocalModule, Plan
+
+_COLOURS = ("#dbe9f6", "#e3f2dd", "#fdebd3", "#f3e1f0", "#e0f0ef", "#f7e3e0")
+
+
+def plan_table(plan: "Plan", *, width: int = 120) -> str:
+    """The plan as text: one row per local module, totals, notes. Sizes are those of the example inputs."""
+    modules, prefix = plan.modules, _common_prefix([unit for module in plan.modules for unit in module.units])
+    table = Table(title=f"{plan.model}, task {plan.task}: {plan.k} local modules of {len(plan.natural) + 1} possible",
+                  title_justify="left", box=box.SIMPLE_HEAD, show_footer=True, padding=(0, 1))
+    table.add_column("", justify="right")
+    table.add_column(f"local module {prefix and f'({prefix}…)'}", "total")
+    table.add_column("stride", justify="right")
+    table.add_column("channels", justify="right")
+    table.add_column("parameters", _count(sum(m.parameters for m in modules)), justify="right")
+    table.add_column("auxiliary", _count(sum(m.aux_parameters for m in modules)), justify="right")
+    table.add_column("kept for backward", f"max {_size(max(m.saved + m.aux_saved for m in modules))}", justify="right")
+    table.add_column("features: P cached, own, S synthesised")
+    for index, module in enumerate(modules):
+        table.add_row(
+            str(index), " … ".join(dict.fromkeys(u.removeprefix(prefix) for u in (module.units[0], module.units[-1]))),
+            str(module.stride or ""), str(module.channels), _count(module.parameters), _count(module.aux_parameters),
+            f"{_size(module.saved)} + {_size(module.aux_saved)}", _features(module),
+        )
+    text = StringIO()
+    console = Console(file=text, width=width, color_system=None)
+    console.print(table)
+    for note in plan.notes:
+        console.print(f"note: {note}")
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def _common_prefix(names: list[str]) -> str:
+    """The module path, with its final dot, that all names begin with."""
+    parts = [name.split(".")[:-1] for name in names]
+    common = [level[0] for level in zip(*parts, strict=False) if len(set(level)) == 1]
+    same = next((i for i, level in enumerate(zip(*parts, strict=False)) if len(set(level)) > 1), len(common))
+    return "".join(f"{part}." for part in common[:same])
+
+
+def plan_dot(plan: "Plan") -> str:
+    """The partition graph in DOT: the trunk as a column, its auxiliary networks beside it, the feature cache dashed."""
+    font = {"fontname": "Helvetica"}
+    graph = graphviz.Digraph(
+        "plan",
+        graph_attr={**font, "nodesep": "0.35", "ranksep": "0.3", "labelloc": "t",
+                    "label": f"{plan.model}: {plan.k} local modules"},
+        node_attr={**font, "shape": "box", "style": "filled,rounded", "fontsize": "11", "color": "#666666"},
+        edge_attr={**font, "fontsize": "9", "color": "#444444"},
+    )
+    graph.node("input", "input", fillcolor="white")
+    last = plan.k - 1
+    producers = _producers(plan)
+    for index, module in enumerate(plan.modules):
+        lines = [f"{index}  {module.name}", f"stride {module.stride}, {module.channels} channels"
+                 if module.stride else f"{module.channels} channels", f"keeps {_size(module.saved)}"]
+        graph.node(f"m{index}", "\n".join(lines), fillcolor=_COLOURS[index % len(_COLOURS)])
+        before = "input" if index == 0 else f"m{index - 1}"
+        graph.edge(before, f"m{index}", **({} if index == 0 else {"label": " detach", "style": "bold"}), weight="20")
+        if index == last:
+            graph.node("tail", "neck, head, loss", fillcolor=_COLOURS[index % len(_COLOURS)])
+            graph.edge(f"m{index}", "tail")
+            continue
+        synthesised = _short([f.tap for f in module.features if f.source == "synthesised"])
+        text = [f"auxiliary {index}", f"{_count(module.aux_parameters)} parameters, keeps {_size(module.aux_saved)}"]
+        if synthesised:
+            text.insert(1, "S: " + ", ".join(synthesised))
+        with graph.subgraph() as row:
+            row.attr(rank="same")
+            row.node(f"m{index}")
+            row.node(f"a{index}", "\n".join(text), fillcolor=_COLOURS[index % len(_COLOURS)], shape="note",
+                     style="filled")
+        graph.edge(f"m{index}", f"a{index}", label=" local loss")
+        for feature in module.features:
+            if feature.source == "cache":
+                source = producers.get(feature.tap)
+                graph.edge("input" if source is None else f"m{source}", f"a{index}", style="dashed",
+                           color="#2a6fb0", constraint="false", label=f" P {_short([feature.tap])[0]}",
+                           fontcolor="#2a6fb0")
+    return str(graph.source)
+
+
+def _producers(plan: "Plan") -> dict[str, int]:
+    """The local module that makes each tap: the last before the first that reads it from the cache."""
+    first: dict[str, int] = {}
+    for index, module in enumerate(plan.modules):
+        for feature in module.features:
+            if feature.source == "own":
+                first[feature.tap] = index
+            elif feature.source == "cache":
+                first.setdefault(feature.tap, index - 1)
+    return {tap: index for tap, index in first.items() if index >= 0}
+
+
+def _features(module: "LocalModule") -> str:
+    if module.cut is None:
+        return "neck and head"
+    parts = []
+    for source, label in (("cache", "P"), ("own", "own"), ("synthesised", "S")):
+        names = [feature.tap for feature in module.features if feature.source == source]
+        if names:
+            parts.append(f"{label} {', '.join(_short(names))}")
+    return "; ".join(parts)
+
+
+def _short(names: list[str]) -> list[str]:
+    """Paths without what they all have in common."""
+    return [name.rpartition(".")[2] if name.rpartition(".")[2].isalpha() else ".".join(name.split(".")[-2:])
+            for name in names]
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e6:.2f} M" if number >= 1e5 else f"{number / 1e3:.1f} k" if number >= 1e3 else str(number)
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB" if size < 2**30 else f"{size / 2**30:.2f} GiB"

@@ -1,0 +1,563 @@
+"""Pass 5, synthesize: one auxiliary network per local module, a simplified copy of the remainder of the network.
+
+Taps that are still to come are synthesised from the module's output: along the trunk, a region that keeps the shape is
+dropped (or, with ``depth``, sampled evenly, as in AugLocal, arXiv 2402.17318, section 3.2), a region that changes the
+shape leaves one convolution with the source's own kind of norm and activation (GLCAN, arXiv 2406.00446, section 4.1).
+The tail (neck and head) is copied with fresh parameters; ``head="light"`` leaves out its shape-keeping towers.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
+
+from .analyze import Structure, ancestors, input_dependent, tensor_of
+from .errors import PlanError
+from .layers import (
+    Moments,
+    channel_axis,
+    fit,
+    fits,
+    freshen,
+    is_norm,
+    moments,
+    narrowed,
+    not_in_place,
+    predictors,
+    saved_bytes,
+    scale_gradient,
+    set_width,
+)
+from .rules import Feature
+from .trace import is_float, quiet, shadow
+
+Head = Literal["full", "light"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How auxiliary networks are built. depth: trunk blocks kept; width: relative channels; head: see above."""
+
+    depth: int = 0
+    width: float = 1.0
+    head: Head = "light"
+
+
+@dataclass(frozen=True)
+class Auxiliary:
+    """An auxiliary network: ``network`` is called with the values of ``inputs`` (nodes of the traced graph)."""
+
+    network: fx.GraphModule
+    inputs: list[fx.Node]
+    outputs: Any  # fake values of the network's outputs, at the example size
+    saved: int  # bytes that it keeps for backward at the example size
+
+
+@dataclass
+class _Builder:
+    """The graph under construction and the modules that it calls."""
+
+    structure: Structure
+    model: nn.Module
+    draft: bool
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    root: nn.Module = field(default_factory=nn.Module)
+    values: dict[fx.Node, fx.Node] = field(default_factory=dict)  # source node -> new node
+    inputs: list[fx.Node] = field(default_factory=list)
+    moments: Moments = field(default_factory=dict)
+    copies: dict[str, str] = field(default_factory=dict)
+    full: set[str] = field(default_factory=set)  # prefixes of copies whose layers keep their widths
+
+    def add(self, name: str, module: nn.Module, *args: fx.Node) -> fx.Node:
+        self.register(name, module)
+        return self.graph.call_module(name, args)
+
+    def register(self, name: str, module: nn.Module) -> None:
+        owner = self.root
+        *parents, last = name.split(".")
+        for parent in parents:
+            if parent not in owner._modules:
+                owner.add_module(parent, nn.Module())
+            owner = owner.get_submodule(parent)
+        owner.add_module(last, module)
+        if not self.draft:
+            self.moments.update({f"{name}.{k}": v for k, v in moments(module).items()})
+
+    def clone(self, target: str) -> nn.Module:
+        """A copy of one of the model's modules; of its sizes only, for a draft."""
+        module = self.model.get_submodule(target)
+        return shadow(module, self.structure.trace.mode) if self.draft else copy.deepcopy(module)
+
+    def input(self, node: fx.Node) -> fx.Node:
+        if node not in self.values:
+            self.inputs.append(node)
+            self.values[node] = self.graph.placeholder(node.name)
+        return self.values[node]
+
+    def copy(self, node: fx.Node, prefix: str) -> fx.Node:
+        """Copy one node of the traced graph, its module or parameter included; its inputs must be there.
+
+        What it overwrites is copied first: what a module hands on must not change under its auxiliary network.
+        """
+        for source in node.meta["mutates"]:
+            self.values[source] = self.graph.call_function(torch.clone, (self.values[source],))
+        new = self.graph.node_copy(node, lambda source: self.values[source])
+        new.meta = {}
+        if node.op in ("call_module", "get_attr"):
+            path = f"{prefix}.{node.target}"
+            if path not in self.copies:
+                self.copies[path] = path
+                self.attach(path, str(node.target), node.op)
+            new.target = path
+        self.values[node] = new
+        return new
+
+    def attach(self, path: str, target: str, op: str) -> None:
+        if op == "call_module":
+            self.register(path, self.clone(target))
+            return
+        owner, _, name = path.rpartition(".")
+        if owner and not _has(self.root, owner):
+            self.register(owner, nn.Module())
+        value = self.structure.trace.constants.get(target)
+        if value is None:
+            source_owner, _, source_name = target.rpartition(".")
+            value = getattr(self.model.get_submodule(source_owner), source_name)
+        module = self.root.get_submodule(owner)
+        if isinstance(value, nn.Parameter):
+            parameter = nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)
+            module.register_parameter(name, parameter)
+            if not self.draft:
+                self.moments.update({f"{owner}.{k}": v for k, v in moments(module).items() if k == name})
+        else:
+            module.register_buffer(name, value.detach().clone())
+
+
+def _has(root: nn.Module, path: str) -> bool:
+    try:
+        root.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def synthesize(
+    structure: Structure,
+    model: nn.Module | None,
+    cut: fx.Node,
+    features: Sequence[Feature],
+    options: Options,
+    *,
+    select: Callable[[Any], Any] = lambda outputs: outputs,
+    sigma: Mapping[Any, float] | None = None,
+    outputs_are_predictions: bool = True,
+) -> Auxiliary:
+    """Build the auxiliary network of the local module that ends at ``cut``.
+
+    ``select`` keeps a part of the network's outputs, ``sigma`` weights the gradients of outputs by key (eq. 8);
+    ``outputs_are_predictions``: the outputs are the interface, so their layers keep their number of outputs.
+    ``model`` None makes a draft on fake tensors: sizes without memory. Raises PlanError where a tap cannot be
+    synthesised or ``options.width`` cannot be applied.
+    """
+    build = _Builder(structure, structure.trace.shadow if model is None else model, draft=model is None)
+    own = build.input(cut)
+    sources = {feature.tap: feature.source for feature in features}
+    outputs = select(structure.trace.output.args[0])
+    tail = tail_of(structure, outputs)
+    missing = []
+    for tap in structure.taps:
+        if tap.node not in tail.taps:
+            continue
+        if sources.get(tap.name, "cache") == "synthesised":
+            missing.append(tap.node)
+        else:
+            build.input(tap.node)
+    _synthesise_taps(build, cut, own, missing, options, outputs_are_predictions)
+    _copy_tail(build, tail, options.head == "light")
+    results = fx.map_arg(outputs, lambda node: build.values[node])
+    if sigma:
+        results = {key: build.graph.call_function(scale_gradient, (value, sigma[key])) if sigma[key] != 1 else value
+                   for key, value in results.items()}
+    build.graph.output(results)
+    network = fx.GraphModule(build.root, build.graph, class_name="AuxiliaryNetwork")
+    not_in_place(network)
+    network.train()
+    examples = [tree_map_only(Tensor, lambda t: _like(build.structure, t), n.meta["value"]) for n in build.inputs]
+    _fit(network, build, examples, options, outputs_are_predictions)
+    with structure.trace.mode:
+        saved, shapes = saved_bytes(lambda: shadow(network, structure.trace.mode)(*examples))
+    if not build.draft:
+        freshen(network, build.moments)
+    return Auxiliary(network, build.inputs, shapes, saved)
+
+
+# ---------------------------------------------------------------------------------------------- tail
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What follows the trunk for some of the network's outputs: nodes in order, and the taps they read."""
+
+    nodes: list[fx.Node]
+    taps: frozenset[fx.Node]
+
+
+def tail_of(structure: Structure, outputs: Any) -> Tail:
+    """The part of the graph between the taps and ``outputs`` (nested nodes)."""
+    dependent = input_dependent(structure.trace.graph)
+    known = {tap.node for tap in structure.taps}
+    needed: set[fx.Node] = set()
+    taps: set[fx.Node] = set()
+    stack: list[fx.Node] = []
+    fx.map_arg(outputs, lambda node: stack.append(node))
+    while stack:
+        node = stack.pop()
+        if node in known and node in dependent:
+            taps.add(node)
+        elif node not in needed:
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    return Tail([node for node in structure.trace.graph.nodes if node in needed], frozenset(taps))
+
+
+def _copy_tail(build: _Builder, tail: Tail, light: bool) -> None:
+    skipped = _tail_towers(build.structure, tail) if light else {}
+    inside = {node for nodes, _, _ in skipped.values() for node in nodes}
+    for node in tail.nodes:
+        if node in skipped:
+            _, source, _ = skipped[node]
+            build.values[node] = build.values[source]
+        elif node not in inside and node not in build.values:
+            build.copy(node, "tail")
+
+
+def _tail_towers(structure: Structure, tail: Tail) -> dict[fx.Node, tuple[set[fx.Node], fx.Node, fx.Node]]:
+    """Calls of modules with weights that keep their input's shape, by their last node: (nodes, input, output)."""
+    groups: dict[str, list[fx.Node]] = {}
+    for node in tail.nodes:
+        parts = (str(node.target) if node.op == "call_module" else node.meta["module"]).split(".")
+        for depth in range(1, len(parts) + 1):
+            groups.setdefault(".".join(parts[:depth]), []).append(node)
+    interface = predictors(structure.trace.shadow, structure.trace.output.meta["value"])
+    towers: dict[fx.Node, tuple[set[fx.Node], fx.Node, fx.Node]] = {}
+    taken: set[fx.Node] = set()
+    everything = set(tail.nodes)
+    for path in sorted((path for path in groups if path), key=lambda path: path.count(".")):
+        nodes = set(groups[path])
+        if nodes & taken or nodes == everything or any(structure.trace.module(n) in interface for n in nodes):
+            continue
+        weights = [p for node in nodes for p in structure.trace.parameters(node) if p.dim() >= 2]
+        sources = {s for n in nodes for s in n.all_input_nodes if s not in nodes and s in input_nodes(structure)}
+        ends = {n for n in nodes if any(user not in nodes for user in n.users)}
+        if not weights or len(sources) != 1 or len(ends) != 1:
+            continue
+        source, end = next(iter(sources)), next(iter(ends))
+        if source in tail.taps:  # the first layer on a tap adapts it (a lateral convolution): no tower
+            continue
+        if not (_is_map(source) and _is_map(end)) or tensor_of(source).shape != tensor_of(end).shape:
+            continue
+        towers[end] = (nodes, source, end)
+        taken |= nodes
+    return towers
+
+
+def input_nodes(structure: Structure) -> set[fx.Node]:
+    return input_dependent(structure.trace.graph)
+
+
+def _is_map(node: fx.Node) -> bool:
+    return isinstance(node.meta["value"], Tensor) and is_float(node.meta["value"])
+
+
+# ---------------------------------------------------------------------------------------------- analog features
+
+
+def _synthesise_taps(
+    build: _Builder, cut: fx.Node, own: fx.Node, missing: list[fx.Node], options: Options, predictions: bool
+) -> None:
+    """Walk the trunk from the cut and make the missing taps on the way."""
+    structure = build.structure
+    ends = [unit.end for unit in structure.units]
+    order = {node: index for index, node in enumerate(structure.chain)}
+    ahead = [node for node in structure.chain[order[cut] + 1:] if node in ends or node in missing]
+    ahead = ahead[: max((i + 1 for i, node in enumerate(ahead) if node in missing), default=0)]
+    keep = _sampled_blocks(structure, cut, ahead, options.depth)
+    interface = predictors(structure.trace.shadow, structure.trace.output.meta["value"]) if predictions else set()
+    value, present, narrow = own, cut, False
+    for index, (start, end) in enumerate(pairwise([cut, *ahead])):
+        same = structure.shape(start) == structure.shape(end)
+        if (same and end in keep) or not _can_shorten(structure, start, end):
+            value = _copy_region(build, start, end, value, f"block{index}")
+            present = end
+            if not narrow:
+                build.full.add(f"block{index}")
+        elif not same:
+            final = any(structure.trace.module(node) in interface for node in _region(structure, start, end))
+            width = 1.0 if final else options.width
+            value = _stage(build, start, end, value, present, f"stage{index}", width)
+            present = end
+            narrow = narrowed(structure.channels(end), width) < structure.channels(end)
+        if end in missing:
+            build.values[end] = value
+    for tap in missing:  # taps beside the chain: from the nearest value of the chain before them
+        if tap not in build.values:
+            above = ancestors([tap])
+            start = next((n for n in reversed(structure.chain) if n in above and n is not tap), structure.chain[0])
+            base = own if order.get(start, -1) <= order[cut] else build.values.get(start, own)
+            origin = start if order.get(start, -1) > order[cut] and start in build.values else cut
+            same = structure.shape(origin) == structure.shape(tap)
+            build.values[tap] = base if same else _stage(
+                build, origin, tap, base, origin, f"tap_{tap.name}", options.width)
+
+
+def _sampled_blocks(structure: Structure, cut: fx.Node, ahead: list[fx.Node], depth: int) -> set[fx.Node]:
+    """``depth`` of the shape-keeping blocks ahead, sampled evenly (AugLocal's rule)."""
+    blocks = [end for start, end in pairwise([cut, *ahead]) if structure.shape(start) == structure.shape(end)]
+    if depth >= len(blocks):
+        return set(blocks) if depth else set()
+    return {blocks[round((j + 1) * (len(blocks) - 1) / depth)] if depth > 1 else blocks[len(blocks) // 2]
+            for j in range(depth)}
+
+
+def _can_shorten(structure: Structure, start: fx.Node, end: fx.Node) -> bool:
+    return len(structure.spatial(start)) == len(structure.spatial(end)) and len(structure.shape(start)) > 2
+
+
+def _region(structure: Structure, start: fx.Node, end: fx.Node) -> list[fx.Node]:
+    """Nodes between two values of the trunk (start excluded, end included), in graph order."""
+    behind, before = ancestors([end]), ancestors([start])
+    return [node for node in structure.trace.graph.nodes if node in behind and node not in before]
+
+
+def _copy_region(build: _Builder, start: fx.Node, end: fx.Node, value: fx.Node, prefix: str) -> fx.Node:
+    """A fresh copy of a trunk region, applied to ``value``."""
+    region = _region(build.structure, start, end)
+    dependent = input_nodes(build.structure)
+    saved = dict(build.values)
+    build.values[start] = value
+    for node in region:
+        for source in node.all_input_nodes:
+            if source not in build.values and source not in region:
+                if source in dependent:
+                    raise PlanError(
+                        f"the region up to '{end.name}' also reads '{source.name}', which the auxiliary network does "
+                        "not have: use aux_depth=0, or other split points."
+                    )
+                for extra in [n for n in build.structure.trace.graph.nodes if n in ancestors([source])]:
+                    if extra not in build.values:
+                        build.copy(extra, prefix)
+        build.copy(node, prefix)
+    result = build.values[end]
+    build.values = saved
+    return result
+
+
+def _stage(
+    build: _Builder, start: fx.Node, end: fx.Node, value: fx.Node, present: fx.Node, name: str, width: float
+) -> fx.Node:
+    """One convolution (+ norm + activation) that takes the shape of ``start`` to that of ``end``.
+
+    The geometry (kernel, stride, padding) is that of the source's own down-sampling layers, so that odd sizes round
+    as they do in the source.
+    """
+    structure = build.structure
+    build.full.add(name)  # made at its final width
+    region = set(_region(structure, start, end))
+    path = _heaviest_path(structure, region, start, end)
+    rank = len(structure.spatial(end))
+    last_in, last_out = present in structure.channels_last, end in structure.channels_last
+    channels = structure.channels(present)
+    target = narrowed(structure.channels(end), width)
+    if last_in:
+        value = _move_axis(build, value, rank, to_last=False)
+    norm, activation = _kinds(structure, region, path, end)
+    conv = partial(_conv, build, rank, tensor_of(present).dtype, norm is None)
+    made = False
+    for before, node in pairwise([start, *path]):
+        if not _shrinks(structure, before, node):
+            continue
+        module = build.structure.trace.module(node)
+        if made or _is_pool(module):
+            value = _reduce(build, node, module, value, f"{name}.pool")
+            continue
+        geometry = _geometry(module, structure, before, node)
+        value = build.add(f"{name}.conv", conv(channels, target, **geometry), value)
+        made = True
+    pooled = any(_shrinks(structure, a, b) for a, b in pairwise([start, *path])) and not made
+    if not made and not (pooled and structure.channels(start) == structure.channels(end)):
+        kernel = 3 if pooled else 1
+        value = build.add(f"{name}.conv", conv(channels, target, kernel_size=kernel, padding=kernel // 2), value)
+    if last_out:
+        value = _move_axis(build, value, rank, to_last=True)
+    if norm is not None:
+        new = build.clone(str(norm.target))
+        if not fits(new, target):
+            set_width(new, target)
+        value = build.add(f"{name}.norm", new, value)
+    if activation is not None:
+        value = build.add(f"{name}.activation", _activation(build, activation), value)
+    return value
+
+
+def _heaviest_path(structure: Structure, region: set[fx.Node], start: fx.Node, end: fx.Node) -> list[fx.Node]:
+    """The path from start (excluded) to end through the region with the most weights and values."""
+    best: dict[fx.Node, tuple[int, fx.Node | None]] = {start: (0, None)}
+    for node in structure.trace.graph.nodes:
+        if node in region and _is_map(node):
+            above = [(best[source][0], source) for source in node.all_input_nodes if source in best]
+            if above:
+                score, source = max(above, key=lambda pair: pair[0])
+                size = sum(p.numel() for p in structure.trace.parameters(node)) + tensor_of(node).numel()
+                best[node] = score + size, source
+    path: list[fx.Node] = []
+    step = end if end in best else None
+    while step is not None and step is not start:
+        path.append(step)
+        step = best[step][1]
+    return path[::-1]
+
+
+def _shrinks(structure: Structure, before: fx.Node, node: fx.Node) -> bool:
+    a, b = structure.spatial(before), structure.spatial(node)
+    return len(a) == len(b) and any(y < x for x, y in zip(a, b, strict=True)) and all(
+        y <= x for x, y in zip(a, b, strict=True))
+
+
+def _is_pool(module: nn.Module | None) -> bool:
+    return module is not None and not any(True for _ in module.parameters())
+
+
+def _reduce(build: _Builder, node: fx.Node, module: nn.Module | None, value: fx.Node, name: str) -> fx.Node:
+    """A further reduction of the places: the source's own pooling, or its ratio."""
+    if module is not None and _is_pool(module):
+        return build.add(name, build.clone(str(node.target)), value)
+    before = next(source for source in node.all_input_nodes if _is_map(source))
+    scale = [a // b for a, b in zip(build.structure.spatial(before), build.structure.spatial(node), strict=True)]
+    pool = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}[len(scale)]
+    return build.add(name, pool(scale[0] if len(scale) == 1 else tuple(scale), ceil_mode=True), value)
+
+
+def _geometry(module: nn.Module | None, structure: Structure, before: fx.Node, node: fx.Node) -> dict[str, Any]:
+    """Kernel, stride, padding and dilation of a down-sampling layer, or some that give the same size."""
+    if module is not None and hasattr(module, "kernel_size") and hasattr(module, "stride"):
+        return {key: getattr(module, key) for key in ("kernel_size", "stride", "padding", "dilation")}
+    a, b = structure.spatial(before), structure.spatial(node)
+    stride = tuple(max(1, round(x / y)) for x, y in zip(a, b, strict=True))
+    if all(y == x // s for x, y, s in zip(a, b, stride, strict=True)) and any(
+            x % s for x, s in zip(a, stride, strict=True)):
+        return {"kernel_size": stride, "stride": stride, "padding": 0, "dilation": 1}
+    kernel = tuple(2 * (s // 2) + 1 for s in stride)
+    return {"kernel_size": kernel, "stride": stride, "padding": tuple(k // 2 for k in kernel), "dilation": 1}
+
+
+def _conv(
+    build: _Builder, rank: int, dtype: torch.dtype, bias: bool, channels: int, target: int, **geometry: Any
+) -> nn.Module:
+    """A convolution of the trunk's type; without bias in front of a norm, which would take it away."""
+    kind = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[rank]
+    if build.draft:
+        with build.structure.trace.mode:
+            return kind(channels, target, bias=bias, dtype=dtype, **geometry)
+    conv = kind(channels, target, bias=bias, dtype=dtype, **geometry)
+    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return conv
+
+
+def _move_axis(build: _Builder, value: fx.Node, rank: int, *, to_last: bool) -> fx.Node:
+    order = (0, *range(2, rank + 2), 1) if to_last else (0, rank + 1, *range(1, rank + 1))
+    return build.graph.call_function(torch.permute, (value, order))
+
+
+def _kinds(
+    structure: Structure, region: set[fx.Node], path: list[fx.Node], end: fx.Node
+) -> tuple[fx.Node | None, fx.Node | None]:
+    """The last norm layer and activation on the way, or beside it: the source's own kinds."""
+    norm = activation = None
+    beside = [node for node in structure.trace.graph.nodes if node in region and node not in path]
+    for node in [*beside, *path]:
+        module = structure.trace.module(node)
+        if module is not None and is_norm(module) and _is_map(node):
+            last = channel_axis(module, tensor_of(node)) == -1
+            norm = node if last == (end in structure.channels_last) else norm
+        elif _is_map(node) and _activation_class(node, module) is not None:
+            activation = node
+    return norm, activation
+
+
+_ACTIVATIONS = {name.lower(): kind for name, kind in vars(nn.modules.activation).items()
+                if isinstance(kind, type) and issubclass(kind, nn.Module)}
+
+
+def _activation_class(node: fx.Node, module: nn.Module | None) -> type[nn.Module] | None:
+    """The torch.nn class of an activation that is called as a module, a function or a method; gates do not count."""
+    if module is not None:
+        kind = type(module) if type(module).__module__ == nn.modules.activation.__name__ else None
+    elif node.op in ("call_function", "call_method"):
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        kind = _ACTIVATIONS.get(str(name).replace("_", "").lower())
+    else:
+        kind = None
+    gates = (nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.LogSoftmax, nn.MultiheadAttention)
+    return None if kind is None or issubclass(kind, gates) else kind
+
+
+def _activation(build: _Builder, node: fx.Node) -> nn.Module:
+    if node.op == "call_module":
+        return build.clone(str(node.target))
+    kind = _activation_class(node, None)
+    if kind is None:
+        raise PlanError(f"'{node.name}' is no activation")
+    return kind()
+
+
+# ---------------------------------------------------------------------------------------------- widths
+
+
+def _fit(
+    network: fx.GraphModule, build: _Builder, examples: list[Any], options: Options, outputs_are_predictions: bool
+) -> None:
+    """Give the copied layers the channels that they meet: found on a shadow, then applied."""
+    trial = shadow(network, build.structure.trace.mode).eval()
+    keep: set[nn.Module] = set()
+    if options.width < 1:
+        paths = _predictors_of_source(build) if outputs_are_predictions else set()
+        keep = {part for path, part in trial.named_modules()
+                if path.partition(".")[2] in paths or path.partition(".")[0] in build.full}
+    try:
+        with quiet(), build.structure.trace.mode, torch.no_grad():
+            changed = fit(trial, lambda: trial(*examples), options.width, keep)
+    except PlanError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a copied layer or function that does not accept the new widths
+        raise PlanError(
+            f"the auxiliary network behind '{build.inputs[0].name}' cannot be built with aux_width="
+            f"{options.width}, aux_depth={options.depth}, head={options.head!r}: {error}. Try aux_width=1, "
+            "aux_depth=0, head='full', other split points, or example_inputs of the type that the model computes in."
+        ) from error
+    for path, (inputs, outputs) in changed.items():
+        set_width(network.get_submodule(path), inputs, outputs)
+
+
+def _like(structure: Structure, tensor: Tensor) -> Tensor:
+    with structure.trace.mode:
+        out = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return out.requires_grad_() if out.is_floating_point() else out
+
+
+def _predictors_of_source(build: _Builder) -> set[str]:
+    """Paths of the layers that make the source network's outputs."""
+    trace = build.structure.trace
+    found = predictors(trace.shadow, trace.output.meta["value"])
+    return {path for path, module in trace.shadow.named_modules(remove_duplicate=False) if module in found}
+
+
+def parameters_of(modules: Iterable[nn.Module]) -> int:
+    return sum(p.numel() for p in {id(p): p for m in modules for p in m.parameters()}.values())

@@ -1,0 +1,42 @@
+"""Task adapters: with glcan_fx.models the only places that know a library's classes."""
+
+import copy
+
+from ..errors import PlanError
+from ..rules import Rules
+from .base import Classification, Criterion, CriterionTask, Segmentation, Spec, SuperResolution, Task, specs
+from .detection import Detection
+
+_TASKS: dict[str, type[Task]] = {
+    kind.name: kind for kind in (Classification, Detection, Segmentation, SuperResolution)
+}
+
+
+def make_task(task: "str | Task | None", criterion: Criterion | None, rules: Rules | None) -> Task:
+    """The task object for ``task=`` and ``criterion=``. Raises PlanError for an unknown name or neither."""
+    if rules is not None and not isinstance(rules, Rules):
+        raise PlanError(f"rules= must be an instance of glcan_fx.Rules, not {type(rules).__name__}")
+    unknown = not isinstance(task, str | Task | None) or (isinstance(task, str) and task not in _TASKS)
+    if unknown and (criterion is None or not isinstance(task, str)):
+        raise PlanError(f"unknown task {task!r}: choose one of {', '.join(sorted(_TASKS))}, pass criterion=, or an "
+                        "instance of a subclass of glcan_fx.Task")
+    if isinstance(task, Task):
+        if criterion is not None:
+            raise PlanError("pass either a Task object or criterion=, not both: the Task's loss() is its criterion")
+        made = task
+    elif criterion is not None:
+        made = CriterionTask(criterion, task or CriterionTask.name)
+    elif task is None:
+        raise PlanError(f"what to train for? Pass task= ({', '.join(sorted(_TASKS))}) or criterion=(outputs, targets)")
+    else:
+        made = _TASKS[task]()
+    if rules is not None:
+        made = copy.copy(made)  # the caller's object keeps its own
+        made.rules = rules
+    return made
+
+
+__all__ = [
+    "Classification", "CriterionTask", "Detection", "Segmentation", "Spec", "SuperResolution", "Task", "make_task",
+    "specs",
+]

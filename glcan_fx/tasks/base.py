@@ -1,0 +1,193 @@
+"""What a task says: which part of the model is compiled, how a training step begins, and what its loss is."""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
+
+from ..errors import PlanError, TargetError
+from ..rules import Rules
+
+Criterion = Callable[[Any, Any], Tensor | dict[str, Tensor]]
+
+
+class Task(ABC):
+    """A training task: ``loss(outputs, targets)`` on the model's own outputs. Subclass it for a task of your own.
+
+        class Denoising(glcan_fx.Task):
+            name = "denoising"
+
+            def loss(self, outputs, targets):
+                return torch.nn.functional.mse_loss(outputs, targets)
+
+        local = glcan_fx.transform(model, task=Denoising(), example_inputs=torch.empty(2, 3, 64, 64))
+
+    A training step is then ``local(*inputs, targets)`` and returns ``LocalOutput(loss, output, losses)``.
+    """
+
+    name: str = "custom"
+    rules: Rules = Rules()
+    outputs_are_levels = False  # whether the compiled part returns feature maps that a head reads
+
+    @abstractmethod
+    def loss(self, outputs: Any, targets: Any) -> Tensor | dict[str, Tensor]:
+        """The loss of the model's outputs: a scalar, or a dict of scalars whose sum is minimised."""
+
+    def network(self, model: nn.Module) -> str:
+        """Path of the sub-module that is compiled; "" is the whole model."""
+        if "targets" in inspect.signature(model.forward).parameters:
+            raise PlanError("the model's forward has an argument called 'targets', the name that the compiled module "
+                            "uses for the labels of a training step: rename the argument.")
+        return ""
+
+    def example_inputs(self, model: nn.Module, given: Any) -> tuple[Any, ...]:
+        """Positional inputs of the compiled part. ``given``: the user's example_inputs, a tensor or a tuple."""
+        if given is None:
+            raise PlanError(
+                f"task '{self.name}' needs example_inputs=: one batch of the model's inputs, as a tensor or a tuple "
+                "of tensors (values do not matter, sizes do), for example torch.empty(2, 3, 224, 224)."
+            )
+        return tuple(given) if isinstance(given, tuple | list) else (given,)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Modules that belong to the task and have parameters of their own (a learned criterion)."""
+        return {}
+
+    def prepare(self, graph: fx.Graph, placeholders: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+        """Emit the start of a training step: returns the compiled part's inputs and the context of the losses."""
+        inputs = [graph.placeholder(str(node.target), default_value=node.args[0]) if node.args
+                  else graph.placeholder(str(node.target)) for node in placeholders]
+        return inputs, [graph.placeholder("targets", default_value=None)]
+
+    def check(self, inputs: Any, targets: Any) -> None:
+        """Raise TargetError when a training step cannot work with these targets."""
+        if targets is None:
+            raise TargetError(
+                "a training step needs targets: call local(inputs, targets) while local.training is True, or "
+                "local.eval() first to predict."
+            )
+
+    def head(
+        self, model: nn.Module, outputs: Any, source: Any, levels: Sequence[int], style: str, width: float,
+        image: tuple[int, int],
+    ) -> nn.Module:
+        """The module (outputs, *context) -> loss of a local module.
+
+        outputs, source: fake example values of the auxiliary network's outputs and of the compiled part's own, both
+        restricted to ``levels``; style, width: as in ``Options``; image: height and width of the example in pixels.
+        """
+        return LossHead(self)
+
+    def head_size(
+        self, model: nn.Module, outputs: Any, source: Any, levels: Sequence[int], style: str, width: float,
+        image: tuple[int, int],
+    ) -> tuple[int, int]:
+        """Bytes that ``head`` keeps for backward at the example size, and its parameters; 0 where it has none."""
+        return 0, 0
+
+    def last_head(self, model: nn.Module) -> nn.Module:
+        """The module (outputs, *context) -> loss of the last local module, on the model's own head."""
+        return LossHead(self)
+
+    def result(self) -> str:
+        """"output": a LocalOutput; "dict": the detector's dict of losses."""
+        return "output"
+
+
+class LossHead(nn.Module):
+    """Calls the task's loss; has no parameters: those of a criterion are registered once, under ``aux.``."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.__dict__["task"] = task  # copied with this module, so that a copy calls its own criterion
+
+    def forward(self, outputs: Any, targets: Any) -> Any:
+        return self.__dict__["task"].loss(outputs, targets)
+
+
+class CriterionTask(Task):
+    """A task from a criterion ``(outputs, targets) -> Tensor or dict``; a module's parameters are trained too."""
+
+    name = "criterion"
+
+    def __init__(self, criterion: Criterion, name: str = "criterion", rules: Rules | None = None) -> None:
+        if not callable(criterion):
+            raise PlanError(f"criterion= must be callable (outputs, targets) -> loss, not {type(criterion).__name__}")
+        self.criterion = criterion
+        self.name = name
+        self.rules = rules or Rules()
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor | dict[str, Tensor]:
+        return self.criterion(outputs, targets)
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"criterion": self.criterion} if isinstance(self.criterion, nn.Module) else {}
+
+
+class Classification(Task):
+    """Cross-entropy on (N, classes) logits and (N,) labels; auxiliary logits of the model's own count 0.3 and 0.4.
+
+    Outputs that are tuples or dicts (GoogLeNet, Inception: Szegedy et al. 2015, sections 5 and 6) are summed as
+    torchvision's reference training does.
+    """
+
+    name = "classification"
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        if isinstance(outputs, Tensor):
+            return F.cross_entropy(outputs, targets)
+        main, *others = [value for value in outputs if isinstance(value, Tensor)]
+        weight = 0.4 if len(others) == 1 else 0.3
+        return F.cross_entropy(main, targets) + sum(weight * F.cross_entropy(other, targets) for other in others)
+
+
+class Segmentation(Task):
+    """Cross-entropy on (N, classes, H, W) logits and (N, H, W) labels, 255 ignored; a dict's "aux" counts 0.5."""
+
+    name = "segmentation"
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        if isinstance(outputs, Tensor):
+            return F.cross_entropy(outputs, targets, ignore_index=255)
+        loss = F.cross_entropy(outputs["out"], targets, ignore_index=255)
+        if "aux" in outputs:
+            loss = loss + 0.5 * F.cross_entropy(outputs["aux"], targets, ignore_index=255)
+        return loss
+
+
+class SuperResolution(Task):
+    """L1 distance of (N, C, sH, sW) images (Lim et al. 2017, section 3.2)."""
+
+    name = "super_resolution"
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        return F.l1_loss(outputs, targets)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Size and type of an example tensor: all that a plan keeps of example inputs."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Spec":
+        return cls(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+    def empty(self) -> Tensor:
+        return torch.empty(self.shape, dtype=getattr(torch, self.dtype), device="meta")
+
+
+def specs(inputs: Any) -> Any:
+    if isinstance(inputs, list | tuple):  # lists and tuples alike, so that a plan equals its JSON
+        return tuple(specs(value) for value in inputs)
+    if isinstance(inputs, dict):
+        return {key: specs(value) for key, value in inputs.items()}
+    return tree_map_only(Tensor, Spec.of, inputs)

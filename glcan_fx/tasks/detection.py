@@ -1,0 +1,285 @@
+"""Detection in torchvision's contract: losses = model(images, targets), detections = model(images).
+
+A detector of that contract has ``transform`` and ``backbone`` and, behind them, a forward pass that reads only the
+features, the image list and the targets. So a copy of the detector in which transform and backbone hand out given
+values is the self-prediction head of GLCAN (section 4.1), with the detector's own anchors, matching and loss.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, fx, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.ssd import SSDScoringHead
+from torchvision.ops import MultiScaleRoIAlign
+
+from ..errors import PlanError, TargetError
+from ..layers import Moments, fit, freshen, moments, not_in_place, predictors, replace, saved_bytes, towers
+from .base import Task
+
+_EXAMPLE = 320  # pixels: large enough for every torchvision detector's coarsest level
+
+
+class Detection(Task):
+    """torchvision's detectors, and any other with the same contract and parts."""
+
+    name = "detection"
+    outputs_are_levels = True
+
+    def __init__(self) -> None:
+        self._templates: WeakKeyDictionary[nn.Module, dict[Any, _Template]] = WeakKeyDictionary()
+
+    def loss(self, outputs: Any, targets: Any) -> Any:
+        raise NotImplementedError("the detector's own forward computes its loss")  # see head() and last_head()
+
+    def network(self, model: nn.Module) -> str:
+        for part in ("transform", "backbone"):
+            if not isinstance(getattr(model, part, None), nn.Module):
+                raise PlanError(
+                    f"task 'detection' expects torchvision's contract, but {type(model).__name__} has no module "
+                    f"'{part}'. Pass criterion=(outputs, targets) -> loss instead of task=, or subclass "
+                    "glcan_fx.Task."
+                )
+        return "backbone"
+
+    def example_inputs(self, model: nn.Module, given: Any) -> tuple[Any, ...]:
+        """A batch (N, 3, H, W) for the backbone; from a list of images, a batch, or 2 x 3 x 320 x 320 by default."""
+        parameters = model.get_submodule("backbone").parameters()
+        dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
+        if given is None:
+            return (torch.empty(2, 3, _EXAMPLE, _EXAMPLE, dtype=dtype, device="meta"),)
+        if isinstance(given, tuple | list) and given and isinstance(given[0], tuple | list):
+            given = given[0]  # (images, targets)
+        images = list(given) if isinstance(given, tuple | list | Tensor) else []
+        if not images or not all(isinstance(image, Tensor) and image.dim() == 3 for image in images):
+            raise PlanError("example_inputs= for detection: a list of (3, H, W) images, or one (N, 3, H, W) batch")
+        sizes = [max(image.shape[axis] for image in images) for axis in range(3)]
+        divisor = getattr(model.transform, "size_divisible", 32)
+        height, width = (-(-size // divisor) * divisor for size in sizes[1:])
+        return (torch.empty(len(images), sizes[0], height, width, dtype=dtype, device="meta"),)
+
+    def prepare(self, graph: fx.Graph, placeholders: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+        images = graph.placeholder("images")
+        targets = graph.placeholder("targets", default_value=None)
+        prepared = graph.create_node("call_module", "transform", (images, targets), name="prepared")
+        batch = graph.create_node("call_function", _item, (prepared, 0), name="image_list")
+        boxes = graph.create_node("call_function", _item, (prepared, 1), name="prepared_targets")
+        pixels = graph.create_node("call_function", getattr, (batch, "tensors"), name="pixels")
+        return [pixels], [batch, boxes]
+
+    def check(self, inputs: Any, targets: Any) -> None:
+        if targets is None:
+            raise TargetError("a training step needs targets: local(images, targets), one dict of boxes and labels "
+                              "per image; call local.eval() first to predict.")
+        if not isinstance(targets, list | tuple):
+            raise TargetError(f"targets must be a list, one dict per image, not {type(targets).__name__}")
+        if len(targets) != len(inputs):
+            raise TargetError(f"{len(targets)} targets for {len(inputs)} images: one dict per image")
+        for index, target in enumerate(targets):
+            _check_target(index, target)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Detection":
+        new = copy.copy(self)
+        new._templates = WeakKeyDictionary()  # made again when they are needed
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_templates"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _templates=WeakKeyDictionary())
+
+    def head(
+        self, model: nn.Module, outputs: Any, source: Any, levels: Sequence[int], style: str, width: float,
+        image: tuple[int, int],
+    ) -> nn.Module:
+        template = self._template(model, outputs, source, levels, style, width, image)
+        new = copy.deepcopy(template.detector)
+        freshen(new, template.moments)
+        return DetectorHead(new)
+
+    def head_size(
+        self, model: nn.Module, outputs: Any, source: Any, levels: Sequence[int], style: str, width: float,
+        image: tuple[int, int],
+    ) -> tuple[int, int]:
+        template = self._template(model, outputs, source, levels, style, width, image)
+        parameters = {id(p): p.numel() for p in template.detector.parameters()}
+        images = next(iter(outputs.values())).shape[0]
+        saved = images * template.saved_per_image + _places(outputs) * template.saved_per_place
+        return round(saved), sum(parameters.values())
+
+    def _template(self, model: nn.Module, outputs: Any, *request: Any) -> "_Template":
+        made = self._templates.setdefault(model, {})
+        key = (tuple(value.shape[1] for value in outputs.values()), *request[1:])
+        if key not in made:
+            made[key] = _make_template(model, outputs, *request)
+        return made[key]
+
+    def last_head(self, model: nn.Module) -> nn.Module:
+        return DetectorHead(model, register=False)
+
+    def result(self) -> str:
+        return "dict"
+
+
+def _check_target(index: int, target: Any) -> None:
+    """Raise TargetError unless a target has (N, 4) boxes and N labels; N may be 0."""
+    where = f"targets[{index}]"
+    if not isinstance(target, dict):
+        raise TargetError(f"{where} must be a dict with 'boxes' and 'labels', not {type(target).__name__}")
+    for key in ("boxes", "labels"):
+        if key not in target:
+            raise TargetError(f"{where} has no '{key}': its keys are {', '.join(map(repr, target))}")
+        if not isinstance(target[key], Tensor):
+            raise TargetError(f"{where}['{key}'] must be a tensor, boxes (N, 4), labels (N,), not a "
+                              f"{type(target[key]).__name__}")
+    boxes, labels = target["boxes"], target["labels"]
+    if boxes.dim() != 2 or boxes.shape[-1] != 4:
+        raise TargetError(f"{where}['boxes'] must be (N, 4), x1 y1 x2 y2 in pixels, not {tuple(boxes.shape)}")
+    if len(labels) != len(boxes):
+        raise TargetError(f"{where} has {len(boxes)} boxes and {len(labels)} labels")
+
+
+class DetectorHead(nn.Module):
+    """(features, image list, targets) -> dict of losses, by the detector's own forward behind its backbone."""
+
+    def __init__(self, detector: nn.Module, *, register: bool = True) -> None:
+        super().__init__()
+        if register:
+            self.detector = detector
+        else:  # the model's own head: its parameters belong to the model
+            self.__dict__["detector"] = detector
+
+    def forward(self, features: Any, images: ImageList, targets: list[dict[str, Tensor]] | None) -> dict[str, Tensor]:
+        detector = copy.copy(self.detector)
+        detector.__dict__["_modules"] = {**detector._modules, "transform": _Given((images, targets)),
+                                         "backbone": _Given(features)}
+        detector.__dict__["training"] = True
+        losses: dict[str, Tensor] = detector.forward(list(images.tensors), targets)
+        return losses
+
+
+class _Given(nn.Module):
+    """Stands for a part whose result is already known."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.__dict__["value"] = value
+
+    def forward(self, *_: Any) -> Any:
+        return self.__dict__["value"]
+
+    def postprocess(self, detections: Any, *_: Any) -> Any:
+        return detections  # R-CNNs call it while training, on empty detections
+
+
+def _item(pair: Any, index: int) -> Any:
+    return pair[index]
+
+
+_item.__name__ = "getitem"
+
+
+@dataclass(frozen=True)
+class _Template:
+    """The detector behind its backbone, made lighter; what its copies are drawn from; bytes that it keeps."""
+
+    detector: nn.Module
+    moments: Moments
+    saved_per_image: float
+    saved_per_place: float
+
+
+def _make_template(
+    model: nn.Module, outputs: dict[str, Tensor], source: dict[str, Tensor], levels: Sequence[int], style: str,
+    width: float, image: tuple[int, int],
+) -> _Template:
+    """Copy the detector without transform and backbone, on ``levels``.
+
+    The layers to leave out and the layers to keep are found by running the copy, on small random features.
+    """
+    detector = copy.copy(model)
+    detector.__dict__["_modules"] = {k: v for k, v in model._modules.items() if k not in ("transform", "backbone")}
+    for name in [name for name in vars(detector) if name.endswith("_hooks")]:
+        detector.__dict__[name] = type(vars(detector)[name])()
+    detector = copy.deepcopy(detector).cpu().train()
+    not_in_place(detector)
+    _select_levels(detector, levels, list(outputs))
+    source_moments = moments(detector)
+    head = DetectorHead(detector)
+    images, targets, scale = _example(model, outputs, image)
+    with torch.random.fork_rng(devices=[]):
+        full, narrow = _features(source, scale), _features(outputs, scale)
+        if style == "light" or width < 1:
+            keep = predictors(detector, head(full, images, targets))
+            if style == "light":
+                for path in towers(detector, lambda: head(full, images, targets)):
+                    if not any(part in keep for part in detector.get_submodule(path).modules()):
+                        replace(detector, path, nn.Identity())
+            fit(detector, lambda: head(narrow, images, targets), width, keep)
+        # a part grows with the places, a part (sampled regions) only with the images: two sizes tell them apart
+        saved, _ = saved_bytes(lambda: head(narrow, images, targets))
+        smaller = _features(outputs, 2 * scale)
+        images, targets, _ = _example(model, outputs, image, 2 * scale)
+        less, _ = saved_bytes(lambda: head(smaller, images, targets))
+    per_place = max(0.0, (saved - less) / max(1, _places(narrow) - _places(smaller)))
+    return _Template(detector, source_moments, max(0.0, saved - per_place * _places(narrow)) / 2, per_place)
+
+
+def _places(features: dict[str, Tensor]) -> int:
+    return sum(value.shape[0] * math.prod(value.shape[2:]) for value in features.values())
+
+
+def _features(like: dict[str, Tensor], scale: int) -> dict[str, Tensor]:
+    return {key: torch.randn(2, value.shape[1], *(-(-size // scale) for size in value.shape[2:]), dtype=value.dtype)
+            for key, value in like.items()}
+
+
+def _example(
+    model: nn.Module, outputs: dict[str, Tensor], image: tuple[int, int], scale: int | None = None
+) -> tuple[ImageList, list[dict[str, Tensor]], int]:
+    """Two images with one object each, smaller than the example's by the returned factor (at least 1)."""
+    scale = scale or max(1, max(max(value.shape[2:]) for value in outputs.values()) // 20)
+    height, width = (-(-size // scale) for size in image)
+    predictor = getattr(getattr(model, "roi_heads", None), "keypoint_predictor", None)
+    keypoints = getattr(getattr(predictor, "kps_score_lowres", None), "out_channels", 17)
+    dtype = next(iter(outputs.values())).dtype
+    box = torch.tensor([[width / 4, height / 4, 3 * width / 4, 3 * height / 4]], dtype=dtype)
+    mask = torch.zeros(1, height, width, dtype=torch.uint8)
+    mask[:, height // 4: 3 * height // 4, width // 4: 3 * width // 4] = 1
+    points = torch.tensor([width / 2, height / 2, 1.0]).expand(1, keypoints, 3).clone()
+    label = 1 if hasattr(model, "roi_heads") else 0  # region-based detectors count the background as class 0
+    target = {"boxes": box, "labels": torch.tensor([label]), "masks": mask, "keypoints": points}
+    images = ImageList(torch.zeros(2, 3, height, width, dtype=dtype), [(height, width)] * 2)
+    return images, [dict(target), dict(target)], scale
+
+
+def _select_levels(detector: nn.Module, levels: Sequence[int], names: list[str]) -> None:
+    """Keep only some feature levels: their anchors, their own predictors, their place in the RoI pooling."""
+    own: Any = getattr(detector, "select_levels", None)
+    if callable(own):
+        own(levels)
+        return
+    for part in detector.modules():
+        if isinstance(part, AnchorGenerator):
+            for attribute in ("sizes", "aspect_ratios"):
+                setattr(part, attribute, tuple(getattr(part, attribute)[index] for index in levels))
+            part.cell_anchors = [part.cell_anchors[index] for index in levels]
+        elif isinstance(part, DefaultBoxGenerator):
+            for attribute in ("aspect_ratios", "scales", "steps", "_wh_pairs"):
+                values = getattr(part, attribute)
+                if values is not None:
+                    setattr(part, attribute, [values[index] for index in levels])
+        elif isinstance(part, SSDScoringHead):
+            part.module_list = nn.ModuleList([part.module_list[index] for index in levels])
+        elif isinstance(part, MultiScaleRoIAlign):
+            part.featmap_names = [name for name in part.featmap_names if name in names]
+            part.scales = part.map_levels = None
+            if not part.featmap_names:
+                raise PlanError("levels: a region-based head needs at least one of the levels that it pools from")

@@ -1,0 +1,114 @@
+"""What a compiled training step must compute, by other means: plain autograd and one backward pass."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from glcan_fx import LocalModel
+
+Gradients = dict[str, Tensor | None]
+
+
+def scalar(loss: Any) -> Tensor:
+    """A tensor, or the sum over a dict or list of tensors."""
+    return sum(tree_leaves(loss)[1:], tree_leaves(loss)[0])
+
+
+class RawLosses(fx.Interpreter):
+    """Runs the training graph node by node without any local backward; ``losses`` keep their whole graph.
+
+    Detached values are copied as well: with one backward pass at the end, the next module's in-place layers
+    would otherwise overwrite what this module's backward needs.
+    """
+
+    def __init__(self, local: LocalModel) -> None:
+        super().__init__(local)
+        self.losses: list[Tensor] = []
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if re.fullmatch(r"aux\.\d+\.backward", target):
+            self.losses.append(scalar(args[0]))
+            return self.losses[-1]
+        result = super().call_module(target, args, kwargs)
+        if target == "aux.last.head":
+            self.losses.append(scalar(result))
+        return result
+
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = super().call_method(target, args, kwargs)
+        return result.clone() if target == "detach" else result
+
+
+@contextmanager
+def restored(module: nn.Module) -> Iterator[None]:
+    """Start without gradients; put parameters and buffers back afterwards, and drop the gradients."""
+    module.zero_grad()
+    state = {key: value.clone() for key, value in module.state_dict().items()}
+    try:
+        yield
+    finally:
+        module.load_state_dict(state)
+        module.zero_grad()
+
+
+def gradients(module: nn.Module) -> Gradients:
+    return {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
+
+
+def raw_losses(local: LocalModel, *inputs: Tensor) -> list[Tensor]:
+    run = RawLosses(local)
+    run.run(*(x.clone() for x in inputs))
+    return run.losses
+
+
+def summed_loss_gradients(local: LocalModel, *inputs: Tensor) -> Gradients:
+    """Gradients of the sum of all raw local losses on the training graph."""
+    with restored(local):
+        sum(raw_losses(local, *inputs)).backward()
+        return gradients(local)
+
+
+def hooked_gradients(
+    local: LocalModel, images: Tensor, targets: Tensor, criterion: Callable[[Any, Any], Any]
+) -> Gradients:
+    """The same from the original model itself: forward hooks cut it and apply the auxiliary networks.
+
+    Nothing of the training graph is used. For networks whose split points are modules, called once, and whose
+    local losses read nothing but their own module's output.
+    """
+    losses, handles = [], []
+
+    def cut_behind(part: nn.Module) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+            losses.append(scalar(part.head(part.network(out), targets)))
+            return out.detach().clone()
+
+        return hook
+
+    for index, cut in enumerate(local.plan.cuts):
+        part = local.aux.get_submodule(str(index))
+        handles.append(local.original.get_submodule(cut).register_forward_hook(cut_behind(part)))
+    try:
+        with restored(local):
+            losses.append(scalar(criterion(local.original(images.clone()), targets)))
+            sum(losses).backward()
+            return gradients(local)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def isolation(local: LocalModel, *inputs: Tensor) -> list[set[str]]:
+    """For each raw local loss, the names of the parameters that autograd reaches from it."""
+    parameters = {name: p for name, p in local.named_parameters() if p.requires_grad}
+    with restored(local):
+        reached = []
+        for loss in raw_losses(local, *inputs):
+            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, retain_graph=True)
+            reached.append({name for name, grad in zip(parameters, found, strict=True) if grad is not None})
+        return reached
