@@ -265,7 +265,8 @@ def _holds_most_layers(trace: Trace, start: fx.Node, end: fx.Node, region: set[f
     layers = [node for node in trace.graph.nodes if _has_weight(trace, node)]
     home = _common_path(layers)
     inside = sum(node in region for node in layers)
-    return end.meta["module"] == home and inside > 2 and 2 * inside > len(layers)
+    outermost = not end.meta["module"] or _within(home, end.meta["module"])
+    return outermost and inside > 2 and 2 * inside > len(layers)
 
 
 def _holds_repeated_blocks(

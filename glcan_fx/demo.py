@@ -26,7 +26,7 @@ PACKAGES = "torchvision, scikit-learn, pycocotools, tqdm, rich, matplotlib and g
 # option: (with the digits, with --data). The default run takes about three minutes on two CPU cores.
 DEFAULTS: dict[str, tuple[Any, Any]] = {
     "image_size": (96, 192),
-    "steps": (200, 300),
+    "steps": (300, 300),
     "batch_size": (16, 8),
     "memory_batch": (128, 32),
     "lr": (2e-3, 2e-3),
