@@ -120,10 +120,10 @@ def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def input_dependent(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that are computed from the network's inputs, not from parameters alone."""
+    """Nodes that are computed from the network's inputs, not from parameters alone, or that change a buffer."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "placeholder" or any(source in found for source in node.all_input_nodes):
+        if node.op == "placeholder" or node.meta.get("mutates") or any(source in found for source in node.all_input_nodes):
             found.add(node)
     return found
 

@@ -125,7 +125,7 @@ class _Builder:
         owner, _, name = path.rpartition(".")
         if owner and not _has(self.root, owner):
             self.register(owner, nn.Module())
-        value = self.structure.trace.constants.get(target)
+        value = self.structure.trace.constants.get(target.rpartition(".")[2])
         if value is None:
             source_owner, _, source_name = target.rpartition(".")
             value = getattr(self.model.get_submodule(source_owner), source_name)

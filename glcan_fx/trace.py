@@ -2,26 +2,43 @@
 
 Everything runs on a *shadow* of the module: the same module tree with fake tensors for parameters and buffers and
 without hooks. The user's weights, buffers, mode, hooks and random state are never touched.
+
+The call is recorded more than once: at the example's batch size and at another one, in training and in evaluation mode.
+Where the recordings differ, the innermost module that differs becomes opaque, so that neither a batch size nor a
+``training`` flag is frozen into the graph.
 """
 
-import inspect
 import logging
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .capture import Opaque, Recorder, Specialisation, Uncapturable, fake_copy, place_of, replicate
 from .errors import TraceError
 
-_PACKAGE = __file__.rpartition("/")[0]
+log = logging.getLogger("glcan_fx")
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a module was captured: what its graph holds for, and what it does not keep.
+
+    rung: 1 the call was recorded as it is; 2 questions about sizes were answered for the example's; 3 some modules are
+    opaque, called as a whole. specialisations: the questions; opaque: the modules; lost: what of the user's model the
+    training graph does not keep (evaluation keeps everything).
+    """
+
+    rung: int = 1
+    specialisations: tuple[Specialisation, ...] = ()
+    opaque: tuple[Opaque, ...] = ()
+    lost: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -37,13 +54,14 @@ class Trace:
     - ``mutates``: the input nodes whose tensors the node changed in place,
     - ``overwritten``: whether this node's tensor was changed in place after some other node had read it.
 
-    ``constants`` are the tensors that were created while tracing, by attribute name.
+    ``constants`` are the tensors that are neither parameters nor buffers, by attribute name.
     """
 
     graph: fx.Graph
     shadow: nn.Module
     mode: FakeTensorMode
     constants: dict[str, Tensor] = field(default_factory=dict)
+    report: Report = Report()
 
     @property
     def placeholders(self) -> list[fx.Node]:
@@ -75,87 +93,136 @@ def hasattr_path(root: nn.Module, path: str) -> bool:
     return True
 
 
-def trace(model: nn.Module, example_inputs: Sequence[Any], *, path: str = "") -> Trace:
-    """Capture ``model`` (or its sub-module ``path``) in training mode on fake copies of ``example_inputs``.
+def trace(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any], *, path: str = "") -> Trace:
+    """Capture one training-mode call of ``model`` (or its sub-module ``path``) on fake copies of ``example_inputs``.
 
-    ``example_inputs`` are the positional arguments of the captured module's ``forward``; tensors may be nested.
-    Raises TraceError, with the module path and source line, when the module cannot be captured or run.
+    ``example_inputs`` are the call's arguments, a sequence of positional or a dict of keyword ones; containers of
+    tensors may be among them. Raises TraceError, with the module path and source line, when the call cannot be
+    captured or run.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    root = shadow(model, mode)
-    if not root.training:
-        root.train()
+    _check(model, example_inputs)
+    forced: dict[str, Opaque] = {}
+    while True:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        try:
+            main, root = _record(model, path, example_inputs, mode, forced)
+        except Exception as error:  # noqa: BLE001 - whatever the user's forward raises
+            raise TraceError(_explain(error, model, path)) from error
+        found = _batch_baked(model, path, example_inputs, mode, forced, main)
+        found = found or _mode_baked(model, path, example_inputs, mode, forced, main)
+        if not found:
+            break
+        forced |= found
+    rung = 3 if main.opaque else 2 if main.specialisations else 1
+    hooked = [f"'{name}': its hooks do not run in training" for name, part in model.get_submodule(path).named_modules()
+              if name in _entered(main.graph) and (part._forward_hooks or part._forward_pre_hooks)]
+    report = Report(rung, tuple(main.specialisations.values()), tuple(main.opaque.values()),
+                    (*main.lost, *hooked))
+    log.info("%s captured on rung %d: %d nodes, %d specialisations, %d opaque modules", type(model).__name__, rung,
+             len(main.graph.nodes), len(report.specialisations), len(report.opaque))
     target = root.get_submodule(path)
-    tracer = _Tracer()
-    try:
-        captured = tracer.trace(target, _left_out(target, len(example_inputs)))
-    except Exception as error:  # noqa: BLE001 - whatever the user's forward raises under tracing
-        raise TraceError(_explain(error, model, target, ".".join(filter(None, [path, *tracer.stack[-1:]])))) from error
-    _drop_left_out(captured, len(example_inputs))
-    constants = _constants(captured, target)
-    inputs = [_fake(mode, value) for value in example_inputs]
-    _check_types(model, example_inputs)
-    arguments = sum(node.op == "placeholder" for node in captured.nodes)
-    if len(inputs) > arguments:
-        raise TraceError(f"example_inputs= has {len(inputs)} values, but the forward of {type(target).__name__} takes "
-                         f"{arguments} argument{'s' * (arguments != 1)}")
-    recorder = _Recorder(fx.GraphModule(target, captured), tracer)
-    try:
-        with quiet(), mode, torch.enable_grad():
-            recorder.run(*inputs)
-    except Exception as error:  # noqa: BLE001
-        node = getattr(recorder, "current", None)
-        where = node.meta.get("module", "") if node is not None else path
-        raise TraceError(_explain(error, model, target, where, node)) from error
-    graph: fx.Graph = recorder.graph
-    _follow_mutations(graph)
+    for name, value in main.constants.items():
+        target.__dict__[name] = value  # of the shadow
     if path:
-        _prefix(graph, path)
-    return Trace(graph, root, mode, constants)
+        _prefix(main.graph, path)
+        report = replace(report, opaque=tuple(replace(o, path=f"{path}.{o.path}") for o in report.opaque))
+    return Trace(main.graph, root, mode, main.constants, report)
 
 
-def _left_out(target: nn.Module, given: int) -> dict[str, Any]:
-    """Optional arguments behind the example inputs: they keep their defaults."""
-    arguments = [p for p in inspect.signature(target.forward).parameters.values()
-                 if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return {p.name: p.default for p in arguments[given:] if p.default is not p.empty}
+def _record(
+    model: nn.Module, path: str, inputs: Sequence[Any] | Mapping[str, Any], mode: FakeTensorMode,
+    forced: Mapping[str, Opaque], *, training: bool = True,
+) -> tuple[Recorder, nn.Module]:
+    root = shadow(model, mode)
+    if root.training != training:
+        root.train(training)
+    recorder = Recorder(root.get_submodule(path), mode, model.get_submodule(path), forced)
+    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
+    with quiet():
+        recorder.record([_fake(mode, value) for value in args], {k: _fake(mode, v) for k, v in kwargs.items()})
+    return recorder, root
 
 
-def _drop_left_out(graph: fx.Graph, given: int) -> None:
-    """Remove the placeholders of arguments that keep their defaults, and fx's checks of them."""
-    for node in [node for node in graph.nodes if node.op == "placeholder"][given:]:
-        checks = _descendants(node)
-        if all(user.op == "call_function" for user in checks):
-            for user in reversed(checks):
-                graph.erase_node(user)
-            graph.erase_node(node)
+def _batch_baked(
+    model: nn.Module, path: str, inputs: Any, mode: FakeTensorMode, forced: Mapping[str, Opaque], main: Recorder
+) -> dict[str, Opaque]:
+    """Modules whose recording is another one at another batch size."""
+    tensors = [t for t in (inputs.values() if isinstance(inputs, Mapping) else inputs) if isinstance(t, Tensor)]
+    batch = next((t.shape[0] for t in tensors if t.dim() > 1), 0)
+
+    def larger(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch:
+            return torch.empty(batch + 1, *value.shape[1:], dtype=value.dtype, device="meta")
+        return value
+
+    if not batch:
+        return {}
+    other = {k: larger(v) for k, v in inputs.items()} if isinstance(inputs, Mapping) else [larger(v) for v in inputs]
+    try:
+        second, _ = _record(model, path, other, mode, forced)
+    except Exception as error:  # noqa: BLE001
+        main.lost[f"the model does not run at batch size {batch + 1}: {type(error).__name__}"] = None
+        return {}
+    return _differing(main, second, "its operations depend on the batch size")
 
 
-def _descendants(node: fx.Node) -> list[fx.Node]:
-    """What is computed from a node, in order."""
-    found = {node}
-    for other in node.graph.nodes:
-        if any(source in found for source in other.all_input_nodes):
-            found.add(other)
-    return [other for other in node.graph.nodes if other in found and other is not node]
+def _mode_baked(
+    model: nn.Module, path: str, inputs: Any, mode: FakeTensorMode, forced: Mapping[str, Opaque], main: Recorder
+) -> dict[str, Opaque]:
+    """Modules, but for those that hold most layers, whose own forward does something else in evaluation mode."""
+    try:
+        second, _ = _record(model, path, inputs, mode, forced, training=False)
+    except Exception:  # noqa: BLE001 - evaluation calls the original
+        return {}
+    found = _differing(main, second, "its own forward depends on self.training")
+    layers = [node for node in main.graph.nodes if node.op == "call_module"]
+    return {p: o for p, o in found.items()
+            if 2 * sum(_inside(str(node.target), p) for node in layers) <= len(layers)}
 
 
-def _constants(graph: fx.Graph, target: nn.Module) -> dict[str, Tensor]:
-    """Tensors that are neither parameters nor buffers: made while tracing, or plain attributes."""
-    owned = {name for name, _ in [*target.named_parameters(remove_duplicate=False),
-                                  *target.named_buffers(remove_duplicate=False)]}
-    constants: dict[str, Tensor] = {}
-    for node in graph.find_nodes(op="get_attr"):
-        path = str(node.target)
-        if path not in owned:
-            value: Any = target
-            for part in path.split("."):
-                value = getattr(value, part)
-            if isinstance(value, Tensor):
-                node.target = "_constant_" + path.replace(".", "_")
-                constants[node.target] = value
-                target.__dict__[node.target] = value  # of the shadow
-    return constants
+def _differing(a: Recorder, b: Recorder, reason: str) -> dict[str, Opaque]:
+    """The innermost modules whose own operations differ between two recordings."""
+    own, other = _operations(a.graph), _operations(b.graph)
+    paths = [path for path in own.keys() | other.keys() if path and own.get(path) != other.get(path)]
+    innermost = [path for path in paths if not any(_inside(p, path) and p != path for p in paths)]
+    return {path: Opaque(path, type(a.root.get_submodule(path)).__name__, reason, "") for path in innermost}
+
+
+def _operations(graph: fx.Graph) -> dict[str, list[Any]]:
+    """Per module, the operations of its own forward, with their constants."""
+    found: dict[str, list[Any]] = {}
+    for node in graph.nodes:
+        if node.op in ("call_function", "call_method", "call_module"):
+            owner = node.meta["module"]
+            if node.op == "call_module":
+                owner = owner.rpartition(".")[0]
+            constants = fx.map_arg((node.args, node.kwargs), lambda source: source.op == "placeholder")
+            found.setdefault(owner, []).append((node.op, str(node.target), repr(constants)))
+    return found
+
+
+def _entered(graph: fx.Graph) -> set[str]:
+    """Modules whose forward was recorded, not called."""
+    found = {""}
+    for node in graph.nodes:
+        path = node.meta.get("module", "")
+        while path:
+            path = path.rpartition(".")[0]
+            found.add(path)
+    return found - {str(node.target) for node in graph.nodes if node.op == "call_module"}
+
+
+def _inside(path: str, outer: str) -> bool:
+    return path == outer or path.startswith(outer + ".") or not outer
+
+
+def _check(model: nn.Module, example_inputs: Any) -> None:
+    """Refuse what cannot be seen on fake tensors, or only too late."""
+    lazy = [name for name, p in [*model.named_parameters(), *model.named_buffers()] if is_lazy(p)]
+    if lazy:
+        raise TraceError(f"parameter '{lazy[0]}' of {type(model).__name__} has no shape yet: call the model once with "
+                         "a batch, which makes its lazy layers, and transform it then.")
+    _check_types(model, list(example_inputs.values()) if isinstance(example_inputs, Mapping) else example_inputs)
 
 
 def _check_types(model: nn.Module, example_inputs: Sequence[Any]) -> None:
@@ -171,127 +238,11 @@ def _check_types(model: nn.Module, example_inputs: Sequence[Any]) -> None:
 
 def shadow(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """The same module tree with fake parameters and buffers (on the CPU) and without hooks; shares nothing mutable."""
-    modules: dict[int, nn.Module] = {}
-    tensors: dict[int, Tensor] = {}
-
-    def fake(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None:
-            return None
-        if id(tensor) not in tensors:
-            tensors[id(tensor)] = _fake(mode, tensor)
-        return tensors[id(tensor)]
-
-    def copy(module: nn.Module) -> nn.Module:
-        if id(module) in modules:
-            return modules[id(module)]
-        new: nn.Module = object.__new__(type(module))
-        modules[id(module)] = new
-        new.__dict__ = dict(vars(module))
-        for name in ("_parameters", "_buffers"):
-            vars(new)[name] = {key: fake(tensor) for key, tensor in vars(module)[name].items()}
-        for name, value in vars(module).items():
-            if name.endswith("_hooks") and isinstance(value, dict):
-                vars(new)[name] = type(value)()
-            elif type(value) in (list, dict, set) and not name.startswith("_"):  # a forward pass may keep things there
-                vars(new)[name] = value.copy()
-        vars(new)["_modules"] = {k: None if m is None else copy(m) for k, m in vars(module)["_modules"].items()}
-        return new
-
-    return copy(module)
+    return replicate(module, fake_copy(mode))
 
 
 def _fake(mode: FakeTensorMode, value: Any) -> Any:
-    def one(tensor: Tensor) -> Tensor:
-        with mode:
-            out = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-        if isinstance(tensor, nn.Parameter):
-            return nn.Parameter(out, requires_grad=tensor.requires_grad)
-        return out
-
-    return tree_map_only(Tensor, one, value)
-
-
-class _Tracer(fx.Tracer):
-    """Modules without children, and torch.nn's own, are leaves; everything else is entered.
-
-    A childless module that stays whole keeps its own ``self.training`` behaviour (dropout, stochastic depth). One
-    that is called with lists or dicts of values is plumbing, and entered as well.
-    """
-
-    proxy_buffer_attributes = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stack: list[str] = []
-        self.returned_by: dict[str, list[str]] = {}
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not any(True for _ in m.children()) or super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        self.stack.append(self.path_of_module(m))
-        plumbing = any(isinstance(value, list | tuple | dict) for value in [*args, *kwargs.values()])
-        if plumbing and not any(True for _ in m.children()) and not super().is_leaf_module(m, self.stack[-1]):
-            out = forward(*args, **kwargs)
-        else:
-            out = super().call_module(m, forward, args, kwargs)
-        if isinstance(out, fx.Proxy):
-            self.returned_by.setdefault(out.node.name, []).append(self.stack[-1])
-        self.stack.pop()  # not in a finally: after a failure the stack tells where
-        return out
-
-    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
-        node = super().create_node(kind, *args, **kwargs)
-        node.meta["module"] = self.stack[-1] if self.stack else ""
-        return node
-
-
-class _Recorder(fx.Interpreter):
-    """Runs the graph on fake tensors and records each node's value and the bytes autograd keeps for it."""
-
-    def __init__(self, module: fx.GraphModule, tracer: _Tracer) -> None:
-        super().__init__(module)
-        self.current: fx.Node | None = None
-        self._seen = {tensor.untyped_storage()._cdata for tensor in [*module.parameters(), *module.buffers()]}
-        self._keep: list[Tensor] = []  # storages stay alive, so that their addresses are not used twice
-        for node in module.graph.nodes:
-            node.meta["returned_by"] = tracer.returned_by.get(node.name, [])
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.current = n
-        n.meta["saved"] = 0
-        before = {source: _version(self.env.get(source)) for source in n.all_input_nodes}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if not isinstance(tensor, nn.Parameter) and storage._cdata not in self._seen:
-                self._seen.add(storage._cdata)
-                self._keep.append(tensor.detach())
-                n.meta["saved"] += storage.nbytes()
-            return tensor
-
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
-            n.meta["value"] = super().run_node(n)
-        n.meta["mutates"] = {source for source, version in before.items() if _version(self.env[source]) != version}
-        n.meta["overwritten"] = False
-        for source in n.meta["mutates"]:
-            source.meta["overwritten"] |= any("value" in user.meta and user is not n for user in source.users)
-        return n.meta["value"]
-
-
-def _follow_mutations(graph: fx.Graph) -> None:
-    """Let whoever reads a tensor after an in-place operation read that operation's result: same tensor, true order."""
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        for source in node.meta.get("mutates", ()):
-            old, new = source.meta["value"], node.meta["value"]
-            if isinstance(old, Tensor) and old is new:
-                for user in [user for user in source.users if order[user] > order[node]]:
-                    user.replace_input_with(source, node)
-
-
-def _version(value: Any) -> int:
-    return sum(leaf._version for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+    return tree_map_only(Tensor, fake_copy(mode), value)
 
 
 def _prefix(graph: fx.Graph, path: str) -> None:
@@ -299,25 +250,23 @@ def _prefix(graph: fx.Graph, path: str) -> None:
         if node.op in ("call_module", "get_attr"):
             node.target = f"{path}.{node.target}"
         node.meta["module"] = ".".join(filter(None, [path, node.meta.get("module", "")]))
-        node.meta["returned_by"] = [f"{path}.{p}" for p in node.meta["returned_by"]]
+        node.meta["returned_by"] = [f"{path}.{p}" if p else path for p in node.meta["returned_by"]]
 
 
-def _explain(error: Exception, model: nn.Module, target: nn.Module, path: str, node: fx.Node | None = None) -> str:
-    """What happened, where (module path, class, source line), what to do."""
-    frames = traceback.extract_tb(sys.exc_info()[2])
-    torch_root = torch.__path__[0]
-    own = [f for f in frames if not f.filename.startswith(torch_root) and not f.filename.startswith(_PACKAGE)]
-    where = f"{own[-1].filename}:{own[-1].lineno}, in `{own[-1].line}`" if own else "no source line of its own"
-    kind = type(target).__name__
-    with suppress(AttributeError):
-        kind = type(model.get_submodule(path)).__name__
-    at = f" at graph node {node.format_node()}" if node is not None else ""
+def _explain(error: Exception, model: nn.Module, path: str) -> str:
+    """What happened, where (module path, class, source line), what was tried, what to do."""
+    where, code = place_of(error)
+    inner = ".".join(filter(None, [path, getattr(error, "module_path", "")]))
+    kind = type(model.get_submodule(inner)).__name__
+    reason = str(error).strip()
+    name = "" if isinstance(error, Uncapturable) else f"{type(error).__name__}: "
     return (
-        f"{type(model).__name__} cannot be captured: module '{path or '(the model itself)'}' of class {kind} "
-        f"failed{at}: {type(error).__name__}: {str(error).strip()}\n  where: {where}\n"
-        "  what to do: (1) pass example_inputs= of the sizes that you train with; (2) move the code that depends on "
-        "tensor values into a sub-module without children: such modules are kept whole; (3) compile the part that "
-        "can be captured, for example the backbone."
+        f"{type(model).__name__} cannot be captured: module '{inner or '(the model itself)'}' of class {kind} "
+        f"failed: {name}{reason}\n  where: {where or 'no source line of its own'}{f', in `{code}`' if code else ''}\n"
+        "  tried: recording the call, answering questions about sizes, calling the module as a whole\n"
+        "  what to do: (1) pass example_inputs= that the model runs on; (2) move the code that a graph cannot hold "
+        "into a sub-module of its own: such modules are kept whole; (3) compile the part that can be captured, for "
+        "example the backbone."
     )
 
 

@@ -1,0 +1,813 @@
+"""Record one call of a module as an fx graph, by running it on fake tensors.
+
+Python really runs, so keyword arguments, containers, ``isinstance``, decorators and control flow on shapes need no
+support of their own. A TorchFunctionMode sees every torch call, a patched ``nn.Module.__call__`` every module call;
+tensors are known by identity. Sizes are numbers that remember the node that computes them: arithmetic on them is
+recorded, questions about them are answered and noted with file and line. A module whose forward does something that a
+graph cannot hold becomes one opaque node, the innermost such module first.
+"""
+
+import dataclasses
+import inspect
+import linecache
+import math
+import operator
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+_OWN_FILES = (torch.__path__[0], __file__, __file__.replace("capture.py", "trace.py"))
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """A question about sizes that was answered for the example's: the graph holds while the answer does."""
+
+    where: str  # file:line
+    code: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """A module that is called as a whole, because of what its forward does at ``where`` (file:line)."""
+
+    path: str
+    kind: str
+    reason: str
+    where: str
+
+
+class Uncapturable(Exception):
+    """Something in a forward pass that a graph cannot hold."""
+
+
+# ---------------------------------------------------------------------------------------------- sizes
+
+
+class _Number:
+    """A size, or a number computed from sizes: its value, and the node that computes it at run time."""
+
+    def __init__(self, value: Any, node: fx.Node, recorder: "Recorder") -> None:
+        self.value, self.fx_node, self.recorder = value, node, recorder
+
+    @property  # code that asks isinstance(n, int) goes the way that it goes with real sizes
+    def __class__(self) -> Any:
+        return type(self.value)
+
+    def _asked(self) -> Any:
+        self.recorder.ask(self.value)
+        return self.value
+
+    def __hash__(self) -> int:
+        return hash(self._asked())
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+    def __str__(self) -> str:
+        return str(self._asked())
+
+    def __format__(self, form: str) -> str:
+        return format(self._asked(), form)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self
+
+    def __bool__(self) -> bool:
+        return bool(self._asked())
+
+    def __int__(self) -> int:
+        return int(self._asked())
+
+    def __float__(self) -> float:
+        return float(self._asked())
+
+    def __index__(self) -> int:
+        return operator.index(self._asked())
+
+
+class _Size(_Number, torch.SymInt):  # the base class makes torch accept it wherever it takes a size
+    __hash__ = _Number.__hash__
+
+
+class _Ratio(_Number, torch.SymFloat):
+    __hash__ = _Number.__hash__
+
+
+def _install() -> None:
+    def binary(function: Callable[[Any, Any], Any], swap: bool) -> Callable[[Any, Any], Any]:
+        def method(self: Any, other: Any) -> Any:
+            if type(other) not in (int, float, bool, _Size, _Ratio):
+                return NotImplemented
+            return self.recorder.number(function, *((other, self) if swap else (self, other)))
+        return method
+
+    def comparison(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        def method(self: Any, other: Any) -> Any:
+            if type(other) not in (int, float, bool, _Size, _Ratio):
+                return NotImplemented
+            answer = function(self.value, _plain(other))
+            self.recorder.ask(answer)
+            return answer
+        return method
+
+    def unary(function: Callable[[Any], Any]) -> Callable[..., Any]:
+        return lambda self, *rest: self.recorder.number(function, self, *rest)
+
+    for kind in (_Size, _Ratio):
+        for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow"):
+            setattr(kind, f"__{name}__", binary(getattr(operator, name), False))
+            setattr(kind, f"__r{name}__", binary(getattr(operator, name), True))
+        setattr(kind, "__divmod__", lambda self, other: (self // other, self % other))
+        for name in ("eq", "ne", "lt", "le", "gt", "ge"):
+            setattr(kind, f"__{name}__", comparison(getattr(operator, name)))
+        for name, function in (("neg", operator.neg), ("abs", abs), ("pos", operator.pos), ("ceil", math.ceil),
+                               ("floor", math.floor), ("trunc", math.trunc), ("round", round)):
+            setattr(kind, f"__{name}__", unary(function))
+
+
+_install()
+_OPERATORS = {"add": "add", "sub": "sub", "mul": "mul", "div": "truediv", "matmul": "matmul"}  # nicer to read
+_SIZES = ("size", "numel", "nelement")  # methods whose answers are sizes
+
+
+def _plain(value: Any) -> Any:
+    """Numbers in place of sizes, in nested arguments."""
+    if isinstance(value, _Number):
+        return value.value
+    if type(value) is torch.Size:
+        return torch.Size(_plain(item) for item in value)
+    if type(value) in (list, tuple):
+        return type(value)(_plain(item) for item in value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_plain(item) for item in value))
+    if type(value) is dict:
+        return {key: _plain(item) for key, item in value.items()}
+    if type(value) is slice:
+        return slice(_plain(value.start), _plain(value.stop), _plain(value.step))
+    return value
+
+
+def _parts(value: Any) -> list[tuple[tuple[Any, Any], Any]]:
+    """((function, key), part) of a container, where ``function(container, key)`` gets the part."""
+    if isinstance(value, tuple | list):
+        return [((operator.getitem, index), part) for index, part in enumerate(value)]
+    if isinstance(value, Mapping):
+        return [((operator.getitem, key), part) for key, part in value.items()]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [((getattr, f.name), getattr(value, f.name, None)) for f in dataclasses.fields(value)]
+    return []
+
+
+def plain_data(value: Any) -> Any:
+    """Dataclasses as dicts, so that pytree functions see the tensors in them."""
+    if isinstance(value, Tensor | str | bytes):
+        return value
+    if isinstance(value, Mapping):
+        return {key: plain_data(part) for key, part in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain_data(part) for part in value] if isinstance(value, list) else tuple(map(plain_data, value))
+    return {key: plain_data(part) for (_, key), part in _parts(value)} if _parts(value) else value
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        for _, part in _parts(value):
+            yield from tensors_in(part)
+
+
+# ---------------------------------------------------------------------------------------------- recording
+
+
+class Recorder(TorchFunctionMode):
+    """Records one call of ``root`` (fake parameters); paths are those of ``root``'s own tree.
+
+    original: the module with real tensors, for parts that only run on those. forced: modules that are to be opaque,
+    with the reason.
+    """
+
+    def __init__(
+        self, root: nn.Module, mode: FakeTensorMode, original: nn.Module, forced: Mapping[str, Opaque]
+    ) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.root, self.mode, self.original, self.forced = root, mode, original, forced
+        self.stack: list[str] = [""]
+        self.calls = 0
+        self.call_stack: list[int] = [0]
+        self.specialisations: dict[tuple[str, str], Specialisation] = {}
+        self.opaque: dict[str, Opaque] = {}
+        self.constants: dict[str, Tensor] = {}
+        self.lost: dict[str, None] = {}
+        self._paused = False
+        self._paths = {id(module): path for path, module in reversed(list(root.named_modules(remove_duplicate=False)))}
+        self._attributes: dict[int, str] = {}
+        for path, tensor in [*root.named_parameters(remove_duplicate=False),
+                             *root.named_buffers(remove_duplicate=False)]:
+            self._attributes.setdefault(id(tensor), path)
+        self._known: dict[int, tuple[fx.Node, tuple[Any, ...]]] = {}  # tensor id -> node, and the way to it from there
+        self._undo: list[Callable[[], Any]] = []  # takes the bookkeeping back, newest last
+        self._parts: dict[tuple[fx.Node, tuple[Any, ...]], fx.Node] = {}
+        self._devices: dict[int, tuple[Any, Tensor]] = {}
+        self._storages: dict[int, list[fx.Node]] = {}
+        self._keep: list[Any] = []  # what is known by identity must stay alive
+        self._saved = {t.untyped_storage()._cdata for t in [*root.parameters(), *root.buffers()]}
+        self._hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        for tensor in [*root.parameters(), *root.buffers()]:
+            self._devices.setdefault(id(tensor.device), (tensor.device, tensor))
+
+    def record(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> fx.Graph:
+        """Run the module; returns the finished graph. Raises whatever the module's own forward raises."""
+        for name, value in zip(_argument_names(self.root, args, kwargs), [*args, *kwargs.values()], strict=True):
+            node = self.graph.placeholder(name)
+            self._describe(node, value)
+            node.meta["returned_by"] = []
+            if not any(True for _ in tensors_in(value)) and value is not None:
+                self.specialisations["argument", name] = Specialisation("argument", name, repr(value))
+        with _patched(self), self.mode, torch.enable_grad(), self:
+            result = self._enter(self.root, "", args, kwargs)
+        with self._pause():
+            node = self.graph.output(self._argument(result))
+        node.meta.update(value=plain_data(result), module="", returned_by=[], saved=0, mutates=set(), overwritten=False)
+        for node in reversed(self.graph.nodes):
+            if not node.users and node.meta.get("derived"):
+                self.graph.erase_node(node)
+        return self.graph
+
+    # ---- torch calls
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._paused:
+            return func(*_plain(args), **_plain(kwargs))
+        name = getattr(func, "__name__", "")
+        with self._pause():
+            if name in ("__get__", "__set__", "__delete__"):
+                return self._property(func, name, args)
+            if name == "requires_grad_":
+                raise Uncapturable("it makes a tensor that wants a gradient")
+            if torch._C._autograd._top_saved_tensors_default_hooks(True) is not self._hooks:
+                raise Uncapturable("it runs under saved-tensor hooks")
+            return self._torch_call(func, name, args, kwargs)
+
+    def _property(self, func: Any, kind: str, args: Any) -> Any:
+        name = func.__self__.__name__
+        if kind != "__get__":
+            raise Uncapturable(f"it assigns to .{name} of a tensor")
+        value = func(*args)
+        if isinstance(value, torch.Size):
+            return self._sizes(args[0], value)
+        if isinstance(value, Tensor) and name != "grad":
+            node = self._create("call_function", getattr, (self._argument(args[0]), name), {})
+            self._describe(node, value)
+        return value
+
+    def _torch_call(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        method = bool(args) and isinstance(args[0], Tensor) and getattr(Tensor, name, None) is func
+        op, target, shown = "call_method" if method else "call_function", name if method else func, args
+        operation = getattr(operator, _OPERATORS.get(name, name), None) if method and not kwargs else None
+        if name == "__setitem__":
+            op, target = "call_function", assign
+        elif name.startswith("__r") and hasattr(operator, f"__{name[3:]}") and len(args) == 2:
+            op, target, shown = "call_function", getattr(operator, f"__{name[3:]}"), args[::-1]
+        elif operation is not None and (name in _OPERATORS and len(args) == 2 or name.startswith("__")):
+            op, target = "call_function", operation
+
+        def asked(out: Any) -> Any:  # answers that are no tensors
+            if name in _SIZES and isinstance(out, torch.Size):
+                return self._sizes(args[0], out)
+            if name in _SIZES and type(out) is int:
+                return self._number(out, self._create(op, target, self._argument(args), self._argument(kwargs)))
+            if name == "__len__":
+                self.ask(out)
+            return out
+
+        if target is assign:
+            return self._run(op, target, args, kwargs, lambda: assign(*_plain(args)))
+        return self._run(op, target, shown, kwargs, lambda: func(*_plain(args), **_plain(kwargs)), asked)
+
+    def _run(
+        self, op: str, target: Any, args: Any, kwargs: Any, run: Callable[[], Any],
+        answer: Callable[[Any], Any] = lambda out: out,
+    ) -> Any:
+        """Run something; where tensors come out, or are changed, record it as a node."""
+        sources = [t for t in tensors_in((args, kwargs)) if isinstance(t, Tensor)]
+        versions = [tensor._version for tensor in sources]
+        saved = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal saved
+            storage = tensor.untyped_storage()
+            if not isinstance(tensor, nn.Parameter) and storage._cdata not in self._saved:
+                self._saved.add(storage._cdata)
+                self._keep.append(tensor.detach())
+                saved += storage.nbytes()
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = run()
+        changed = [t for t, version in zip(sources, versions, strict=True) if t._version != version]
+        if not changed and not any(True for _ in tensors_in(out)):
+            return answer(out)
+        node = self._create(op, target, self._argument(tuple(args)), self._argument(dict(kwargs)))
+        node.meta["saved"] = saved
+        if not torch.is_grad_enabled():  # the same values as without no_grad, and no gradient
+            if changed:
+                raise Uncapturable("it changes a tensor in place under torch.no_grad()")
+            self._describe(node, out)
+            node = self._create("call_function", detached, (node,), {})
+        given = {id(tensor) for tensor in sources} - {id(tensor) for tensor in changed}
+        out = _map_tensors(out, lambda t: t.view_as(t) if id(t) in given else t)  # a value of its own for every node
+        self._describe(node, out)
+        for tensor in changed:
+            self._mutated(node, tensor)
+        return out
+
+    def _mutated(self, node: fx.Node, tensor: Tensor) -> None:
+        for other in self._storages.get(tensor.untyped_storage()._cdata, ()):
+            if other is node:
+                continue
+            other.meta["overwritten"] |= any(user is not node for user in other.users)
+            if other in node.all_input_nodes:
+                node.meta["mutates"].add(other)
+        if id(tensor) in self._known and not any(tensor is part for part in tensors_in(node.meta["value"])):
+            after = self._create("call_function", after_change, (self._argument(tensor), node), {})
+            self._describe(after, tensor, derived=True)  # who reads it from now on reads it behind the change
+
+    # ---- sizes
+
+    def _sizes(self, tensor: Tensor, value: torch.Size) -> torch.Size:
+        node = self._create("call_function", getattr, (self._argument(tensor), "shape"), {})
+        self._describe(node, tuple(value), derived=True)
+        return torch.Size(
+            self._number(size, self._create("call_function", operator.getitem, (node, index), {}))
+            for index, size in enumerate(value))
+
+    def _number(self, value: Any, node: fx.Node) -> Any:
+        self._describe(node, value, derived=True)
+        return _Size(value, node, self) if type(value) is int else _Ratio(value, node, self)
+
+    def number(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Arithmetic on sizes."""
+        value = function(*map(_plain, args))
+        if self._paused or type(value) not in (int, float):
+            return value
+        return self._number(value, self._create("call_function", function, self._argument(args), {}))
+
+    def note(self, text: str) -> None:
+        """Note something of the model that the graph does not keep."""
+        self.lost.setdefault(f"'{self.stack[-1]}': {text}")
+
+    def ask(self, answer: Any) -> None:
+        """Note that Python's control flow used a size."""
+        if not self._paused:
+            where, code = _place()
+            self.specialisations.setdefault((where, code), Specialisation(where, code, repr(answer)))
+
+    # ---- module calls
+
+    def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Stands for ``module(*args, **kwargs)`` while recording."""
+        path = self._paths.get(id(module))
+        if self._paused or path is None:
+            return module.forward(*args, **kwargs)
+        if path in self.forced:
+            return self._as_opaque(module, path, args, kwargs, self.forced[path])
+        with_children = any(True for _ in module.children())
+        if _is_torch_own(module) or not with_children and not _holds_containers(args, kwargs):
+            try:
+                return self._leaf(module, path, args, kwargs)
+            except Exception as error:  # noqa: BLE001
+                return self._as_opaque(module, path, args, kwargs, self._cause(module, path, error), error)
+        mark = next(iter(reversed(self.graph.nodes)), None), len(self._undo)
+        state = {key: dict(vars(module)[key]) for key in ("_parameters", "_buffers")}
+        attributes = dict(vars(module))
+        try:
+            out = self._enter(module, path, args, kwargs)
+            if not all(_same(vars(module)[key], before) for key, before in state.items()):
+                raise Uncapturable("it replaces one of its own parameters or buffers by another tensor")
+            return out
+        except Exception as error:  # noqa: BLE001 - whatever a user's forward raises
+            cause = self._cause(module, path, error)
+            self._roll_back(*mark)
+            vars(module).update(attributes)
+            for key, before in state.items():
+                vars(module)[key] = before
+            return self._as_opaque(module, path, args, kwargs, cause, error)
+
+    def _enter(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
+        self.stack.append(path)
+        self.calls += 1
+        self.call_stack.append(self.calls)
+        before = _python_random()
+        try:
+            out = module.forward(*args, **kwargs)
+        finally:
+            self.stack.pop()
+            self.call_stack.pop()
+        if _python_random() != before:
+            raise Uncapturable("it draws random numbers outside of torch")
+        self._returned(out, path)
+        return out
+
+    def _returned(self, out: Any, path: str) -> None:
+        if path and isinstance(out, Tensor) and id(out) in self._known and not self._known[id(out)][1]:
+            self._known[id(out)][0].meta["returned_by"].append(path)
+
+    def _leaf(self, module: nn.Module, path: str, args: Any, kwargs: Any, *, really: bool = False) -> Any:
+        self.stack.append(path)
+        before = _python_random()
+        try:
+            with self._pause():
+                def run() -> Any:
+                    return self._really(path, args, kwargs) if really else module.forward(*_plain(args),
+                                                                                         **_plain(kwargs))
+                out = self._run("call_module", path, args, kwargs, run)
+        finally:
+            self.stack.pop()
+            _set_python_random(before)
+        self._returned(out, path)
+        return out
+
+    def _as_opaque(
+        self, module: nn.Module, path: str, args: Any, kwargs: Any, cause: Opaque, error: Exception | None = None
+    ) -> Any:
+        """One node for the whole module: run on fake tensors, or, where those do not answer, on real ones."""
+        mark = next(iter(reversed(self.graph.nodes)), None), len(self._undo)
+        for really in (False, True):
+            try:
+                out = self._leaf(module, path, args, kwargs, really=really)
+                self.opaque = {p: o for p, o in self.opaque.items() if not p.startswith(path + ".")}
+                self.opaque[path] = cause
+                return out
+            except Exception as again:  # noqa: BLE001
+                self._roll_back(*mark)
+                failure: Exception = again
+        if error is not None and not isinstance(error, Uncapturable):
+            raise error
+        raise failure
+
+    def _really(self, path: str, args: Any, kwargs: Any) -> Any:
+        """Run a real copy of a module on random values of the right shapes; returns fake outputs."""
+        with unset_fake_temporarily(), torch.random.fork_rng(devices=[]):
+            module = replicate(self.original.get_submodule(path), _real_copy)
+            module.train(self.root.get_submodule(path).training)
+            values = [_map_tensors(_plain(value), _random_like) for value in args]
+            named = {key: _map_tensors(_plain(value), _random_like) for key, value in kwargs.items()}
+            out = module(*values, **named)
+        flat = [t for t in tensors_in(out) if t.is_floating_point() and t.requires_grad]
+        real_ids = {id(t): index for index, t in enumerate(flat)}
+        inputs = [t for t in tensors_in((args, kwargs)) if t.is_floating_point()]
+        inputs += [p for p in self.root.get_submodule(path).parameters() if p.requires_grad]
+        shapes = [(tuple(t.shape), t.stride(), t.dtype) for t in flat]
+        linked = _Link.apply(shapes, *inputs) if flat else ()
+        return _map_tensors(out, lambda t: linked[real_ids[id(t)]] if id(t) in real_ids else _fake_like(t))
+
+    def _cause(self, module: nn.Module, path: str, error: Exception) -> Opaque:
+        where, code = place_of(error)
+        if not hasattr(error, "module_path"):
+            error.module_path = path  # type: ignore[attr-defined]  # the innermost: for the message
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        kind = type(error).__name__
+        if not isinstance(error, Uncapturable):
+            reason = f"{kind}: {reason}"
+        return Opaque(path, type(module).__name__, reason[:200], f"{where} `{code}`" if code else where)
+
+    # ---- nodes
+
+    def _create(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        name = self.stack[-1].replace(".", "_") if op == "call_module" else None
+        node = self.graph.create_node(op, target, args, kwargs, name=name)
+        node.meta.update(module=self.stack[-1], call=self.call_stack[-1], returned_by=[], saved=0, mutates=set(),
+                         overwritten=False)
+        return node
+
+    def _describe(self, node: fx.Node, value: Any, *, derived: bool = False) -> None:
+        """Note what a node stands for, so that its tensors are known."""
+        node.meta.setdefault("module", "")
+        node.meta.setdefault("saved", 0)
+        node.meta.setdefault("mutates", set())
+        node.meta.setdefault("overwritten", False)
+        node.meta["value"] = value if isinstance(value, Tensor) else plain_data(value)
+        if derived:
+            node.meta["derived"] = True
+        self._learn(value, node, ())
+
+    def _learn(self, value: Any, node: fx.Node, way: tuple[Any, ...]) -> None:
+        if isinstance(value, Tensor):
+            self._set(self._known, id(value), (node, way))
+            self._keep.append(value)
+            alike = self._storages.setdefault(value.untyped_storage()._cdata, [])
+            alike.append(node)
+            self._undo.append(alike.pop)
+            device = value.device
+            self._devices.setdefault(id(device), (device, value))
+        else:
+            for step, part in _parts(value):
+                self._learn(part, node, (*way, step))
+
+    def _set(self, table: dict[Any, Any], key: Any, value: Any) -> None:
+        if key in table:
+            self._undo.append(partial(table.__setitem__, key, table[key]))
+        else:
+            self._undo.append(partial(table.pop, key, None))
+        table[key] = value
+
+    def _argument(self, value: Any) -> Any:
+        """What stands for a value in the graph."""
+        if isinstance(value, _Number):
+            return value.fx_node
+        if isinstance(value, Tensor):
+            return self._node_of(value)
+        if isinstance(value, torch.device) and id(value) in self._devices:
+            node = self._create("call_function", getattr, (self._node_of(self._devices[id(value)][1]), "device"), {})
+            self._describe(node, value, derived=True)
+            return node
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(self._argument, value))
+        if isinstance(value, tuple):
+            return tuple(map(self._argument, value))
+        if isinstance(value, list):
+            return [self._argument(item) for item in value]
+        if isinstance(value, slice):
+            return slice(self._argument(value.start), self._argument(value.stop), self._argument(value.step))
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value) if f.init}
+            made = {key: self._argument(part) for key, part in fields.items() if part is not None}
+            node = self._create("call_function", type(value), (), made)
+            self._describe(node, value)
+            return node
+        if isinstance(value, Mapping):
+            if not all(isinstance(key, str | int | float | bool) for key in value):
+                raise Uncapturable("it makes a dict whose keys are neither names nor numbers")
+            return {key: self._argument(part) for key, part in value.items()}
+        if value is None or value is Ellipsis or isinstance(
+                value, int | float | complex | str | torch.dtype | torch.device | torch.memory_format | torch.layout):
+            return value
+        raise Uncapturable(f"a value of class {type(value).__name__} is passed on, which a graph cannot hold")
+
+    def _node_of(self, tensor: Tensor) -> fx.Node:
+        if id(tensor) in self._known:
+            node, way = self._known[id(tensor)]
+            for depth, (function, step) in enumerate(way):
+                key = node, way[: depth + 1]
+                if key not in self._parts:
+                    above = node if depth == 0 else self._parts[node, way[:depth]]
+                    part = self._create("call_function", function, (above, step), {})
+                    part.meta["value"] = above.meta["value"][step]
+                    self._set(self._parts, key, part)
+            if way:
+                self._learn(tensor, self._parts[node, way], ())
+            return self._known[id(tensor)][0]
+        if id(tensor) in self._attributes:
+            node = self._create("get_attr", self._attributes[id(tensor)], (), {})
+            self._describe(node, tensor, derived=True)
+            return node
+        if isinstance(tensor, FakeTensor):
+            raise Uncapturable("a tensor appears that no recorded operation made")
+        name = f"_constant_{len(self.constants)}"
+        self.constants[name] = tensor
+        node = self._create("get_attr", name, (), {})
+        self._describe(node, tensor, derived=True)
+        node.meta["value"] = self.mode.from_tensor(tensor)
+        return node
+
+    def _roll_back(self, last: fx.Node | None, undo: int) -> None:
+        for node in reversed(self.graph.nodes):
+            if node is last:
+                break
+            self.graph.erase_node(node)
+        while len(self._undo) > undo:
+            self._undo.pop()()
+
+    @contextmanager
+    def _pause(self) -> Iterator[None]:
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+
+def after_change(value: Any, change: Any) -> Any:
+    """``value``, read after ``change`` has written to it in place."""
+    return value
+
+
+def assign(x: Tensor, key: Any, value: Any) -> Tensor:
+    """``x[key] = value``; returns ``x``."""
+    x[key] = value
+    return x
+
+
+def detached(value: Any) -> Any:
+    """What was computed under ``torch.no_grad()``."""
+    return tree_map_only(Tensor, Tensor.detach, value)
+
+
+# ---------------------------------------------------------------------------------------------- helpers
+
+
+class _Link(torch.autograd.Function):
+    """Fake outputs of a module that ran on real values, tied to its inputs in the autograd graph."""
+
+    @staticmethod
+    def forward(ctx: Any, shapes: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*(t for t in inputs if not isinstance(t, nn.Parameter)))
+        return tuple(torch.empty_strided(shape, stride, dtype=dtype) for shape, stride, dtype in shapes)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError("sizes only")
+
+
+def replicate(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module:
+    """The same module tree with converted parameters and buffers and without hooks; shares nothing mutable."""
+    modules: dict[int, nn.Module] = {}
+    tensors: dict[int, Tensor] = {}
+
+    def one(tensor: Tensor | None) -> Tensor | None:
+        if tensor is not None and id(tensor) not in tensors:
+            tensors[id(tensor)] = convert(tensor)
+        return None if tensor is None else tensors[id(tensor)]
+
+    def copy(module: nn.Module) -> nn.Module:
+        if id(module) in modules:
+            return modules[id(module)]
+        new: nn.Module = object.__new__(type(module))
+        modules[id(module)] = new
+        new.__dict__ = dict(vars(module))
+        for name in ("_parameters", "_buffers"):
+            vars(new)[name] = {key: one(tensor) for key, tensor in vars(module)[name].items()}
+        for name, value in vars(module).items():
+            if name.endswith("_hooks") and isinstance(value, dict):
+                vars(new)[name] = type(value)()
+            elif type(value) in (list, dict, set) and not name.startswith("_"):  # a forward pass may keep things there
+                vars(new)[name] = value.copy()
+        vars(new)["_modules"] = {k: None if m is None else copy(m) for k, m in vars(module)["_modules"].items()}
+        return new
+
+    return copy(module)
+
+
+def fake_copy(mode: FakeTensorMode) -> Callable[[Tensor], Tensor]:
+    """A converter for ``replicate``: fake tensors on the CPU."""
+    def convert(tensor: Tensor) -> Tensor:
+        with mode:
+            out = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+        return nn.Parameter(out, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else out
+    return convert
+
+
+def _real_copy(tensor: Tensor) -> Tensor:
+    out = tensor.detach().to("cpu", copy=True)
+    return nn.Parameter(out, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else out
+
+
+def _random_like(tensor: Tensor) -> Tensor:
+    if tensor.is_floating_point() or tensor.is_complex():
+        out = torch.randn(tensor.shape, dtype=tensor.dtype)
+        return out.requires_grad_(tensor.requires_grad)
+    return torch.ones(tensor.shape, dtype=torch.bool) if tensor.dtype == torch.bool else torch.zeros(
+        tensor.shape, dtype=tensor.dtype)
+
+
+def _fake_like(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+
+
+def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map_tensors(part, function) for part in value))
+    if type(value) in (list, tuple):
+        return type(value)(_map_tensors(part, function) for part in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        changed = {f.name: _map_tensors(getattr(value, f.name), function) for f in dataclasses.fields(value) if f.init}
+        return type(value)(**changed)
+    if isinstance(value, Mapping):
+        items = [(key, _map_tensors(part, function)) for key, part in value.items()]
+        return type(value)(items) if type(value) is not dict else dict(items)  # type: ignore[call-arg]
+    return tree_map_only(Tensor, function, value)
+
+
+def _argument_names(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+    names: list[str] = []
+    for parameter in inspect.signature(root.forward).parameters.values():
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            names.append(parameter.name)
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            names += [f"{parameter.name}_{index}" for index in range(len(names), len(args))]
+    names += [f"argument_{index}" for index in range(len(names), len(args))]
+    return [*names[: len(args)], *kwargs]
+
+
+def _is_torch_own(module: nn.Module) -> bool:
+    """One of torch.nn's own layers, which stay whole; its containers, and stacks of layers, are entered."""
+    parametrized = "parametrizations" in module._modules
+    own = type(module).__module__.startswith(("torch.nn.", "torch.ao.nn."))
+    holds = isinstance(module, nn.Sequential) or any(isinstance(part, nn.ModuleList) for part in module.modules())
+    return (own and not holds) or parametrized
+
+
+def _holds_containers(args: Any, kwargs: Any) -> bool:
+    """Called with lists or dicts of values: a module without children is plumbing then, and entered."""
+    return any(isinstance(value, list | tuple | dict) for value in [*args, *kwargs.values()])
+
+
+def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(a[key] is b[key] for key in a)
+
+
+def _python_random() -> Any:
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), None if numpy is None else numpy.random.get_state()[1:3][0].tobytes() + bytes(
+        str(numpy.random.get_state()[2]), "ascii")
+
+
+def _set_python_random(state: Any) -> None:
+    random.setstate(state[0])
+
+
+def _place() -> tuple[str, str]:
+    """File:line, and the source line, of the innermost frame that is the model's."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(_OWN_FILES) and not name.startswith("<"):
+            return f"{name}:{frame.f_lineno}", linecache.getline(name, frame.f_lineno).strip()
+        frame = frame.f_back
+    return "", ""
+
+
+def place_of(error: BaseException) -> tuple[str, str]:
+    """File:line, and the source line, of the innermost frame of an error that is the model's."""
+    found, step = ("", ""), error.__traceback__
+    while step is not None:
+        name = step.tb_frame.f_code.co_filename
+        if not name.startswith(_OWN_FILES) and not name.startswith("<"):
+            found = f"{name}:{step.tb_lineno}", linecache.getline(name, step.tb_lineno).strip()
+        step = step.tb_next
+    return found
+
+
+@contextmanager
+def _patched(recorder: Recorder) -> Iterator[None]:
+    """Let the recorder see module calls, and refuse what hides operations from it."""
+    call, apply = nn.Module.__call__, torch.autograd.Function.__dict__["apply"]
+    checkpoint = torch.utils.checkpoint
+    around = checkpoint._checkpoint_without_reentrant_generator
+    enter = torch.amp.autocast_mode.autocast.__enter__
+
+    def module_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if id(module) in recorder._paths:
+            return recorder.call(module, args, kwargs)
+        return call(module, *args, **kwargs)
+
+    def function_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if not recorder._paused and cls is checkpoint.CheckpointFunction:
+            recorder.note("activation checkpointing is left out: local modules take its place")
+            return args[0](*args[2:])
+        if not recorder._paused:
+            raise Uncapturable(f"it calls the autograd function {cls.__name__}")
+        return apply.__get__(None, cls)(*args, **kwargs)
+
+    def autocast_enter(self: Any) -> Any:
+        if not recorder._paused:
+            raise Uncapturable("it enters torch.autocast")
+        return enter(self)
+
+    def checkpointed(*args: Any, **kwargs: Any) -> Iterator[None]:
+        if recorder._paused:
+            yield from around(*args, **kwargs)
+        else:
+            recorder.note("activation checkpointing is left out: local modules take its place")
+            yield
+
+    checkpoint._checkpoint_without_reentrant_generator = checkpointed
+    nn.Module.__call__ = module_call  # type: ignore[method-assign]
+    torch.autograd.Function.apply = classmethod(function_apply)  # type: ignore[method-assign, assignment]
+    torch.amp.autocast_mode.autocast.__enter__ = autocast_enter  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        checkpoint._checkpoint_without_reentrant_generator = around
+        nn.Module.__call__ = call  # type: ignore[method-assign]
+        torch.autograd.Function.apply = apply
+        torch.amp.autocast_mode.autocast.__enter__ = enter  # type: ignore[method-assign]
