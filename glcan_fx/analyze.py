@@ -123,7 +123,8 @@ def input_dependent(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that are computed from the network's inputs, not from parameters alone, or that change a buffer."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "placeholder" or node.meta.get("mutates") or any(source in found for source in node.all_input_nodes):
+        depends = node.op == "placeholder" or any(source in found for source in node.all_input_nodes)
+        if depends or node.meta.get("mutates"):
             found.add(node)
     return found
 
@@ -132,11 +133,16 @@ def _dataflow(trace: Trace) -> nx.DiGraph:
     """Edges along which gradients flow from the inputs to the outputs; sizes and masks carry none."""
     graph = nx.DiGraph()
     dependent = input_dependent(trace.graph)
+    whole: set[fx.Node] = set()  # integer inputs (pixels in uint8, tokens) until they become floating-point numbers
     for node in trace.graph.nodes:
+        tensors = isinstance(node.meta.get("value"), Tensor) or node.op == "placeholder"
+        starts = node.op == "placeholder" or any(source in whole for source in node.all_input_nodes)
         carries = node.op == "output" or (node in dependent and is_float(node.meta["value"]))
         if not carries:
+            if starts and tensors:
+                whole.add(node)
             continue
-        if node.op == "placeholder":
+        if starts and node.op != "output":
             graph.add_edge(_START, node)
         for source in node.all_input_nodes:
             if source in graph:

@@ -63,7 +63,7 @@ class _Number:
     def __init__(self, value: Any, node: fx.Node, recorder: "Recorder") -> None:
         self.value, self.fx_node, self.recorder = value, node, recorder
 
-    @property  # code that asks isinstance(n, int) goes the way that it goes with real sizes
+    @property  # type: ignore[misc]  # code that asks isinstance(n, int) goes the way that it goes with real sizes
     def __class__(self) -> Any:
         return type(self.value)
 
@@ -107,6 +107,10 @@ class _Ratio(_Number, torch.SymFloat):
     __hash__ = _Number.__hash__
 
 
+def _divmod(a: Any, b: Any) -> tuple[Any, Any]:
+    return a // b, a % b
+
+
 def _install() -> None:
     def binary(function: Callable[[Any, Any], Any], swap: bool) -> Callable[[Any, Any], Any]:
         def method(self: Any, other: Any) -> Any:
@@ -131,7 +135,7 @@ def _install() -> None:
         for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow"):
             setattr(kind, f"__{name}__", binary(getattr(operator, name), False))
             setattr(kind, f"__r{name}__", binary(getattr(operator, name), True))
-        setattr(kind, "__divmod__", lambda self, other: (self // other, self % other))
+        kind.__divmod__ = _divmod  # type: ignore[operator]
         for name in ("eq", "ne", "lt", "le", "gt", "ge"):
             setattr(kind, f"__{name}__", comparison(getattr(operator, name)))
         for name, function in (("neg", operator.neg), ("abs", abs), ("pos", operator.pos), ("ceil", math.ceil),
@@ -224,7 +228,7 @@ class Recorder(TorchFunctionMode):
         self._undo: list[Callable[[], Any]] = []  # takes the bookkeeping back, newest last
         self._parts: dict[tuple[fx.Node, tuple[Any, ...]], fx.Node] = {}
         self._devices: dict[int, tuple[Any, Tensor]] = {}
-        self._storages: dict[int, list[fx.Node]] = {}
+        self._storages: dict[int, list[tuple[fx.Node, Tensor]]] = {}  # who shares memory
         self._keep: list[Any] = []  # what is known by identity must stay alive
         self._saved = {t.untyped_storage()._cdata for t in [*root.parameters(), *root.buffers()]}
         self._hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -339,15 +343,16 @@ class Recorder(TorchFunctionMode):
         return out
 
     def _mutated(self, node: fx.Node, tensor: Tensor) -> None:
-        for other in self._storages.get(tensor.untyped_storage()._cdata, ()):
+        results = {id(part) for part in tensors_in(node.meta["value"])}
+        for other, shared in list(self._storages.get(tensor.untyped_storage()._cdata, ())):
             if other is node:
                 continue
             other.meta["overwritten"] |= any(user is not node for user in other.users)
             if other in node.all_input_nodes:
                 node.meta["mutates"].add(other)
-        if id(tensor) in self._known and not any(tensor is part for part in tensors_in(node.meta["value"])):
-            after = self._create("call_function", after_change, (self._argument(tensor), node), {})
-            self._describe(after, tensor, derived=True)  # who reads it from now on reads it behind the change
+            if id(shared) not in results and self._known.get(id(shared), (None,))[0] is other:
+                after = self._create("call_function", after_change, (self._argument(shared), node), {})
+                self._describe(after, shared, derived=True)  # who reads it from now on reads it behind the change
 
     # ---- sizes
 
@@ -513,7 +518,7 @@ class Recorder(TorchFunctionMode):
             self._set(self._known, id(value), (node, way))
             self._keep.append(value)
             alike = self._storages.setdefault(value.untyped_storage()._cdata, [])
-            alike.append(node)
+            alike.append((node, value))
             self._undo.append(alike.pop)
             device = value.device
             self._devices.setdefault(id(device), (device, value))
@@ -802,7 +807,7 @@ def _patched(recorder: Recorder) -> Iterator[None]:
 
     checkpoint._checkpoint_without_reentrant_generator = checkpointed
     nn.Module.__call__ = module_call  # type: ignore[method-assign]
-    torch.autograd.Function.apply = classmethod(function_apply)  # type: ignore[method-assign, assignment]
+    torch.autograd.Function.apply = classmethod(function_apply)
     torch.amp.autocast_mode.autocast.__enter__ = autocast_enter  # type: ignore[method-assign]
     try:
         yield

@@ -55,25 +55,37 @@ def plan(
     return chosen
 
 
-def transform(model: nn.Module, *, plan: Plan | None = None, **options: Any) -> LocalModel:
+def transform(
+    model: nn.Module,
+    *,
+    plan: Plan | None = None,
+    k: K = "natural",
+    task: str | Task | None = None,
+    example_inputs: Any = None,
+    criterion: Criterion | None = None,
+    rules: Rules | None = None,
+    aux_depth: int = 0,
+    aux_width: float = 1.0,
+    head: Head = "light",
+) -> LocalModel:
     """Compile ``model`` into gradient-isolated local modules that train in a standard loop.
 
     Returns a GraphModule that *shares* the model's parameters; the model itself is not changed. Create the optimiser
-    afterwards, from ``local.parameters()`` or ``local.parameter_groups()``. ``plan``: apply this plan; otherwise all
-    keywords are those of ``plan()``. Raises TraceError, PlanError.
+    afterwards, from ``local.parameters()`` or ``local.parameter_groups()``. ``plan``: apply this plan, which decides
+    all but ``task`` and ``criterion``; the other keywords are those of ``plan()``. Raises TraceError, PlanError.
     """
-    if plan is not None:
-        if not isinstance(plan, Plan):
-            raise PlanError(f"plan= must be a glcan_fx.Plan, not {type(plan).__name__}: Plan.from_json() reads text")
-        if set(options) - {"task", "criterion"}:
-            raise PlanError(f"plan= already decides {', '.join(sorted(set(options)))}: leave them out")
-        return plan.apply(model, **options)
-    defaults = {"k": "natural", "task": None, "example_inputs": None, "criterion": None, "rules": None,
-                "aux_depth": 0, "aux_width": 1.0, "head": "light"}
-    if set(options) - set(defaults):
-        raise TypeError(f"transform() has no options {sorted(set(options) - set(defaults))}")
-    chosen, structure, made = _plan(model, *(defaults | options).values())
-    return _build(chosen, structure, model, made)
+    if plan is None:
+        chosen, structure, made = _plan(
+            model, k, task, example_inputs, criterion, rules, aux_depth, aux_width, head)
+        return _build(chosen, structure, model, made)
+    if not isinstance(plan, Plan):
+        raise PlanError(f"plan= must be a glcan_fx.Plan, not {type(plan).__name__}: Plan.from_json() reads text")
+    decided = {"k": (k, "natural"), "example_inputs": (example_inputs, None), "rules": (rules, None),
+               "aux_depth": (aux_depth, 0), "aux_width": (aux_width, 1.0), "head": (head, "light")}
+    given = [name for name, (value, default) in decided.items() if value is not default and value != default]
+    if given:
+        raise PlanError(f"plan= already decides {', '.join(given)}: leave them out")
+    return plan.apply(model, task=task, criterion=criterion)
 
 
 def apply(plan: Plan, model: nn.Module, task: str | Task | None, criterion: Criterion | None) -> LocalModel:
@@ -82,6 +94,7 @@ def apply(plan: Plan, model: nn.Module, task: str | Task | None, criterion: Crit
         task = make_task(task if task is not None else plan.task if criterion is None else None, criterion, None)
     else:
         task = plan.task_object or make_task(plan.task, None, None)
+    task.begin(model)
     return _build(plan, _structure(model, task, plan.inputs), model, task)
 
 
@@ -94,6 +107,7 @@ def _plan(
 ) -> tuple[Plan, Structure, Task]:
     _check(model, depth, width, head)
     made = make_task(task, criterion, rules)
+    made.begin(model)
     made.network(model)  # first: whether the task fits the model at all
     inputs = specs(made.example_inputs(model, example_inputs))
     if example_inputs is None:
@@ -142,9 +156,14 @@ def _check(model: nn.Module, depth: int, width: float, head: str) -> None:
 
 
 def _structure(model: nn.Module, task: Task, inputs: Any) -> Structure:
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=_cuda_devices(model)):
         example = tree_map_only(Spec, Spec.empty, list(inputs))
         return analyze(trace(model, example, path=task.network(model)))
+
+
+def _cuda_devices(model: nn.Module) -> list[torch.device]:
+    """Devices whose random state building must not move."""
+    return list({p.device for p in model.parameters() if p.device.type == "cuda"})
 
 
 def _notes(structure: Structure, model: nn.Module) -> list[str]:
@@ -152,8 +171,8 @@ def _notes(structure: Structure, model: nn.Module) -> list[str]:
     notes = [f"{len(frozen)} parameters are frozen, the first is {frozen[0]}"] if frozen else []
     constants = structure.trace.constants
     if constants:
-        notes.append(f"{len(constants)} tensors that the forward pass creates were recorded as constants")
-    return notes
+        notes.append(f"{len(constants)} tensors that are neither parameters nor buffers were recorded as constants")
+    return [*notes, *structure.trace.report.lost]
 
 
 # ---------------------------------------------------------------------------------------------- one local module
@@ -300,7 +319,7 @@ def _build(chosen: Plan, structure: Structure, model: nn.Module, task: Task) -> 
             raise PlanError(f"the plan cuts at '{name}', which this {type(model).__name__} does not have: it was made "
                             f"for another model ({chosen.model}). Make a new plan.")
         cuts.append(unit)
-    with torch.random.fork_rng(devices=[]):  # building must not move the user's random state
+    with torch.random.fork_rng(devices=_cuda_devices(model)):  # building must not move the user's random state
         auxiliaries, heads = [], []
         for unit, info in zip(cuts, chosen.modules, strict=False):
             _, auxiliary, request = _local_module(structure, model, task, chosen.options, unit, cuts, info)

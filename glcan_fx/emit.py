@@ -6,12 +6,14 @@ use, which is what frees a module's activations, and a cached feature after its 
 """
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 from torch import fx, nn
 
 from . import runtime
 from .analyze import Structure, ancestors, input_dependent
+from .graphs import with_headlines
 from .synthesize import Auxiliary
 from .tasks import Task
 from .trace import is_float
@@ -46,19 +48,20 @@ class _Emitter:
 
     def view(self, node: fx.Node, module: int) -> fx.Node:
         """A traced value as local module ``module`` sees it: its own, or detached."""
-        if node.op == "placeholder":
-            return self.raw[node]
+        if node.op == "placeholder" and (module == 0 or not is_float(node.meta["value"])):
+            return self.raw[node]  # module 0 hands the inputs their gradients
         if node not in self.dependent:  # made of parameters alone: every module computes its own
             if (node, module) not in self.constant:
                 self.constant[node, module] = self._copy(node, module)
             return self.constant[node, module]
-        if self.owner[node] == module or not is_float(node.meta["value"]):
+        if node.op != "placeholder" and self.owner[node] == module or not is_float(node.meta["value"]):
             return self.raw[node]
         if node in self.cut and self.owner[node] == module - 1:
             return self.cut[node]
         if (node, module) not in self.read:
             self.read[node, module] = self.graph.create_node(
-                "call_function", runtime.cache_read, (self.cached[node],), name=f"focal_{node.name}"
+                "call_function", runtime.cache_read, (self.cached.get(node, self.raw[node]),),
+                name=f"focal_{node.name}"
             )
         return self.read[node, module]
 
@@ -92,7 +95,7 @@ def emit(
     out.raw.update(zip(structure.trace.placeholders, inputs, strict=True))
     nodes = [n for n in structure.trace.graph.nodes if n.op not in ("placeholder", "output") and n in out.dependent]
     readers = _readers(out, nodes, auxiliaries)
-    losses, headlines = [], {}
+    losses: list[fx.Node] = []
     for module in range(len(cuts) + 1):
         before = len(graph.nodes)
         for node in nodes:
@@ -105,19 +108,20 @@ def emit(
             loss = graph.create_node(
                 "call_module", f"aux.{module}.head", (prediction, *context), name=f"loss_{module}")
             losses.append(graph.create_node(
-                "call_module", f"aux.{module}.backward", (loss,), name=f"local_loss_{module}"))
+                "call_module", f"aux.{module}.backward", (loss, *(inputs if module == 0 else ())),
+                name=f"local_loss_{module}"))
             _hand_on(out, module, nodes, readers)
         else:
             views = {node: out.view(node, module) for node in structure.trace.output.all_input_nodes}
             result = outputs(fx.map_arg(structure.trace.output.args[0], views.__getitem__))
             loss = graph.create_node("call_module", "aux.last.head", (result, *context), name=f"loss_{module}")
-        headlines[_nth(graph, before)] = comments[module]
+        next(islice(graph.nodes, before, None)).meta["headline"] = comments[module]
     if task.result() == "dict":
         final = graph.create_node("call_function", runtime.merge, (losses, loss), name="losses")
     else:
         final = graph.create_node("call_function", runtime.collect, ([*losses, loss], result), name="result")
     graph.output(final)
-    graph.on_generate_code(lambda _: _Headlines(headlines))
+    with_headlines(graph)
     graph.lint()
     return graph
 
@@ -149,39 +153,21 @@ def _hand_on(out: _Emitter, module: int, nodes: list[fx.Node], readers: dict[fx.
             out.cache(node)
 
 
-def _nth(graph: fx.Graph, index: int) -> str:
-    return next(node.name for position, node in enumerate(graph.nodes) if position == index)
-
-
-class _Headlines:
-    """Puts a comment before each local module in the generated code."""
-
-    def __init__(self, headlines: dict[str, str]) -> None:
-        self.headlines = headlines
-
-    def __call__(self, body: list[str]) -> list[str]:
-        out = []
-        for line in body:
-            name = line.split(" ", 1)[0].removesuffix(":")
-            if name in self.headlines:
-                out.append(f"\n# {self.headlines[name]}\n")
-            out.append(line)
-        return out
-
-
 def register(
     aux: nn.Module, structure: Structure, cuts: Sequence[fx.Node], auxiliaries: Sequence[Auxiliary],
     heads: Sequence[nn.Module], task: Task,
 ) -> None:
-    """Fill the ``aux`` module: per local module its network and head; the task's own modules; constants."""
+    """Fill the ``aux`` module: per local module its network and head; what the task itself trains; constants."""
     for index, (auxiliary, head) in enumerate(zip(auxiliaries, heads, strict=True)):
         part = nn.Module()
         part.add_module("network", auxiliary.network)
         part.add_module("head", head)
         aux.add_module(str(index), part)
     aux.add_module("last", nn.Module())
-    for name, module in task.modules().items():
-        aux.add_module(name, module)
+    trained = {name: module for name, module in task.modules().items()
+               if any(p.requires_grad for p in module.parameters())}
+    if trained:
+        aux.add_module("task", nn.ModuleDict(trained))
     if structure.trace.constants:
         part = nn.Module()
         for name, value in structure.trace.constants.items():

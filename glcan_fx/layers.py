@@ -1,5 +1,6 @@
 """Surgery on copied layers: other widths, fresh values, weighted gradients. Knows torch.nn's attributes, no models."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -34,8 +35,10 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 
 def leaves(module: nn.Module) -> Iterable[nn.Module]:
     """The sub-modules that have parameters, buffers or no children, each once; torch.nn's composites stay whole."""
-    for part in module.modules():
-        if not any(True for _ in part.children()) or isinstance(part, nn.MultiheadAttention):
+    for path, part in module.named_modules():
+        whole = isinstance(part, nn.MultiheadAttention) or "parametrizations" in part._modules
+        inside = ".parametrizations." in f".{path}."
+        if whole or not inside and not any(True for _ in part.children()):
             yield part
 
 
@@ -45,10 +48,13 @@ def narrowed(channels: int, width: float) -> int:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """A layer whose every parameter and buffer is a vector of one value per channel (or a counter)."""
+    """A layer that normalises: it keeps statistics, or has an epsilon to divide by; one value per channel in each
+    tensor."""
     tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     sizes = {t.numel() for t in tensors if t.dim() == 1}
-    return not any(True for _ in module.children()) and len(sizes) == 1 and all(t.dim() <= 1 for t in tensors)
+    normalises = "running_var" in module._buffers or any("eps" in name for name in vars(module))
+    alone = not any(True for _ in module.children())
+    return normalises and alone and len(sizes) == 1 and all(t.dim() <= 1 for t in tensors)
 
 
 def fits(module: nn.Module, channels: int) -> bool:
@@ -227,35 +233,60 @@ def not_in_place(module: nn.Module) -> None:
             part.inplace = False  # type: ignore[assignment]
 
 
-Moments = dict[str, tuple[float, float, int]]
+Moments = dict[str, tuple[float, float, int, torch.Size]]
 
 
 @torch.no_grad()
 def moments(module: nn.Module) -> Moments:
-    """Mean, deviation and fan-in of every parameter: what ``freshen`` draws from."""
-    return {name: (p.float().mean().item(), p.float().std(correction=0).item(), _fan_in(p))
+    """Mean, deviation, fan-in and shape of every parameter: what ``freshen`` draws from."""
+    return {name: (p.float().mean().item(), p.float().std(correction=0).item(), _fan_in(p), p.shape)
             for name, p in module.named_parameters() if p.numel()}
+
+
+def unhooked_copy(module: nn.Module) -> nn.Module:
+    """A copy without the user's hooks (those that make a weight, as pruning's do, stay)."""
+    computed = [(part, name, value) for part in module.modules() for name, value in vars(part).items()
+                if isinstance(value, Tensor) and not value.is_leaf]
+    for part, name, value in computed:  # what such a hook made of the weights: deepcopy refuses tensors with history
+        part.__dict__[name] = value.detach()
+    try:
+        new = copy.deepcopy(module)
+    finally:
+        for part, name, value in computed:
+            part.__dict__[name] = value
+    for part in new.modules():
+        for name, hooks in vars(part).items():
+            if name.endswith("_hooks") and isinstance(hooks, dict):
+                for key in [k for k, hook in hooks.items() if not type(hook).__module__.startswith("torch.nn.utils")]:
+                    del hooks[key]
+    return new
 
 
 @torch.no_grad()
 def freshen(module: nn.Module, source: Moments | None = None) -> None:
     """Initialise a copy like a freshly built module, in place.
 
-    Weights are drawn with the mean and scale that the source's weights have (whatever scheme made them), vectors
-    (biases, norm weights, class priors) get the source's mean, statistics are reset.
+    Weights are drawn with the mean and scale that the source's weights have (whatever scheme made them). Vectors
+    keep the source's values (class priors), their mean in norm layers and where the width is another one. Statistics
+    are reset. What the user froze keeps its values, and is trained where the width is another one.
     """
     source = moments(module) if source is None else source
+    norms = {id(p) for part in module.modules() if is_norm(part) for p in part.parameters(recurse=False)}
     for name, parameter in module.named_parameters():
-        mean, std, fan_in = source.get(name, (0.0, 0.0, 1))
+        mean, std, fan_in, shape = source.get(name, (0.0, 0.0, 1, None))
+        same = parameter.shape == shape
+        if not parameter.requires_grad and same:
+            continue
+        parameter.requires_grad_()
         if parameter.dim() >= 2:
             parameter.normal_(mean, std * math.sqrt(fan_in / max(_fan_in(parameter), 1)))
-        else:
+        elif not same or id(parameter) in norms:
             parameter.fill_(mean)
     for part in module.modules():
         reset: Any = getattr(part, "reset_running_stats", None)
         if callable(reset):
             reset()
-        elif is_norm(part):  # frozen statistics: those of an identity
+        elif "running_var" in part._buffers:  # frozen statistics: those of an identity
             for name, buffer in part.named_buffers(recurse=False):
                 buffer.fill_(1.0 if "var" in name or "weight" in name else 0.0)
 

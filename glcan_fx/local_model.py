@@ -3,14 +3,14 @@
 import copy
 import sys
 import warnings
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx.graph import PythonCode
 
 from .errors import PlanError, UnsupportedError, UnusedGradientsWarning
+from .graphs import Packed, pack, unpack
 from .runtime import LocalBackward, LocalOutput, LossScale, private_graph
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ class LocalModel(fx.GraphModule):
         _share(self, model, aux)
         self.__dict__.update(_original=model, plan=plan, task=task, _last_reached=[])
         self.__dict__["training"] = model.training
-        aux.train(model.training)
+        for name, part in aux.named_children():
+            if name != "task":
+                part.train(model.training)
         self.register_load_state_dict_pre_hook(_accept_plain_checkpoint)
 
     @property
@@ -97,9 +99,50 @@ class LocalModel(fx.GraphModule):
             )
 
     def train(self, mode: bool = True) -> "LocalModel":
+        kept = [(part, part.training) for module in self.task.modules().values() for part in module.modules()]
         super().train(mode)
         self.original.train(mode)  # also applies the model's own train(), which may keep parts in evaluation mode
+        for part, training in kept:  # a criterion's mode is the user's business
+            part.training = training
         return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "LocalModel":
+        self.original._apply(fn, recurse)  # the model's own way of moving, if it has one
+        self.aux._apply(fn, recurse)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_original" not in self.__dict__ or name.startswith("__"):
+                raise
+            return getattr(self.original, name)  # the model's own methods and attributes
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        self._mirror(name)
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        self._mirror(name)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        super().add_module(name, module)
+        self._mirror(name)
+
+    def _mirror(self, name: str) -> None:
+        """A direct child that was replaced (another classifier, say) is replaced in the original, too."""
+        if "_original" in self.__dict__ and name != "aux":
+            if name in self._modules:
+                self.original._modules[name] = self._modules[name]
+            else:
+                self.original._modules.pop(name, None)
+
+    def __copy__(self) -> "LocalModel":
+        new = assemble(self.original, self.aux, copy.deepcopy(self.graph), self.plan, self.task)
+        new.__dict__["training"] = self.training
+        return new
 
     def parameter_groups(self, lr: float, aux_lr: float | None = None) -> list[dict[str, Any]]:
         """Optimiser groups with the two learning rates of GLCAN's eq. 5 and 6: the model's, and the auxiliary's."""
@@ -122,7 +165,7 @@ class LocalModel(fx.GraphModule):
         return _with_modes(new, _modes(self))
 
     def __reduce__(self) -> Any:
-        return _rebuild, (self.original, self.aux.state_dict(), self.plan, self.task, _modes(self))
+        return _rebuild, (self.original, self.aux, pack(self.graph), self.plan, self.task, _modes(self))
 
 
 _RESERVED = ("aux", "plan", "task", "original", "graph", "code", "meta")
@@ -135,31 +178,17 @@ def assemble(model: nn.Module, aux: nn.Module, graph: fx.Graph, plan: "Plan", ta
     aux.add_module("scale", scale)
     for index, info in enumerate(plan.modules[:-1]):
         part = aux.get_submodule(str(index))
-        slots = [*_slots(model, graph, index), *_owned(part)]
-        for name in task.modules():
-            slots += _owned(aux.get_submodule(name))
-        part.add_module("backward", LocalBackward(slots, scale, info.name))
+        trains = [(model, path) for path in _targets(graph, index)] + [(part, "network"), (part, "head")]
+        if "task" in aux._modules:
+            trains.append((aux, "task"))
+        part.add_module("backward", LocalBackward(trains, scale, info.name))
     return LocalModel(model, aux, graph, plan, task)
 
 
-def _slots(model: nn.Module, graph: fx.Graph, index: int) -> Iterator[tuple[nn.Module, str]]:
-    """(module, name) of every parameter that local module ``index`` uses."""
-    for node in graph.nodes:
-        if node.meta.get("local_module") != index:
-            continue
-        if node.op == "call_module":
-            yield from _owned(model.get_submodule(str(node.target)))
-        elif node.op == "get_attr" and not str(node.target).startswith("aux."):
-            owner, _, name = str(node.target).rpartition(".")
-            module = model.get_submodule(owner)
-            if name in module._parameters:
-                yield module, name
-
-
-def _owned(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    for part in module.modules():
-        for name in part._parameters:
-            yield part, name
+def _targets(graph: fx.Graph, index: int) -> list[str]:
+    """Paths of the modules and parameters that local module ``index`` uses."""
+    return list({str(node.target): None for node in graph.nodes if node.meta.get("local_module") == index
+                 and node.op in ("call_module", "get_attr") and not str(node.target).startswith("aux.")})
 
 
 def _share(target: nn.Module, model: nn.Module, aux: nn.Module) -> None:
@@ -178,11 +207,9 @@ def _accept_plain_checkpoint(module: LocalModel, state: dict[str, Any], prefix: 
 
 
 def _rebuild(
-    model: nn.Module, aux: dict[str, Tensor], plan: "Plan", task: "Task", modes: dict[str, bool]
+    model: nn.Module, aux: nn.Module, graph: Packed, plan: "Plan", task: "Task", modes: dict[str, bool]
 ) -> LocalModel:
-    local = plan.apply(model, task=task)
-    local.aux.load_state_dict(aux)
-    return _with_modes(local, modes)
+    return _with_modes(assemble(model, aux, unpack(graph), plan, task), modes)
 
 
 def _modes(local: LocalModel) -> dict[str, bool]:

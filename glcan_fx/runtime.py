@@ -57,7 +57,7 @@ def total(loss: Any) -> Tensor:
     if wrong is not None:
         raise CriterionError(f"the criterion must return a scalar, not a tensor of {wrong.numel()} values: reduce it, "
                              "for example with .mean()")
-    return terms[0] if len(terms) == 1 else torch.stack([term.reshape(()) for term in terms]).sum()
+    return terms[0].reshape(()) if len(terms) == 1 else torch.stack([term.reshape(()) for term in terms]).sum()
 
 
 def collect(losses: Sequence[Any], output: Any) -> LocalOutput:
@@ -128,7 +128,7 @@ class LossScale(nn.Module):
     def unscale(self, grads: Sequence[Tensor | None]) -> None:
         """Divide the gradients by the scale, in place."""
         present = [grad for grad in grads if grad is not None]
-        inverse = self.scale.double().reciprocal().float()
+        inverse = self.scale.reciprocal()  # exact: a power of two
         for grad in present:
             grad.mul_(inverse)
         self._finite.extend(grad.isfinite().all() for grad in present)
@@ -149,22 +149,24 @@ class LossScale(nn.Module):
 class LocalBackward(nn.Module):
     """Differentiates one local loss at once and returns it as a scalar that hands the gradients over later.
 
-    slots: (module, parameter name) of everything this local loss trains. They are looked up at every step, so that
-    frozen, replaced or re-registered parameters are seen.
+    trains: (root, path) of every module or parameter that this local loss trains. They are looked up at every step,
+    so that frozen, replaced, pruned or newly added parameters are seen.
     """
 
-    def __init__(self, slots: Sequence[tuple[nn.Module, str]], scale: nn.Module, name: str) -> None:
+    def __init__(self, trains: Sequence[tuple[nn.Module, str]], scale: nn.Module, name: str) -> None:
         super().__init__()
-        self.slots = tuple(slots)
+        self.__dict__["trains"] = tuple(trains)
         self.name = name
         self.delivered: list[bool] = []  # of the last step: [False], [True] after its backward, [] when there was none
         self.__dict__["scaler"] = scale  # registered once, beside the local modules
 
-    def forward(self, loss: Any) -> Tensor:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # differentiating is eager: compiled graphs end here
+    def forward(self, loss: Any, *inputs: Any) -> Tensor:
+        """``inputs``: of the first module, whose loss also gives them their gradients (a stem before the model)."""
         scalar = total(loss)
         self.delivered = []
-        parameters = [p for module, name in self.slots if (p := module._parameters.get(name)) is not None]
-        parameters = list({id(p): p for p in parameters if p.requires_grad}.values())
+        found = [*_parameters(self.__dict__["trains"]), *(t for t in tree_leaves(inputs) if isinstance(t, Tensor))]
+        parameters = list({id(p): p for p in found if p.requires_grad}.values())
         if not (torch.is_grad_enabled() and scalar.requires_grad and parameters):
             return scalar.detach()
         device = scalar.device.type
@@ -183,10 +185,21 @@ class LocalBackward(nn.Module):
         return self.name
 
 
+def _parameters(trains: Sequence[tuple[nn.Module, str]]) -> Iterator[Tensor]:
+    for root, path in trains:
+        owner, _, name = path.rpartition(".")
+        module = root.get_submodule(owner)
+        if name in module._parameters:
+            if (parameter := module._parameters[name]) is not None:
+                yield parameter
+        elif name in module._modules:
+            yield from module.get_submodule(name).parameters()
+
+
 @contextmanager
-def _without_hooks(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def _without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Gradient hooks of parameters run once, when the gradients are handed over."""
-    hooked = [p._backward_hooks for p in parameters if p._backward_hooks]
+    hooked = [p._backward_hooks for p in parameters if p.is_leaf and p._backward_hooks]
     kept = [dict(hooks) for hooks in hooked]
     for hooks in hooked:
         hooks.clear()

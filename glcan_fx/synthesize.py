@@ -6,7 +6,6 @@ shape leaves one convolution with the source's own kind of norm and activation (
 The tail (neck and head) is copied with fresh parameters; ``head="light"`` leaves out its shape-keeping towers.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from .analyze import Structure, ancestors, input_dependent, tensor_of
 from .errors import PlanError
+from .graphs import Network
 from .layers import (
     Moments,
     channel_axis,
@@ -33,6 +33,7 @@ from .layers import (
     saved_bytes,
     scale_gradient,
     set_width,
+    unhooked_copy,
 )
 from .rules import Feature
 from .trace import is_float, quiet, shadow
@@ -53,7 +54,7 @@ class Options:
 class Auxiliary:
     """An auxiliary network: ``network`` is called with the values of ``inputs`` (nodes of the traced graph)."""
 
-    network: fx.GraphModule
+    network: Network
     inputs: list[fx.Node]
     outputs: Any  # fake values of the network's outputs, at the example size
     saved: int  # bytes that it keeps for backward at the example size
@@ -92,7 +93,7 @@ class _Builder:
     def clone(self, target: str) -> nn.Module:
         """A copy of one of the model's modules; of its sizes only, for a draft."""
         module = self.model.get_submodule(target)
-        return shadow(module, self.structure.trace.mode) if self.draft else copy.deepcopy(module)
+        return shadow(module, self.structure.trace.mode) if self.draft else unhooked_copy(module)
 
     def input(self, node: fx.Node) -> fx.Node:
         if node not in self.values:
@@ -185,7 +186,7 @@ def synthesize(
         results = {key: build.graph.call_function(scale_gradient, (value, sigma[key])) if sigma[key] != 1 else value
                    for key, value in results.items()}
     build.graph.output(results)
-    network = fx.GraphModule(build.root, build.graph, class_name="AuxiliaryNetwork")
+    network = Network(build.root, build.graph, class_name="AuxiliaryNetwork")
     not_in_place(network)
     network.train()
     examples = [tree_map_only(Tensor, lambda t: _like(build.structure, t), n.meta["value"]) for n in build.inputs]
@@ -401,7 +402,7 @@ def _stage(
             set_width(new, target)
         value = build.add(f"{name}.norm", new, value)
     if activation is not None:
-        value = build.add(f"{name}.activation", _activation(build, activation), value)
+        value = _activate(build, activation, value, f"{name}.activation")
     return value
 
 
@@ -487,42 +488,42 @@ def _kinds(
         if module is not None and is_norm(module) and _is_map(node):
             last = channel_axis(module, tensor_of(node)) == -1
             norm = node if last == (end in structure.channels_last) else norm
-        elif _is_map(node) and _activation_class(node, module) is not None:
+        elif _is_map(node) and _is_activation(node, module):
             activation = node
     return norm, activation
 
 
-_ACTIVATIONS = {name.lower(): kind for name, kind in vars(nn.modules.activation).items()
-                if isinstance(kind, type) and issubclass(kind, nn.Module)}
+_ACTIVATIONS = {name.lower() for name, kind in vars(nn.modules.activation).items()
+                if isinstance(kind, type) and issubclass(kind, nn.Module)
+                and not issubclass(kind, nn.Softmax | nn.Softmin | nn.LogSoftmax | nn.MultiheadAttention)}
+_GATES = {"sigmoid", "hardsigmoid", "softmax", "logsoftmax"}
 
 
-def _activation_class(node: fx.Node, module: nn.Module | None) -> type[nn.Module] | None:
-    """The torch.nn class of an activation that is called as a module, a function or a method; gates do not count."""
+def _is_activation(node: fx.Node, module: nn.Module | None) -> bool:
+    """A torch.nn activation that keeps the shape, called as a module, a function or a method; gates do not count."""
     if module is not None:
-        kind = type(module) if type(module).__module__ == nn.modules.activation.__name__ else None
-    elif node.op in ("call_function", "call_method"):
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        kind = _ACTIVATIONS.get(str(name).replace("_", "").lower())
+        name = type(module).__name__ if type(module).__module__ == nn.modules.activation.__name__ else ""
     else:
-        kind = None
-    gates = (nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.LogSoftmax, nn.MultiheadAttention)
-    return None if kind is None or issubclass(kind, gates) else kind
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = str(name).replace("_", "").lower()
+    sources = [source for source in node.all_input_nodes if _is_map(source)]
+    return name in _ACTIVATIONS - _GATES and len(sources) == 1 and (
+        tensor_of(sources[0]).shape == tensor_of(node).shape)
 
 
-def _activation(build: _Builder, node: fx.Node) -> nn.Module:
+def _activate(build: _Builder, node: fx.Node, value: fx.Node, name: str) -> fx.Node:
+    """The activation of ``node``, with its own arguments, applied to ``value``."""
     if node.op == "call_module":
-        return build.clone(str(node.target))
-    kind = _activation_class(node, None)
-    if kind is None:
-        raise PlanError(f"'{node.name}' is no activation")
-    return kind()
+        return build.add(name, build.clone(str(node.target)), value)
+    fresh = build.graph.call_function(torch.clone, (value,))  # it may work in place
+    return build.graph.node_copy(node, lambda _: fresh)
 
 
 # ---------------------------------------------------------------------------------------------- widths
 
 
 def _fit(
-    network: fx.GraphModule, build: _Builder, examples: list[Any], options: Options, outputs_are_predictions: bool
+    network: Network, build: _Builder, examples: list[Any], options: Options, outputs_are_predictions: bool
 ) -> None:
     """Give the copied layers the channels that they meet: found on a shadow, then applied."""
     trial = shadow(network, build.structure.trace.mode).eval()
@@ -548,7 +549,7 @@ def _fit(
 
 def _like(structure: Structure, tensor: Tensor) -> Tensor:
     with structure.trace.mode:
-        out = torch.empty(tensor.shape, dtype=tensor.dtype)
+        out = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
     return out.requires_grad_() if out.is_floating_point() else out
 
 

@@ -371,7 +371,9 @@ def broad_handlers() -> Iterator[tuple[str, ast.ExceptHandler]]:
 
 
 def test_7_broad_exception_handlers_of_the_compiler_raise_again():
-    found = [(where, node) for where, node in broad_handlers() if not where.startswith(("demo", "cli", "__"))]
+    # what fails while recording becomes an opaque module, with its cause in the report (tests/test_trace.py)
+    found = [(where, node) for where, node in broad_handlers()
+             if not where.startswith(("demo", "cli", "__", "capture", "trace"))]
     assert found  # the test sees them
     for where, node in found:
         assert isinstance(node.body[-1], ast.Raise), where

@@ -2,7 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from ..errors import PlanError, TargetError
+from ..errors import CriterionError, PlanError, TargetError
 from ..rules import Rules
 
 Criterion = Callable[[Any, Any], Tensor | dict[str, Tensor]]
@@ -34,6 +34,9 @@ class Task(ABC):
     name: str = "custom"
     rules: Rules = Rules()
     outputs_are_levels = False  # whether the compiled part returns feature maps that a head reads
+
+    def begin(self, model: nn.Module) -> None:  # noqa: B027 - nothing to forget by default
+        """Called before a model is planned, or a plan applied: forget what was kept of it."""
 
     @abstractmethod
     def loss(self, outputs: Any, targets: Any) -> Tensor | dict[str, Tensor]:
@@ -142,7 +145,12 @@ class Classification(Task):
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         if isinstance(outputs, Tensor):
             return F.cross_entropy(outputs, targets)
-        main, *others = [value for value in outputs if isinstance(value, Tensor)]
+        values = outputs.values() if isinstance(outputs, dict) else outputs
+        found = [value for value in values if isinstance(value, Tensor)] if isinstance(values, Iterable) else []
+        if not found:
+            raise CriterionError(f"task 'classification' expects logits, or a tuple or dict of them, not "
+                                 f"{type(outputs).__name__}: pass criterion=(outputs, targets) -> loss")
+        main, *others = found
         weight = 0.4 if len(others) == 1 else 0.3
         return F.cross_entropy(main, targets) + sum(weight * F.cross_entropy(other, targets) for other in others)
 

@@ -20,7 +20,18 @@ from torchvision.models.detection.ssd import SSDScoringHead
 from torchvision.ops import MultiScaleRoIAlign
 
 from ..errors import PlanError, TargetError
-from ..layers import Moments, fit, freshen, moments, not_in_place, predictors, replace, saved_bytes, towers
+from ..layers import (
+    Moments,
+    fit,
+    freshen,
+    moments,
+    not_in_place,
+    predictors,
+    replace,
+    saved_bytes,
+    towers,
+    unhooked_copy,
+)
 from .base import Task
 
 _EXAMPLE = 320  # pixels: large enough for every torchvision detector's coarsest level
@@ -34,6 +45,9 @@ class Detection(Task):
 
     def __init__(self) -> None:
         self._templates: WeakKeyDictionary[nn.Module, dict[Any, _Template]] = WeakKeyDictionary()
+
+    def begin(self, model: nn.Module) -> None:
+        self._templates.pop(model, None)  # the model may have changed
 
     def loss(self, outputs: Any, targets: Any) -> Any:
         raise NotImplementedError("the detector's own forward computes its loss")  # see head() and last_head()
@@ -206,9 +220,7 @@ def _make_template(
     """
     detector = copy.copy(model)
     detector.__dict__["_modules"] = {k: v for k, v in model._modules.items() if k not in ("transform", "backbone")}
-    for name in [name for name in vars(detector) if name.endswith("_hooks")]:
-        detector.__dict__[name] = type(vars(detector)[name])()
-    detector = copy.deepcopy(detector).cpu().train()
+    detector = unhooked_copy(detector).cpu().train()
     not_in_place(detector)
     _select_levels(detector, levels, list(outputs))
     source_moments = moments(detector)
