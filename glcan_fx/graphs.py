@@ -1,6 +1,8 @@
 """fx graphs as plain data, so that what holds one can be saved and loaded without tracing it again."""
 
 
+import importlib
+import sys
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -18,9 +20,10 @@ class _Reference:
 
 
 @dataclass(frozen=True)
-class _Operator:
-    """An operator of torch.ops, which pickle does not know."""
+class _Named:
+    """A function that pickle does not find by itself: an operator of torch.ops, or one with another qualified name."""
 
+    module: str
     path: str
 
 
@@ -33,7 +36,13 @@ def pack(graph: fx.Graph) -> Packed:
         return fx.map_arg(value, lambda node: _Reference(node.name))  # type: ignore[arg-type, return-value]
 
     def target(value: Any) -> Any:
-        return _Operator(str(value)) if isinstance(value, OpOverload | OpOverloadPacket) else value
+        if isinstance(value, OpOverload | OpOverloadPacket):
+            return _Named("torch.ops", str(value))
+        module, name = getattr(value, "__module__", None), getattr(value, "__name__", "")
+        if callable(value) and getattr(value, "__qualname__", name) != name and getattr(
+                sys.modules.get(str(module)), name, None) is value:
+            return _Named(str(module), name)
+        return value
 
     return [(node.op, node.name, target(node.target), named(node.args), named(node.kwargs),
              {key: node.meta[key] for key in _META if key in node.meta}) for node in graph.nodes]
@@ -57,8 +66,9 @@ def unpack(packed: Packed) -> fx.Graph:
         return value
 
     for op, name, target, args, kwargs, meta in packed:
-        if isinstance(target, _Operator):
-            target = reduce(getattr, target.path.split("."), torch.ops)
+        if isinstance(target, _Named):
+            home: Any = torch.ops if target.module == "torch.ops" else importlib.import_module(target.module)
+            target = reduce(getattr, target.path.split("."), home)
         nodes[name] = graph.create_node(op, target, resolved(args), resolved(kwargs), name=name)
         nodes[name].meta.update(meta)
     with_headlines(graph)

@@ -47,6 +47,7 @@ class LocalModel(fx.GraphModule):
         for name, part in aux.named_children():
             if name != "task":
                 part.train(model.training)
+        aux.__dict__["training"] = model.training
         self.register_load_state_dict_pre_hook(_accept_plain_checkpoint)
 
     @property

@@ -110,7 +110,8 @@ def trace(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any], *
             raise TraceError(_explain(error, model, path)) from error
         found = _batch_baked(model, path, example_inputs, mode, forced, main)
         found = found or _mode_baked(model, path, example_inputs, mode, forced, main)
-        if not found:
+        if found.keys() <= forced.keys():
+            main.lost |= {f"'{p}': {o.reason}, and it cannot be made opaque": None for p, o in found.items()}
             break
         forced |= found
     rung = 3 if main.opaque else 2 if main.specialisations else 1
