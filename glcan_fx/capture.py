@@ -237,7 +237,7 @@ class Recorder(TorchFunctionMode):
 
     def record(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> fx.Graph:
         """Run the module; returns the finished graph. Raises whatever the module's own forward raises."""
-        for name, value in zip(_argument_names(self.root, args, kwargs), [*args, *kwargs.values()], strict=True):
+        for name, value in zip(argument_names(self.root, args, kwargs), [*args, *kwargs.values()], strict=True):
             node = self.graph.placeholder(name)
             self._describe(node, value)
             node.meta["returned_by"] = []
@@ -470,10 +470,10 @@ class Recorder(TorchFunctionMode):
     def _really(self, path: str, args: Any, kwargs: Any) -> Any:
         """Run a real copy of a module on random values of the right shapes; returns fake outputs."""
         with unset_fake_temporarily(), torch.random.fork_rng(devices=[]):
-            module = replicate(self.original.get_submodule(path), _real_copy)
+            module = replicate(self.original.get_submodule(path), real_copy)
             module.train(self.root.get_submodule(path).training)
-            values = [_map_tensors(_plain(value), _random_like) for value in args]
-            named = {key: _map_tensors(_plain(value), _random_like) for key, value in kwargs.items()}
+            values = [_map_tensors(_plain(value), random_like) for value in args]
+            named = {key: _map_tensors(_plain(value), random_like) for key, value in kwargs.items()}
             out = module(*values, **named)
         flat = [t for t in tensors_in(out) if t.is_floating_point() and t.requires_grad]
         real_ids = {id(t): index for index, t in enumerate(flat)}
@@ -679,12 +679,12 @@ def fake_copy(mode: FakeTensorMode) -> Callable[[Tensor], Tensor]:
     return convert
 
 
-def _real_copy(tensor: Tensor) -> Tensor:
+def real_copy(tensor: Tensor) -> Tensor:
     out = tensor.detach().to("cpu", copy=True)
     return nn.Parameter(out, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else out
 
 
-def _random_like(tensor: Tensor) -> Tensor:
+def random_like(tensor: Tensor) -> Tensor:
     if tensor.is_floating_point() or tensor.is_complex():
         out = torch.randn(tensor.shape, dtype=tensor.dtype)
         return out.requires_grad_(tensor.requires_grad)
@@ -712,7 +712,7 @@ def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return tree_map_only(Tensor, function, value)
 
 
-def _argument_names(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+def argument_names(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
     names: list[str] = []
     for parameter in inspect.signature(root.forward).parameters.values():
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):

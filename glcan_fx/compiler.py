@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,14 +10,17 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from .analyze import Structure, Tap, Unit, analyze, unit_at
+from .capture import argument_names
 from .emit import assign, emit, register
-from .errors import PlanError
+from .errors import GlcanFxError, PlanError, TraceError
 from .local_model import LocalModel, assemble, is_compiled
 from .partition import K, partition
 from .plan import LocalModule, Plan
+from .replay import arguments_of, calls_of, surroundings, weights_in
 from .rules import Feature, Place, Rules, State
 from .synthesize import Auxiliary, Head, Options, parameters_of, synthesize, tail_of
 from .tasks import Spec, Task, make_task, specs
+from .tasks.around import Around
 from .tasks.base import Criterion
 from .trace import trace
 
@@ -95,6 +99,8 @@ def apply(plan: Plan, model: nn.Module, task: str | Task | None, criterion: Crit
     else:
         task = plan.task_object or make_task(plan.task, None, None)
     task.begin(model)
+    if plan.around is not None:
+        task = Around(task, plan.around)
     return _build(plan, _structure(model, task, plan.inputs), model, task)
 
 
@@ -113,7 +119,12 @@ def _plan(
     if example_inputs is None:
         log.info("no example_inputs: planned for %s", ", ".join(map(str, inputs)))
     options = Options(depth, width, head)
-    structure = _structure(model, made, inputs)  # 1 trace, 2 analyze
+    try:
+        structure = _structure(model, made, inputs)  # 1 trace, 2 analyze
+    except TraceError as error:
+        if made.network(model):
+            raise
+        structure, made, inputs = _trunk(model, made, inputs, error)
     def draft(unit: Unit, cuts: Sequence[Unit]) -> LocalModule:
         return _local_module(structure, model, made, options, unit, cuts)[0]
 
@@ -125,8 +136,10 @@ def _plan(
     modules.append(_last_module(structure, model, made, cuts))
     chosen = Plan(
         model=type(model).__name__, task=made.name, network=made.network(model), modules=tuple(modules),
-        natural=tuple(unit.name for unit in structure.units[:-1]), inputs=tuple(inputs), options=options,
-        notes=tuple(_notes(structure, model)), task_object=made,
+        natural=tuple(unit.name for unit in structure.units[:-1]), inputs=inputs, options=options,
+        notes=tuple(_notes(structure, model)), report=structure.trace.report,
+        around=made.around if isinstance(made, Around) else None,
+        task_object=made.task if isinstance(made, Around) else made,
     )
     log.info("planned %s: %d local modules of %d possible", chosen.model, chosen.k, len(structure.units))
     return chosen, structure, made
@@ -157,8 +170,46 @@ def _check(model: nn.Module, depth: int, width: float, head: str) -> None:
 
 def _structure(model: nn.Module, task: Task, inputs: Any) -> Structure:
     with torch.random.fork_rng(devices=_cuda_devices(model)):
-        example = tree_map_only(Spec, Spec.empty, list(inputs))
+        example = _example(inputs)
         return analyze(trace(model, example, path=task.network(model)))
+
+
+def _example(inputs: Any) -> Any:
+    example = tree_map_only(Spec, Spec.empty, inputs)
+    return example if isinstance(example, dict) else list(example)
+
+
+_TRIES = 8  # sub-modules, largest first
+
+
+def _trunk(model: nn.Module, task: Task, inputs: Any, error: TraceError) -> tuple[Structure, Task, Any]:
+    """The largest sub-module that can be captured and cut, where the model itself cannot (rung 4)."""
+    example = _example(inputs)
+    args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
+    names = argument_names(model, args, kwargs)
+    try:
+        calls = calls_of(model, args, kwargs)
+    except Exception as failure:  # noqa: BLE001 - the model does not run at all
+        raise error from failure
+    once = [call for call in calls if sum(other.path == call.path for other in calls) == 1]
+    size = {call.path: weights_in(model.get_submodule(call.path)) for call in once}
+    tried = []
+    for call in sorted(once, key=lambda call: -size[call.path])[:_TRIES]:
+        around = surroundings(model, names, calls, call)
+        made = Around(task, around)
+        given = specs(arguments_of(model.get_submodule(call.path), call))
+        try:
+            structure = _structure(model, made, given)
+        except GlcanFxError as failure:
+            tried.append(f"'{call.path}': {str(failure).splitlines()[0]}")
+            continue
+        if len(structure.units) > 1:
+            report = replace(structure.trace.report, rung=4, lost=(
+                *structure.trace.report.lost, f"'{call.path}' is compiled, the rest runs as Python: {error.reason}"))
+            log.info("%s cannot be captured as a whole: '%s' is compiled", type(model).__name__, call.path)
+            return replace(structure, trace=replace(structure.trace, report=report)), made, given
+        tried.append(f"'{call.path}': it offers nowhere to cut")
+    raise TraceError(f"{error}\n  sub-modules tried: {'; '.join(tried) or 'none'}") from error
 
 
 def _cuda_devices(model: nn.Module) -> list[torch.device]:

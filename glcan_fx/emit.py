@@ -114,6 +114,7 @@ def emit(
         else:
             views = {node: out.view(node, module) for node in structure.trace.output.all_input_nodes}
             result = outputs(fx.map_arg(structure.trace.output.args[0], views.__getitem__))
+            result, context = task.finish(graph, result, context)
             loss = graph.create_node("call_module", "aux.last.head", (result, *context), name=f"loss_{module}")
         next(islice(graph.nodes, before, None)).meta["headline"] = comments[module]
     if task.result() == "dict":

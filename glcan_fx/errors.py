@@ -6,7 +6,11 @@ class GlcanFxError(Exception):
 
 
 class TraceError(GlcanFxError):
-    """The model, or the sub-module that the task compiles, cannot be captured as a graph."""
+    """The model, or the sub-module that the task compiles, cannot be captured as a graph; ``reason`` is the cause."""
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason or message.splitlines()[0]
 
 
 class PlanError(GlcanFxError):

@@ -175,6 +175,8 @@ _RESERVED = ("aux", "plan", "task", "original", "graph", "code", "meta")
 def assemble(model: nn.Module, aux: nn.Module, graph: fx.Graph, plan: "Plan", task: "Task") -> LocalModel:
     """Connect graph, model and auxiliary networks: resolve what each local loss trains, and the last head."""
     aux.get_submodule("last").add_module("head", task.last_head(model))
+    for name, part in task.parts(model).items():
+        aux.add_module(name, part)
     scale = aux._modules.get("scale") or LossScale()
     aux.add_module("scale", scale)
     for index, info in enumerate(plan.modules[:-1]):

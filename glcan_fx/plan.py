@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .capture import Opaque, Specialisation
 from .errors import PlanError
+from .replay import Surroundings
 from .rules import Feature
 from .show import plan_dot, plan_table
 from .synthesize import Options
 from .tasks import Spec, Task
 from .tasks.base import Criterion
+from .trace import Report
 
 if TYPE_CHECKING:
     from .local_model import LocalModel
@@ -48,7 +51,9 @@ class LocalModule:
 class Plan:
     """What ``transform`` will do, before anything is built. Prints as a table; edit with ``dataclasses.replace``.
 
-    natural: the finest split points. inputs: sizes of the example inputs of the compiled part (``network``).
+    natural: the finest split points. inputs: sizes of the example inputs of the compiled part (``network``), positional
+    or by name. report: how it was captured. around: what runs as Python around the compiled part, where the whole
+    model could not be captured.
     """
 
     model: str
@@ -56,9 +61,11 @@ class Plan:
     network: str
     modules: tuple[LocalModule, ...]
     natural: tuple[str, ...]
-    inputs: tuple[Any, ...]
+    inputs: tuple[Any, ...] | dict[str, Any]
     options: Options
     notes: tuple[str, ...] = ()
+    report: Report = Report()
+    around: Surroundings | None = None
     task_object: Task | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
@@ -98,7 +105,13 @@ class Plan:
                 raise PlanError(f"this is no plan of format version {_VERSION}: make it again with glcan_fx.plan()")
             data["modules"] = tuple(_module_from(item) for item in data["modules"])
             data["options"] = Options(**data["options"])
-            data["inputs"] = tuple(_specs_from(item) for item in data["inputs"])
+            data["inputs"] = _specs_from(data["inputs"])
+            data["report"] = Report(
+                data["report"]["rung"], tuple(Specialisation(**s) for s in data["report"]["specialisations"]),
+                tuple(Opaque(**o) for o in data["report"]["opaque"]), tuple(data["report"]["lost"]))
+            if data["around"] is not None:
+                data["around"] = Surroundings(*(
+                    tuple(value) if isinstance(value, list) else value for value in data["around"].values()))
             data["natural"], data["notes"] = tuple(data["natural"]), tuple(data["notes"])
             return cls(**data)
         except (KeyError, TypeError, ValueError, AttributeError) as error:

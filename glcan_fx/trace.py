@@ -107,7 +107,8 @@ def trace(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any], *
         try:
             main, root = _record(model, path, example_inputs, mode, forced)
         except Exception as error:  # noqa: BLE001 - whatever the user's forward raises
-            raise TraceError(_explain(error, model, path)) from error
+            message, reason = _explain(error, model, path)
+            raise TraceError(message, reason) from error
         found = _batch_baked(model, path, example_inputs, mode, forced, main)
         found = found or _mode_baked(model, path, example_inputs, mode, forced, main)
         if found.keys() <= forced.keys():
@@ -254,8 +255,8 @@ def _prefix(graph: fx.Graph, path: str) -> None:
         node.meta["returned_by"] = [f"{path}.{p}" if p else path for p in node.meta["returned_by"]]
 
 
-def _explain(error: Exception, model: nn.Module, path: str) -> str:
-    """What happened, where (module path, class, source line), what was tried, what to do."""
+def _explain(error: Exception, model: nn.Module, path: str) -> tuple[str, str]:
+    """What happened, where (module path, class, source line), what was tried, what to do; and the first in short."""
     where, code = place_of(error)
     inner = ".".join(filter(None, [path, getattr(error, "module_path", "")]))
     kind = type(model.get_submodule(inner)).__name__
@@ -268,7 +269,7 @@ def _explain(error: Exception, model: nn.Module, path: str) -> str:
         "  what to do: (1) pass example_inputs= that the model runs on; (2) move the code that a graph cannot hold "
         "into a sub-module of its own: such modules are kept whole; (3) compile the part that can be captured, for "
         "example the backbone."
-    )
+    ), f"{name}{reason.splitlines()[0] if reason else ''}, at {where or inner}"
 
 
 @contextmanager

@@ -49,14 +49,15 @@ class Task(ABC):
                             "uses for the labels of a training step: rename the argument.")
         return ""
 
-    def example_inputs(self, model: nn.Module, given: Any) -> tuple[Any, ...]:
-        """Positional inputs of the compiled part. ``given``: the user's example_inputs, a tensor or a tuple."""
+    def example_inputs(self, model: nn.Module, given: Any) -> tuple[Any, ...] | dict[str, Any]:
+        """Arguments of the compiled part. ``given``: the user's example_inputs, a tensor, a tuple, or a dict of keyword
+        arguments."""
         if given is None:
             raise PlanError(
                 f"task '{self.name}' needs example_inputs=: one batch of the model's inputs, as a tensor or a tuple "
                 "of tensors (values do not matter, sizes do), for example torch.empty(2, 3, 224, 224)."
             )
-        return tuple(given) if isinstance(given, tuple | list) else (given,)
+        return given if isinstance(given, dict) else tuple(given) if isinstance(given, tuple | list) else (given,)
 
     def modules(self) -> dict[str, nn.Module]:
         """Modules that belong to the task and have parameters of their own (a learned criterion)."""
@@ -97,6 +98,14 @@ class Task(ABC):
     def last_head(self, model: nn.Module) -> nn.Module:
         """The module (outputs, *context) -> loss of the last local module, on the model's own head."""
         return LossHead(self)
+
+    def finish(self, graph: fx.Graph, result: Any, context: list[fx.Node]) -> tuple[Any, list[fx.Node]]:
+        """Emit what follows the compiled part: returns the model's outputs and the context of the last loss."""
+        return result, context
+
+    def parts(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Modules that ``prepare`` and ``finish`` call as ``aux.<name>``; they register nothing of the model."""
+        return {}
 
     def result(self) -> str:
         """"output": a LocalOutput; "dict": the detector's dict of losses."""

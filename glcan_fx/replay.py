@@ -1,0 +1,223 @@
+"""Run a model's own forward with the calls of some of its sub-modules answered from elsewhere.
+
+Where a model cannot be captured, one of its sub-modules, the trunk, still can. The model's forward then runs as Python:
+once up to the trunk, and once behind it for every local module, given what the trunk returned (or what an auxiliary
+network makes of it). What was called before the trunk is answered from a record, so that it runs once a step.
+"""
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .capture import random_like, real_copy, replicate
+from .errors import UnsupportedError
+from .layers import freshen, moments, unhooked_copy
+
+Record = dict[str, list[Any]]  # what sub-modules returned, by path, in order of their calls
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a sub-module, as it was seen."""
+
+    path: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+    first: int  # when it began and ended, in order of events
+    last: int
+
+
+def calls_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Call]:
+    """Run a real copy of ``model`` in training mode on random values of the given sizes; what it called, in order."""
+    with torch.random.fork_rng(devices=[]):
+        copy = replicate(model, real_copy).train()
+        found: list[Call] = []
+        events = [0]
+        for path, part in copy.named_modules():
+            if path:
+                part.__dict__["forward"] = _watched(part.forward, path, found, events)
+        copy(*(tree_map_only(Tensor, random_like, value) for value in args),
+             **{key: tree_map_only(Tensor, random_like, value) for key, value in kwargs.items()})
+    return sorted(found, key=lambda call: call.first)
+
+
+def _watched(forward: Callable[..., Any], path: str, found: list[Call], events: list[int]) -> Callable[..., Any]:
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        events[0] += 1
+        first = events[0]
+        result = forward(*args, **kwargs)
+        events[0] += 1
+        found.append(Call(path, args, kwargs, result, first, events[0]))
+        return result
+    return watched
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What runs around the trunk: plain data. ``inputs``: names of the model's arguments; ``arguments``: of the
+    trunk's; ``behind``: the sub-modules that are called behind it."""
+
+    trunk: str
+    inputs: tuple[str, ...]
+    arguments: tuple[str, ...]
+    behind: tuple[str, ...]
+
+
+def surroundings(model: nn.Module, names: Sequence[str], calls: Sequence[Call], trunk: Call) -> Surroundings:
+    """Describe what runs around one of the calls of ``calls_of``."""
+    bound = arguments_of(model.get_submodule(trunk.path), trunk)
+    behind = {call.path for call in calls if call.first > trunk.last and not _is_inside(trunk.path, call.path)}
+    return Surroundings(trunk.path, tuple(names), tuple(bound), tuple(sorted(behind)))
+
+
+def arguments_of(module: nn.Module, call: Call) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    bound = inspect.signature(module.forward).bind(*call.args, **call.kwargs)
+    return dict(bound.arguments)
+
+
+def _is_inside(path: str, outer: str) -> bool:
+    return path == outer or path.startswith(outer + ".")
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    new: nn.Module = object.__new__(type(module))
+    new.__dict__ = {**vars(module), "_modules": dict(module._modules)}
+    return new
+
+
+def substituted(model: nn.Module, answer: Callable[[str, nn.Module], Callable[..., Any] | None]) -> nn.Module:
+    """A view of ``model`` in which the sub-modules that ``answer`` knows are called otherwise.
+
+    ``answer(path, module)`` returns what is called instead, or None to look inside. Parameters are shared, methods and
+    attributes stay.
+    """
+    def view(module: nn.Module, path: str) -> nn.Module:
+        new = _shallow(module)
+        for name, child in module._modules.items():
+            if child is None:
+                continue
+            inner = f"{path}.{name}" if path else name
+            instead = answer(inner, child)
+            if instead is None:
+                new._modules[name] = view(child, inner)
+            elif instead is not child:
+                stand_in = _shallow(child)
+                stand_in.__dict__.update(forward=instead, _stands_in=True)
+                for key, value in vars(child).items():
+                    if key.endswith("_hooks") and isinstance(value, dict):
+                        stand_in.__dict__[key] = OrderedDict()
+                new._modules[name] = stand_in
+        return new
+
+    return view(model, "")
+
+
+class _Reached(BaseException):  # a model's own `except Exception` must not stop it
+    def __init__(self, arguments: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.arguments = arguments
+
+
+class Entry(nn.Module):
+    """The model's forward up to its trunk: (inputs) -> (the trunk's arguments, record of what was called before)."""
+
+    def __init__(self, model: nn.Module, around: Surroundings) -> None:
+        super().__init__()
+        self.__dict__.update(model=model, around=around)
+
+    def forward(self, *inputs: Any) -> tuple[tuple[Any, ...], Record]:
+        around: Surroundings = self.__dict__["around"]
+        record: Record = {}
+
+        def stop(*args: Any, **kwargs: Any) -> Any:
+            given = inspect.signature(trunk.forward).bind(*args, **kwargs).arguments
+            raise _Reached(tuple(given[name] for name in around.arguments))
+
+        def answer(path: str, module: nn.Module) -> Callable[..., Any] | None:
+            if path == around.trunk:
+                return stop
+            if _is_inside(around.trunk, path):
+                return None
+
+            def recorded(*args: Any, **kwargs: Any) -> Any:
+                result = module(*args, **kwargs)
+                record.setdefault(path, []).append(result)
+                return result
+            return recorded
+
+        trunk = self.__dict__["model"].get_submodule(around.trunk)
+        try:
+            substituted(self.__dict__["model"], answer).forward(**dict(zip(around.inputs, inputs, strict=True)))
+        except _Reached as reached:
+            return reached.arguments, record
+        raise UnsupportedError(f"this time the forward of {type(self.__dict__['model']).__name__} did not call "
+                               f"'{around.trunk}', the part that is compiled: transform the model without it")
+
+
+class Rest(nn.Module):
+    """The model's forward behind its trunk: (the trunk's outputs, record, *inputs) -> the model's outputs.
+
+    fresh: with newly initialised copies of what is called there; otherwise with the model's own, not registered.
+    """
+
+    def __init__(self, model: nn.Module, around: Surroundings, *, fresh: bool) -> None:
+        super().__init__()
+        self.__dict__["around"] = around
+        if not fresh:
+            self.__dict__["model"] = model
+            return
+        keep = {*around.behind}
+
+        def answer(path: str, module: nn.Module) -> Callable[..., Any] | None:
+            if _is_inside(around.trunk, path) and path != around.trunk:
+                return None
+            return module if path in keep else _Absent(path)
+
+        view = substituted(model, answer)
+        for part in [part for part in view.modules() if "_stands_in" in vars(part)]:
+            part.__dict__.update(_modules={}, _parameters={}, _buffers={})  # nothing of it is needed but its class
+        self.model = unhooked_copy(view)
+        freshen(self.model, moments(view))
+
+    def forward(self, outputs: Any, record: Record, *inputs: Any) -> Any:
+        around: Surroundings = self.__dict__["around"]
+        model: nn.Module = self.__dict__["model"] if "model" in self.__dict__ else self.model  # noqa: SIM401
+        given = {path: list(values) for path, values in record.items()} | {around.trunk: [outputs]}
+
+        def answer(path: str, module: nn.Module) -> Callable[..., Any] | None:
+            if path in given:
+                return lambda *args, **kwargs: given[path].pop(0) if given[path] else module(*args, **kwargs)
+            return None if _is_inside(around.trunk, path) else module
+
+        return substituted(model, answer).forward(**dict(zip(around.inputs, inputs, strict=True)))
+
+
+class _Absent:
+    """Stands for a sub-module that an auxiliary network does not have."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise UnsupportedError(f"'{self.path}' is called behind the trunk, which it was not when the model was planned")
+
+
+def detach_record(record: Record) -> Record:
+    """A record without history."""
+    return {path: [tree_map_only(Tensor, Tensor.detach, value) for value in values] for path, values in record.items()}
+
+
+def weights_in(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
