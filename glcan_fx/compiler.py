@@ -1,7 +1,7 @@
 """The compiler: ``plan`` and ``transform``, which call the passes in their order."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,19 +10,20 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from .analyze import Structure, Tap, Unit, analyze, unit_at
+from .boundaries import Remainder, SegmentHead, emit_segments, ends_of, local_modules, partition_calls, units_of
 from .capture import argument_names
-from .emit import assign, emit, register
+from .emit import assign, emit, register, register_task
 from .errors import GlcanFxError, PlanError, TraceError
 from .local_model import LocalModel, assemble, is_compiled
 from .partition import K, partition
 from .plan import LocalModule, Plan
-from .replay import arguments_of, calls_of, surroundings, weights_in
+from .replay import Call, Segments, arguments_of, calls_of, is_inside, surroundings, weights_in
 from .rules import Feature, Place, Rules, State
 from .synthesize import Auxiliary, Head, Options, parameters_of, synthesize, tail_of
 from .tasks import Spec, Task, make_task, specs
-from .tasks.around import Around
+from .tasks.around import Around, InSegments
 from .tasks.base import Criterion
-from .trace import trace
+from .trace import Report, trace
 
 log = logging.getLogger("glcan_fx")
 
@@ -55,8 +56,7 @@ def plan(
 
     Raises TraceError, PlanError.
     """
-    chosen, _, _ = _plan(model, k, task, example_inputs, criterion, rules, aux_depth, aux_width, head)
-    return chosen
+    return _plan(model, k, task, example_inputs, criterion, rules, aux_depth, aux_width, head)[0]
 
 
 def transform(
@@ -79,9 +79,8 @@ def transform(
     all but ``task`` and ``criterion``; the other keywords are those of ``plan()``. Raises TraceError, PlanError.
     """
     if plan is None:
-        chosen, structure, made = _plan(
-            model, k, task, example_inputs, criterion, rules, aux_depth, aux_width, head)
-        return _build(chosen, structure, model, made)
+        chosen, build = _plan(model, k, task, example_inputs, criterion, rules, aux_depth, aux_width, head)
+        return build()
     if not isinstance(plan, Plan):
         raise PlanError(f"plan= must be a glcan_fx.Plan, not {type(plan).__name__}: Plan.from_json() reads text")
     decided = {"k": (k, "natural"), "example_inputs": (example_inputs, None), "rules": (rules, None),
@@ -99,6 +98,8 @@ def apply(plan: Plan, model: nn.Module, task: str | Task | None, criterion: Crit
     else:
         task = plan.task_object or make_task(plan.task, None, None)
     task.begin(model)
+    if isinstance(plan.around, Segments):
+        return _build_segments(plan, model, task, _calls(model, plan.inputs))
     if plan.around is not None:
         task = Around(task, plan.around)
     return _build(plan, _structure(model, task, plan.inputs), model, task)
@@ -110,7 +111,8 @@ def apply(plan: Plan, model: nn.Module, task: str | Task | None, criterion: Crit
 def _plan(
     model: nn.Module, k: K, task: str | Task | None, example_inputs: Any, criterion: Criterion | None,
     rules: Rules | None, depth: int, width: float, head: Head,
-) -> tuple[Plan, Structure, Task]:
+) -> tuple[Plan, Callable[[], LocalModel]]:
+    """The plan, and what builds it from what planning has found out already."""
     _check(model, depth, width, head)
     made = make_task(task, criterion, rules)
     made.begin(model)
@@ -124,7 +126,13 @@ def _plan(
     except TraceError as error:
         if made.network(model):
             raise
-        structure, made, inputs = _trunk(model, made, inputs, error)
+        calls = _calls(model, inputs, error)
+        found = _trunk(model, made, inputs, calls, error)
+        if isinstance(found, TraceError):
+            chosen = _plan_segments(model, k, made, inputs, calls, options, found)
+            return chosen, lambda: _build_segments(chosen, model, made, calls)
+        structure, made, inputs = found
+
     def draft(unit: Unit, cuts: Sequence[Unit]) -> LocalModule:
         return _local_module(structure, model, made, options, unit, cuts)[0]
 
@@ -142,7 +150,7 @@ def _plan(
         task_object=made.task if isinstance(made, Around) else made,
     )
     log.info("planned %s: %d local modules of %d possible", chosen.model, chosen.k, len(structure.units))
-    return chosen, structure, made
+    return chosen, lambda: _build(chosen, structure, model, made)
 
 
 def _check(model: nn.Module, depth: int, width: float, head: str) -> None:
@@ -182,21 +190,31 @@ def _example(inputs: Any) -> Any:
 _TRIES = 8  # sub-modules, largest first
 
 
-def _trunk(model: nn.Module, task: Task, inputs: Any, error: TraceError) -> tuple[Structure, Task, Any]:
-    """The largest sub-module that can be captured and cut, where the model itself cannot (rung 4)."""
+def _calls(model: nn.Module, inputs: Any, error: TraceError | None = None) -> list[Call]:
+    """The calls of sub-modules in one run of the model; ``error`` is raised where it does not run at all."""
     example = _example(inputs)
-    args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
-    names = argument_names(model, args, kwargs)
     try:
-        calls = calls_of(model, args, kwargs)
-    except Exception as failure:  # noqa: BLE001 - the model does not run at all
-        raise error from failure
+        return calls_of(model, *(((), example) if isinstance(example, dict) else (example, {})))
+    except Exception as failure:  # noqa: BLE001 - whatever the user's forward raises
+        raise error or TraceError(f"{type(model).__name__} does not run on the plan's sizes: {failure}") from failure
+
+
+def _names(model: nn.Module, inputs: Any) -> tuple[str, ...]:
+    return tuple(argument_names(model, *(((), inputs) if isinstance(inputs, dict) else (inputs, {}))))
+
+
+def _trunk(
+    model: nn.Module, task: Task, inputs: Any, calls: Sequence[Call], error: TraceError
+) -> tuple[Structure, Task, Any] | TraceError:
+    """Rung 4: the largest sub-module that can be captured and cut, and holds half of the weights, where the model
+    itself cannot be captured; otherwise the error, with what was tried."""
     once = [call for call in calls if sum(other.path == call.path for other in calls) == 1]
     size = {call.path: weights_in(model.get_submodule(call.path)) for call in once}
     tried = []
     for call in sorted(once, key=lambda call: -size[call.path])[:_TRIES]:
-        around = surroundings(model, names, calls, call)
-        made = Around(task, around)
+        if 2 * size[call.path] < weights_in(model):
+            break
+        made = Around(task, surroundings(model, _names(model, inputs), calls, call))
         given = specs(arguments_of(model.get_submodule(call.path), call))
         try:
             structure = _structure(model, made, given)
@@ -209,7 +227,50 @@ def _trunk(model: nn.Module, task: Task, inputs: Any, error: TraceError) -> tupl
             log.info("%s cannot be captured as a whole: '%s' is compiled", type(model).__name__, call.path)
             return replace(structure, trace=replace(structure.trace, report=report)), made, given
         tried.append(f"'{call.path}': it offers nowhere to cut")
-    raise TraceError(f"{error}\n  sub-modules tried: {'; '.join(tried) or 'none'}") from error
+    return TraceError(f"{error}\n  sub-modules tried: {'; '.join(tried) or 'none'}", error.reason)
+
+
+def _plan_segments(
+    model: nn.Module, k: K, task: Task, inputs: Any, calls: Sequence[Call], options: Options, error: TraceError
+) -> Plan:
+    """Rung 5: local modules as runs of sub-module calls."""
+    units = units_of(model, calls)
+    if len(ends_of(units)) < 2:
+        raise error
+    groups = partition_calls(units, k)
+    names = _names(model, inputs)
+    report = Report(5, lost=(f"the model runs as Python, cut at calls of sub-modules: {error.reason}",))
+    log.info("%s cannot be captured: it is cut at calls of sub-modules", type(model).__name__)
+    return Plan(
+        model=type(model).__name__, task=task.name, network="", modules=local_modules(model, names, groups),
+        natural=tuple(units[end].path for end in ends_of(units)[:-1]), inputs=inputs, options=options,
+        notes=report.lost, report=report, task_object=task,
+        around=Segments(names, tuple(tuple(unit.path for unit in group) for group in groups)),
+    )
+
+
+def _build_segments(chosen: Plan, model: nn.Module, task: Task, calls: Sequence[Call]) -> LocalModel:
+    _check(model, chosen.options.depth, chosen.options.width, chosen.options.head)
+    segments = chosen.around
+    assert isinstance(segments, Segments)
+    units = {unit.path: unit for unit in units_of(model, calls)}
+    missing = [path for group in segments.paths for path in group if path not in units]
+    if missing:
+        raise PlanError(f"the plan cuts at calls of '{missing[0]}', which this {type(model).__name__} did not make: "
+                        f"it was made for another model ({chosen.model}). Make a new plan.")
+    groups = [[units[path] for path in group] for group in segments.paths]
+    aux = nn.Module()
+    with torch.random.fork_rng(devices=_cuda_devices(model)):
+        for index in range(len(groups) - 1):
+            part = nn.Module()
+            part.add_module("head", SegmentHead(task, Remainder(model, segments.inputs, groups, index)))
+            aux.add_module(str(index), part)
+    register_task(aux, task)
+    glue = [name for name, _ in model.named_parameters()
+            if not any(is_inside(name, path) for group in segments.paths for path in group)]
+    trains = [[*group, *glue] for group in segments.paths]
+    graph = emit_segments(segments, [_headline(i, m) for i, m in enumerate(chosen.modules)], trains)
+    return assemble(model, aux, graph, chosen, InSegments(task, segments))
 
 
 def _cuda_devices(model: nn.Module) -> list[torch.device]:

@@ -164,13 +164,17 @@ def register(
         part.add_module("network", auxiliary.network)
         part.add_module("head", head)
         aux.add_module(str(index), part)
-    aux.add_module("last", nn.Module())
-    trained = {name: module for name, module in task.modules().items()
-               if any(p.requires_grad for p in module.parameters())}
-    if trained:
-        aux.add_module("task", nn.ModuleDict(trained))
+    register_task(aux, task)
     if structure.trace.constants:
         part = nn.Module()
         for name, value in structure.trace.constants.items():
             part.register_buffer(name, value, persistent=False)
         aux.add_module("constants", part)
+
+
+def register_task(aux: nn.Module, task: Task) -> None:
+    """Register what the task itself trains, a learned criterion."""
+    trained = {name: module for name, module in task.modules().items()
+               if any(p.requires_grad for p in module.parameters())}
+    if trained:
+        aux.add_module("task", nn.ModuleDict(trained))

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch._ops import OpOverload, OpOverloadPacket
 
-_META = ("local_module", "traced", "headline")  # what a step's graph keeps of each node
+_META = ("local_module", "traced", "headline", "trains")  # what a step's graph keeps of each node
 
 
 @dataclass(frozen=True)

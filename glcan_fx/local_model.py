@@ -174,6 +174,7 @@ _RESERVED = ("aux", "plan", "task", "original", "graph", "code", "meta")
 
 def assemble(model: nn.Module, aux: nn.Module, graph: fx.Graph, plan: "Plan", task: "Task") -> LocalModel:
     """Connect graph, model and auxiliary networks: resolve what each local loss trains, and the last head."""
+    aux.add_module("last", nn.Module())
     aux.get_submodule("last").add_module("head", task.last_head(model))
     for name, part in task.parts(model).items():
         aux.add_module(name, part)
@@ -190,8 +191,10 @@ def assemble(model: nn.Module, aux: nn.Module, graph: fx.Graph, plan: "Plan", ta
 
 def _targets(graph: fx.Graph, index: int) -> list[str]:
     """Paths of the modules and parameters that local module ``index`` uses."""
-    return list({str(node.target): None for node in graph.nodes if node.meta.get("local_module") == index
-                 and node.op in ("call_module", "get_attr") and not str(node.target).startswith("aux.")})
+    own = [node for node in graph.nodes if node.meta.get("local_module") == index]
+    called = [str(node.target) for node in own if node.op in ("call_module", "get_attr")]
+    named = [path for node in own for path in node.meta.get("trains", ())]
+    return list(dict.fromkeys([path for path in called if not path.startswith("aux.")] + named))
 
 
 def _share(target: nn.Module, model: nn.Module, aux: nn.Module) -> None:

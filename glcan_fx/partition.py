@@ -36,7 +36,8 @@ def partition(
         )
     if k in (1, len(units)):
         return units[:-1] if k > 1 else []
-    return _merge(structure, k, [aux_bytes(unit) for unit in units[:-1]] + [tail_bytes()])
+    ends = merge(unit_bytes(structure), [aux_bytes(unit) for unit in units[:-1]] + [tail_bytes()], k)
+    return [units[end - 1] for end in ends]
 
 
 def _explicit(structure: Structure, names: Sequence[str]) -> list[Unit]:
@@ -67,10 +68,13 @@ def unit_bytes(structure: Structure) -> list[int]:
     return sizes
 
 
-def _merge(structure: Structure, k: int, behind: list[int]) -> list[Unit]:
-    """Dynamic programme over (units so far, modules so far); smallest maximum, then smallest sum of squares."""
-    own, n = unit_bytes(structure), len(structure.units)
-    total = [0]
+def merge(own: Sequence[int], behind: Sequence[int], k: int) -> list[int]:
+    """Split units into k runs with the smallest largest one: for all runs but the last, the number of units up to
+    its end. A run costs its units' bytes, ``own``, and those ``behind`` its last unit.
+
+    A dynamic programme over (units so far, runs so far); smallest maximum, then smallest sum of squares.
+    """
+    n, total = len(own), [0]
     for size in own:
         total.append(total[-1] + size)
     best: list[dict[int, tuple[int, int, int]]] = [{0: (0, 0, -1)}]  # per count: {units: (peak, squares, last cut)}
@@ -85,9 +89,9 @@ def _merge(structure: Structure, k: int, behind: list[int]) -> list[Unit]:
             if options:
                 row[end] = min(options)
         best.append(row)
-    cuts, end = [], n
+    ends, end = [], n
     for count in range(k, 0, -1):
         end = best[count][end][2]
         if end > 0:
-            cuts.append(structure.units[end - 1])
-    return cuts[::-1]
+            ends.append(end)
+    return ends[::-1]

@@ -9,7 +9,7 @@ from torch import nn
 
 from .capture import Opaque, Specialisation
 from .errors import PlanError
-from .replay import Surroundings
+from .replay import Segments, Surroundings
 from .rules import Feature
 from .show import plan_dot, plan_table
 from .synthesize import Options
@@ -65,7 +65,7 @@ class Plan:
     options: Options
     notes: tuple[str, ...] = ()
     report: Report = Report()
-    around: Surroundings | None = None
+    around: Surroundings | Segments | None = None
     task_object: Task | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
@@ -110,8 +110,8 @@ class Plan:
                 data["report"]["rung"], tuple(Specialisation(**s) for s in data["report"]["specialisations"]),
                 tuple(Opaque(**o) for o in data["report"]["opaque"]), tuple(data["report"]["lost"]))
             if data["around"] is not None:
-                data["around"] = Surroundings(*(
-                    tuple(value) if isinstance(value, list) else value for value in data["around"].values()))
+                kind: Any = Segments if "paths" in data["around"] else Surroundings
+                data["around"] = kind(*map(_tuples, data["around"].values()))
             data["natural"], data["notes"] = tuple(data["natural"]), tuple(data["notes"])
             return cls(**data)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -131,6 +131,10 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     raise TypeError(f"{type(value).__name__} is no plain data")
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _module_from(item: dict[str, Any]) -> LocalModule:

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_map_only
 
 from .capture import random_like, real_copy, replicate
 from .errors import UnsupportedError
@@ -32,14 +33,16 @@ class Call:
     result: Any
     first: int  # when it began and ended, in order of events
     last: int
+    saved: int  # bytes that it keeps for backward
 
 
 def calls_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Call]:
     """Run a real copy of ``model`` in training mode on random values of the given sizes; what it called, in order."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(0)  # the same run whenever the model is planned
         copy = replicate(model, real_copy).train()
         found: list[Call] = []
-        events = [0]
+        events = _Events()
         for path, part in copy.named_modules():
             if path:
                 part.__dict__["forward"] = _watched(part.forward, path, found, events)
@@ -48,13 +51,29 @@ def calls_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     return sorted(found, key=lambda call: call.first)
 
 
-def _watched(forward: Callable[..., Any], path: str, found: list[Call], events: list[int]) -> Callable[..., Any]:
+class _Events:
+    """Counts begins and ends of calls, and the bytes that autograd has kept so far."""
+
+    def __init__(self) -> None:
+        self.count = self.saved = 0
+        self.seen: dict[int, Tensor] = {}
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if not isinstance(tensor, nn.Parameter) and storage._cdata not in self.seen:
+            self.seen[storage._cdata] = tensor.detach()
+            self.saved += storage.nbytes()
+        return tensor
+
+
+def _watched(forward: Callable[..., Any], path: str, found: list[Call], events: _Events) -> Callable[..., Any]:
     def watched(*args: Any, **kwargs: Any) -> Any:
-        events[0] += 1
-        first = events[0]
-        result = forward(*args, **kwargs)
-        events[0] += 1
-        found.append(Call(path, args, kwargs, result, first, events[0]))
+        events.count += 1
+        first, before = events.count, events.saved
+        with saved_tensors_hooks(events.pack, lambda tensor: tensor):
+            result = forward(*args, **kwargs)
+        events.count += 1
+        found.append(Call(path, args, kwargs, result, first, events.count, events.saved - before))
         return result
     return watched
 
@@ -70,10 +89,18 @@ class Surroundings:
     behind: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Segments:
+    """Local modules as runs of sub-module calls: names of the model's arguments, and the paths called per module."""
+
+    inputs: tuple[str, ...]
+    paths: tuple[tuple[str, ...], ...]
+
+
 def surroundings(model: nn.Module, names: Sequence[str], calls: Sequence[Call], trunk: Call) -> Surroundings:
     """Describe what runs around one of the calls of ``calls_of``."""
     bound = arguments_of(model.get_submodule(trunk.path), trunk)
-    behind = {call.path for call in calls if call.first > trunk.last and not _is_inside(trunk.path, call.path)}
+    behind = {call.path for call in calls if call.first > trunk.last and not is_inside(trunk.path, call.path)}
     return Surroundings(trunk.path, tuple(names), tuple(bound), tuple(sorted(behind)))
 
 
@@ -83,7 +110,7 @@ def arguments_of(module: nn.Module, call: Call) -> dict[str, Any]:
     return dict(bound.arguments)
 
 
-def _is_inside(path: str, outer: str) -> bool:
+def is_inside(path: str, outer: str) -> bool:
     return path == outer or path.startswith(outer + ".")
 
 
@@ -120,7 +147,18 @@ def substituted(model: nn.Module, answer: Callable[[str, nn.Module], Callable[..
     return view(model, "")
 
 
-class _Reached(BaseException):  # a model's own `except Exception` must not stop it
+class _Empty(nn.Module):
+    """A sub-module that is never run here; its plain attributes stay."""
+
+
+def empty_stand_ins(view: nn.Module) -> None:
+    """Take the parameters out of what ``substituted`` put in: a copy shall not hold them."""
+    for part in [part for part in view.modules() if "_stands_in" in vars(part)]:
+        part.__dict__.update(_modules={}, _parameters={}, _buffers={})
+        part.__class__ = _Empty
+
+
+class Reached(BaseException):  # a model's own `except Exception` must not stop it
     def __init__(self, arguments: tuple[Any, ...]) -> None:
         super().__init__()
         self.arguments = arguments
@@ -139,12 +177,12 @@ class Entry(nn.Module):
 
         def stop(*args: Any, **kwargs: Any) -> Any:
             given = inspect.signature(trunk.forward).bind(*args, **kwargs).arguments
-            raise _Reached(tuple(given[name] for name in around.arguments))
+            raise Reached(tuple(given[name] for name in around.arguments))
 
         def answer(path: str, module: nn.Module) -> Callable[..., Any] | None:
             if path == around.trunk:
                 return stop
-            if _is_inside(around.trunk, path):
+            if is_inside(around.trunk, path):
                 return None
 
             def recorded(*args: Any, **kwargs: Any) -> Any:
@@ -156,7 +194,7 @@ class Entry(nn.Module):
         trunk = self.__dict__["model"].get_submodule(around.trunk)
         try:
             substituted(self.__dict__["model"], answer).forward(**dict(zip(around.inputs, inputs, strict=True)))
-        except _Reached as reached:
+        except Reached as reached:
             return reached.arguments, record
         raise UnsupportedError(f"this time the forward of {type(self.__dict__['model']).__name__} did not call "
                                f"'{around.trunk}', the part that is compiled: transform the model without it")
@@ -177,13 +215,12 @@ class Rest(nn.Module):
         keep = {*around.behind}
 
         def answer(path: str, module: nn.Module) -> Callable[..., Any] | None:
-            if _is_inside(around.trunk, path) and path != around.trunk:
+            if is_inside(around.trunk, path) and path != around.trunk:
                 return None
-            return module if path in keep else _Absent(path)
+            return module if path in keep else Absent(path)
 
         view = substituted(model, answer)
-        for part in [part for part in view.modules() if "_stands_in" in vars(part)]:
-            part.__dict__.update(_modules={}, _parameters={}, _buffers={})  # nothing of it is needed but its class
+        empty_stand_ins(view)
         self.model = unhooked_copy(view)
         freshen(self.model, moments(view))
 
@@ -195,12 +232,49 @@ class Rest(nn.Module):
         def answer(path: str, module: nn.Module) -> Callable[..., Any] | None:
             if path in given:
                 return lambda *args, **kwargs: given[path].pop(0) if given[path] else module(*args, **kwargs)
-            return None if _is_inside(around.trunk, path) else module
+            return None if is_inside(around.trunk, path) else module
 
         return substituted(model, answer).forward(**dict(zip(around.inputs, inputs, strict=True)))
 
 
-class _Absent:
+class Segment(nn.Module):
+    """(record, *inputs) -> record: one local module's calls. The last one returns the model's outputs instead."""
+
+    def __init__(self, model: nn.Module, segments: Segments, index: int) -> None:
+        super().__init__()
+        self.__dict__.update(model=model, segments=segments, index=index)
+
+    def forward(self, record: Record, *inputs: Any) -> Any:
+        segments: Segments = self.__dict__["segments"]
+        index, model = self.__dict__["index"], self.__dict__["model"]
+        later = {path for group in segments.paths[index + 1:] for path in group}
+        later -= {path for group in segments.paths[: index + 1] for path in group}
+        given = {path: list(values) for path, values in record.items()}
+        made = {path: list(values) for path, values in record.items()}
+        units = {path for group in segments.paths for path in group}
+
+        def answer(path: str, module: nn.Module) -> Callable[..., Any] | None:
+            if path not in units:
+                return None if any(is_inside(unit, path) for unit in units) else module
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                if given.get(path):
+                    return given[path].pop(0)
+                if path in later:
+                    raise Reached(())
+                result = module(*args, **kwargs)
+                made.setdefault(path, []).append(result)
+                return result
+            return call
+
+        try:
+            outputs = substituted(model, answer).forward(**dict(zip(segments.inputs, inputs, strict=True)))
+        except Reached:
+            return made
+        return outputs if index == len(segments.paths) - 1 else made  # an early exit: the last segment finds the same
+
+
+class Absent:
     """Stands for a sub-module that an auxiliary network does not have."""
 
     def __init__(self, path: str) -> None:
@@ -217,7 +291,3 @@ def detach_record(record: Record) -> Record:
 
 def weights_in(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]

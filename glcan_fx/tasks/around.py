@@ -1,4 +1,4 @@
-"""A task around a model that cannot be captured as a whole: only its trunk is compiled, the rest runs as Python."""
+"""Tasks around a model that cannot be captured as a whole: some of it, or all, runs as Python."""
 
 import operator
 from collections.abc import Sequence
@@ -6,15 +6,15 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ..replay import Entry, Rest, Surroundings, detach_record, weights_in
+from ..replay import Entry, Rest, Segment, Segments, Surroundings, detach_record, weights_in
 from .base import Task
 
 
-class Around(Task):
-    """``task`` on the outputs of the whole model, of which only the trunk is compiled."""
+class _Wrapped(Task):
+    """What another task says, but for how the model is run."""
 
-    def __init__(self, task: Task, around: Surroundings) -> None:
-        self.task, self.around = task, around
+    def __init__(self, task: Task) -> None:
+        self.task = task
         self.name, self.rules = task.name, task.rules
 
     def begin(self, model: nn.Module) -> None:
@@ -23,14 +23,35 @@ class Around(Task):
     def loss(self, outputs: Any, targets: Any) -> Tensor | dict[str, Tensor]:
         return self.task.loss(outputs, targets)
 
-    def network(self, model: nn.Module) -> str:
-        return self.around.trunk
-
     def modules(self) -> dict[str, nn.Module]:
         return self.task.modules()
 
     def check(self, inputs: Any, targets: Any) -> None:
         self.task.check(inputs, targets)
+
+
+class InSegments(_Wrapped):
+    """``task`` on a model that runs as Python in segments of sub-module calls."""
+
+    def __init__(self, task: Task, segments: Segments) -> None:
+        super().__init__(task)
+        self.around = segments
+
+    def parts(self, model: nn.Module) -> dict[str, nn.Module]:
+        last = len(self.around.paths) - 1
+        return {f"segment_{index}" if index < last else "rest": Segment(model, self.around, index)
+                for index in range(last + 1)}
+
+
+class Around(_Wrapped):
+    """``task`` on the outputs of the whole model, of which only the trunk is compiled."""
+
+    def __init__(self, task: Task, around: Surroundings) -> None:
+        super().__init__(task)
+        self.around = around
+
+    def network(self, model: nn.Module) -> str:
+        return self.around.trunk
 
     def prepare(self, graph: fx.Graph, placeholders: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
         inputs = [graph.placeholder(name) for name in self.around.inputs]

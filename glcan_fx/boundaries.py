@@ -1,0 +1,217 @@
+"""The last rung: no graph at all. Local modules are runs of sub-module calls, seen in one run of the model.
+
+Each local module is the model's own forward in which earlier calls are answered, detached, from a record, its own calls
+happen, and the first later call stops it. Its auxiliary network is a copy of the forward behind it in which calls that
+keep their input's shape are left out and calls that change it leave one convolution. Whatever runs can be compiled; the
+record of all calls' results is kept until the step ends.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from .capture import tensors_in
+from .errors import PlanError
+from .graphs import with_headlines
+from .layers import freshen, is_norm, moments, set_width, unhooked_copy
+from .partition import merge
+from .plan import LocalModule
+from .replay import Absent, Call, Record, Segments, detach_record, empty_stand_ins, is_inside, substituted, weights_in
+from .runtime import collect
+
+
+@dataclass(frozen=True)
+class CallUnit:
+    """A sub-module as it was called: its path, its calls, the bytes that they keep for backward, its number of
+    parameters, and whether it has weights enough to be a local module."""
+
+    path: str
+    calls: tuple[Call, ...]
+    saved: int
+    weights: int
+    splits: bool
+
+
+Groups = Sequence[Sequence[CallUnit]]
+
+
+def units_of(model: nn.Module, calls: Sequence[Call]) -> list[CallUnit]:
+    """The sub-modules whose calls are looked at, in order of their first call: blocks, not the stages they are in."""
+    def inner(path: str) -> list[str]:
+        below = {c.path for c in calls if is_inside(c.path, path) and c.path != path} if path else {
+            c.path for c in calls}
+        return [p for p in below if not any(is_inside(p, q) and p != q for q in below)]
+
+    def is_stage(path: str) -> bool:
+        parts = [model.get_submodule(p) for p in inner(path)]
+        blocks = [type(part) for part in parts if any(True for _ in part.children())]
+        weighted = [part for part in parts if _has_weights(part)]
+        return (isinstance(model.get_submodule(path), nn.Sequential) and len(weighted) > 1
+                or any(blocks.count(kind) > 1 for kind in blocks) or len(weighted) == 1 == len(blocks))
+
+    found: list[str] = []
+    stack = inner("")
+    while stack:
+        path = stack.pop()
+        if is_stage(path):
+            stack += inner(path)
+        else:
+            found.append(path)
+    own = {path: tuple(call for call in calls if call.path == path) for path in found}
+    ordered = sorted(found, key=lambda path: own[path][0].first)
+    return [CallUnit(p, own[p], sum(c.saved for c in own[p]), weights_in(model.get_submodule(p)),
+                     _has_weights(model.get_submodule(p))) for p in ordered]
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(p.requires_grad and p.dim() >= 2 for p in module.parameters())
+
+
+def ends_of(units: Sequence[CallUnit]) -> list[int]:
+    """Which units may end a local module: those with weights that return a map; the last one stands for the tail."""
+    ends = [index for index, unit in enumerate(units) if unit.splits]
+    maps = [index for index in ends if any(t.dim() > 2 for t in tensors_in(units[index].calls[-1].result))]
+    return maps if len(maps) > 1 else ends
+
+
+def partition_calls(units: Sequence[CallUnit], k: Any) -> list[list[CallUnit]]:
+    """Groups of neighbouring units, one per local module. Raises PlanError for a k that the model does not offer."""
+    ends = ends_of(units)
+    names = [units[index].path for index in ends[:-1]]
+    if isinstance(k, str) and k == "natural":
+        cuts = ends[:-1]
+    elif isinstance(k, int) and not isinstance(k, bool) and 1 <= k <= len(ends):
+        groups = [sum(u.saved for u in units[a + 1: b + 1]) for a, b in zip([-1, *ends], ends, strict=False)]
+        cuts = [ends[end - 1] for end in merge(groups, [0] * len(ends), k)]
+    elif isinstance(k, Sequence) and not isinstance(k, str) and all(name in names for name in k):
+        cuts = sorted(ends[names.index(name)] for name in k)
+    else:
+        raise PlanError(f"k={k!r} is not possible: this model offers 1 to {len(ends)} local modules, split at calls of "
+                        f"sub-modules: {', '.join(names) or 'none'}.")
+    starts = [0, *(cut + 1 for cut in cuts)]
+    return [list(units[a:b]) for a, b in zip(starts, [*starts[1:], len(units)], strict=True)]
+
+
+def local_modules(model: nn.Module, inputs: tuple[str, ...], groups: Groups) -> tuple[LocalModule, ...]:
+    """What a plan says of each group."""
+    modules = []
+    for index, group in enumerate(groups):
+        last = ([unit for unit in group if unit.splits] or list(group))[-1]
+        last_module = index == len(groups) - 1
+        out = next(tensors_in(last.calls[-1].result), None)
+        names = tuple(unit.path for unit in group if unit.splits) or (last.path,)
+        aux = 0 if last_module else weights_in(Remainder(model, inputs, groups, index))
+        modules.append(LocalModule(
+            name=names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}", cut=None if last_module else last.path,
+            units=names, stride=0, channels=0 if out is None or out.dim() < 2 else out.shape[1],
+            parameters=sum(u.weights for u in group), aux_parameters=aux, saved=sum(u.saved for u in group),
+            aux_saved=0, features=(), levels=(), sigma=()))
+    return tuple(modules)
+
+
+def emit_segments(segments: Segments, comments: Sequence[str], trains: Sequence[Sequence[str]]) -> fx.Graph:
+    """The graph of a training step."""
+    graph = fx.Graph()
+    inputs = [graph.placeholder(name) for name in segments.inputs]
+    targets = graph.placeholder("targets", default_value=None)
+    record = graph.call_function(dict)
+    losses = []
+    for index, comment in enumerate(comments[:-1]):
+        ran = graph.create_node("call_module", f"aux.segment_{index}", (record, *inputs), name=f"record_{index}")
+        ran.meta.update(headline=comment, local_module=index, trains=list(trains[index]))
+        loss = graph.create_node("call_module", f"aux.{index}.head", (ran, *inputs, targets), name=f"loss_{index}")
+        losses.append(graph.create_node(
+            "call_module", f"aux.{index}.backward", (loss, *(inputs if index == 0 else ())),
+            name=f"local_loss_{index}"))
+        record = graph.create_node("call_function", detach_record, (ran,), name=f"detached_{index}")
+    outputs = graph.create_node("call_module", "aux.rest", (record, *inputs), name="outputs")
+    outputs.meta.update(headline=comments[-1])
+    loss = graph.create_node("call_module", "aux.last.head", (outputs, targets), name=f"loss_{len(losses)}")
+    graph.output(graph.create_node("call_function", collect, ([*losses, loss], outputs), name="result"))
+    with_headlines(graph)
+    graph.lint()
+    return graph
+
+
+class SegmentHead(nn.Module):
+    """(record, *inputs, targets) -> loss of a local module, by a simplified copy of what follows it."""
+
+    def __init__(self, task: Any, network: "Remainder") -> None:
+        super().__init__()
+        self.network = network
+        self.__dict__["task"] = task
+
+    def forward(self, record: Record, *context: Any) -> Any:
+        *inputs, targets = context
+        return self.__dict__["task"].loss(self.network(record, *inputs), targets)
+
+
+class Remainder(nn.Module):
+    """(record, *inputs) -> outputs: the model's forward behind a local module, with lean copies of what it calls."""
+
+    def __init__(self, model: nn.Module, inputs: tuple[str, ...], groups: Groups, index: int) -> None:
+        super().__init__()
+        self.inputs = inputs
+        behind = [unit for group in groups[index + 1:] for unit in group]
+        before = {unit.path for group in groups[: index + 1] for unit in group}
+        own = {unit.path: unit for unit in behind if unit.path not in before}
+        final = next((unit.path for unit in reversed(behind) if unit.weights), "")
+        units = {unit.path for group in groups for unit in group}
+
+        def answer(path: str, module: nn.Module) -> Callable[..., Any] | None:
+            if path in units:
+                return Absent(path)
+            return None if any(is_inside(unit, path) for unit in units) else Absent(path)
+
+        view = substituted(model, answer)
+        empty_stand_ins(view)
+        self.model = unhooked_copy(view)
+        freshen(self.model, moments(view))
+        self.paths = list(own)
+        self.parts = nn.ModuleList(_lean(model.get_submodule(path), unit, path == final) for path, unit in own.items())
+
+    def forward(self, record: Record, *inputs: Any) -> Any:
+        given = {path: list(values) for path, values in record.items()}
+        parts = dict(zip(self.paths, self.parts, strict=True))
+
+        def answer(path: str, module: nn.Module) -> Callable[..., Any] | None:
+            if path in parts or path in given:
+                return lambda *args, **kwargs: (
+                    given[path].pop(0) if given.get(path) else parts[path](*args, **kwargs))
+            return module if "_stands_in" in vars(module) else None
+
+        return substituted(self.model, answer).forward(**dict(zip(self.inputs, inputs, strict=True)))
+
+
+def _lean(module: nn.Module, unit: CallUnit, final: bool) -> nn.Module:
+    """What stands for a later sub-module: nothing, where it keeps the shape; one convolution, where it changes it."""
+    call = unit.calls[0]
+    values = [value for value in (*call.args, *call.kwargs.values()) if value is not None]
+    source, result = values[0] if len(values) == 1 else None, call.result
+    if isinstance(source, Tensor) and isinstance(result, Tensor) and not final and unit.weights:
+        if source.shape == result.shape:
+            return nn.Identity()
+        if source.dim() == result.dim() > 2 and all(
+                b <= a for a, b in zip(source.shape[2:], result.shape[2:], strict=True)):
+            return _stage(module, source, result)
+    new = unhooked_copy(module)
+    freshen(new, moments(module))
+    return new
+
+
+def _stage(module: nn.Module, source: Tensor, result: Tensor) -> nn.Module:
+    kind: Any = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[source.dim()]
+    stride = tuple(max(1, math.ceil(a / b)) for a, b in zip(source.shape[2:], result.shape[2:], strict=True))
+    kernel = tuple(2 * (s // 2) + 1 for s in stride)
+    conv: nn.Module = kind(source.shape[1], result.shape[1], kernel, stride, tuple(k // 2 for k in kernel))
+    norm = next((part for part in module.modules() if is_norm(part)), None)
+    layers = [conv.to(next(module.parameters()))]
+    if norm is not None:
+        norm = unhooked_copy(norm)
+        set_width(norm, result.shape[1])
+        freshen(norm)
+        layers.append(norm)
+    return nn.Sequential(*layers, nn.ReLU())
