@@ -24,6 +24,7 @@ from .tasks import Spec, Task, make_task, specs
 from .tasks.around import Around, InSegments
 from .tasks.base import Criterion
 from .trace import Report, trace
+from .verify import verify as verify_capture
 
 log = logging.getLogger("glcan_fx")
 
@@ -63,6 +64,7 @@ def transform(
     model: nn.Module,
     *,
     plan: Plan | None = None,
+    verify: bool = True,
     k: K = "natural",
     task: str | Task | None = None,
     example_inputs: Any = None,
@@ -75,12 +77,15 @@ def transform(
     """Compile ``model`` into gradient-isolated local modules that train in a standard loop.
 
     Returns a GraphModule that *shares* the model's parameters; the model itself is not changed. Create the optimiser
-    afterwards, from ``local.parameters()`` or ``local.parameter_groups()``. ``plan``: apply this plan, which decides
-    all but ``task`` and ``criterion``; the other keywords are those of ``plan()``. Raises TraceError, PlanError.
+    afterwards, from ``local.parameters()`` or ``local.parameter_groups()``.
+
+    ``plan``: apply this plan, which decides all but ``task`` and ``criterion``; the other keywords are those of
+    ``plan()``. ``verify``: run the captured graph beside the model, on random values at two batch sizes, where that
+    takes about a second; a difference is a TraceError. Raises TraceError, PlanError.
     """
     if plan is None:
         chosen, build = _plan(model, k, task, example_inputs, criterion, rules, aux_depth, aux_width, head)
-        return build()
+        return build(verify)
     if not isinstance(plan, Plan):
         raise PlanError(f"plan= must be a glcan_fx.Plan, not {type(plan).__name__}: Plan.from_json() reads text")
     decided = {"k": (k, "natural"), "example_inputs": (example_inputs, None), "rules": (rules, None),
@@ -88,10 +93,12 @@ def transform(
     given = [name for name, (value, default) in decided.items() if value is not default and value != default]
     if given:
         raise PlanError(f"plan= already decides {', '.join(given)}: leave them out")
-    return plan.apply(model, task=task, criterion=criterion)
+    return plan.apply(model, task=task, criterion=criterion, verify=verify)
 
 
-def apply(plan: Plan, model: nn.Module, task: str | Task | None, criterion: Criterion | None) -> LocalModel:
+def apply(
+    plan: Plan, model: nn.Module, task: str | Task | None, criterion: Criterion | None, verify: bool
+) -> LocalModel:
     """What ``Plan.apply`` does."""
     if task is not None or criterion is not None:
         task = make_task(task if task is not None else plan.task if criterion is None else None, criterion, None)
@@ -102,7 +109,7 @@ def apply(plan: Plan, model: nn.Module, task: str | Task | None, criterion: Crit
         return _build_segments(plan, model, task, _calls(model, plan.inputs))
     if plan.around is not None:
         task = Around(task, plan.around)
-    return _build(plan, _structure(model, task, plan.inputs), model, task)
+    return _build(plan, _structure(model, task, plan.inputs), model, task, verify)
 
 
 # ---------------------------------------------------------------------------------------------- the passes in order
@@ -111,7 +118,7 @@ def apply(plan: Plan, model: nn.Module, task: str | Task | None, criterion: Crit
 def _plan(
     model: nn.Module, k: K, task: str | Task | None, example_inputs: Any, criterion: Criterion | None,
     rules: Rules | None, depth: int, width: float, head: Head,
-) -> tuple[Plan, Callable[[], LocalModel]]:
+) -> tuple[Plan, Callable[[bool], LocalModel]]:
     """The plan, and what builds it from what planning has found out already."""
     _check(model, depth, width, head)
     made = make_task(task, criterion, rules)
@@ -130,7 +137,7 @@ def _plan(
         found = _trunk(model, made, inputs, calls, error)
         if isinstance(found, TraceError):
             chosen = _plan_segments(model, k, made, inputs, calls, options, found)
-            return chosen, lambda: _build_segments(chosen, model, made, calls)
+            return chosen, lambda _: _build_segments(chosen, model, made, calls)
         structure, made, inputs = found
 
     def draft(unit: Unit, cuts: Sequence[Unit]) -> LocalModule:
@@ -150,7 +157,7 @@ def _plan(
         task_object=made.task if isinstance(made, Around) else made,
     )
     log.info("planned %s: %d local modules of %d possible", chosen.model, chosen.k, len(structure.units))
-    return chosen, lambda: _build(chosen, structure, model, made)
+    return chosen, lambda verified: _build(chosen, structure, model, made, verified)
 
 
 def _check(model: nn.Module, depth: int, width: float, head: str) -> None:
@@ -331,6 +338,10 @@ def _local_module(
         return outputs if levels is None else {key: levels[key] for key in keys}
 
     taps = tail_of(structure, select(structure.trace.output.args[0])).taps
+    if real and (real.stride, real.channels) != (place.stride, place.channels):
+        raise PlanError(f"the plan's module '{real.name}' ends with {real.channels} channels at stride {real.stride}, "
+                        f"but in this {type(model).__name__} it has {place.channels} at stride {place.stride}: the "
+                        "plan was made for another model. Plan again.")
     if real:
         features: tuple[Feature, ...] = real.features
         if {feature.tap for feature in features} != {tap.name for tap in structure.taps if tap.node in taps}:
@@ -422,8 +433,10 @@ def _parameters(structure: Structure, nodes: Sequence[fx.Node]) -> int:
 # ---------------------------------------------------------------------------------------------- building
 
 
-def _build(chosen: Plan, structure: Structure, model: nn.Module, task: Task) -> LocalModel:
+def _build(chosen: Plan, structure: Structure, model: nn.Module, task: Task, verified: bool) -> LocalModel:
     _check(model, chosen.options.depth, chosen.options.width, chosen.options.head)
+    if verified:
+        verify_capture(structure, model, chosen.inputs, task.network(model))
     cuts = []
     for name in chosen.cuts:
         unit = unit_at(structure, name)

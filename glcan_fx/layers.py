@@ -207,12 +207,14 @@ def towers(module: nn.Module, run: Callable[[], Any]) -> list[str]:
     return largest
 
 
-def saved_bytes(run: Callable[[], Any]) -> tuple[int, Any]:
-    """Bytes that autograd keeps for backward while ``run`` runs, parameters excluded; and what ``run`` returns."""
+def saved_bytes(module: nn.Module, run: Callable[[], Any]) -> tuple[int, Any]:
+    """Bytes that autograd keeps for backward while ``run`` runs, but for those of ``module``'s parameters and buffers;
+    and what ``run`` returns."""
+    own = {tensor.untyped_storage()._cdata for tensor in [*module.parameters(), *module.buffers()]}
     seen: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
+        if tensor.untyped_storage()._cdata not in own:  # a linear layer keeps a view of its weight
             seen.setdefault(tensor.untyped_storage()._cdata, tensor.detach())
         return tensor
 

@@ -7,6 +7,7 @@ from torch import fx
 
 from .analyze import Structure, Unit, ancestors, unit_at
 from .errors import PlanError
+from .trace import hasattr_path
 
 K = int | Literal["natural"] | Sequence[str]
 
@@ -25,14 +26,16 @@ def partition(
     if isinstance(k, str) and k == "natural":
         return units[:-1]
     if isinstance(k, str) or not isinstance(k, int | Sequence):
-        raise PlanError(f"k must be a number, 'natural' or a list of split points, not {k!r}")
+        raise PlanError(f"k must be a number, 'natural' or a list of split points, not {k!r}"
+                        + (f": did you mean k={k}?" if isinstance(k, str) and k.isdecimal() else ""))
     if isinstance(k, Sequence):
         return _explicit(structure, k)
     if isinstance(k, bool) or not 1 <= k <= max(len(units), 1):
         offers = ", ".join(unit.name for unit in units[:-1]) or "none"
+        remedy = "Choose a smaller k" if not isinstance(k, bool) and k > 1 else "Choose k of 1 (no cut) or more"
         raise PlanError(
             f"k={k} local modules are not possible: this model offers 1 to {max(len(units), 1)}. Its natural split "
-            f"points are: {offers}. Choose a smaller k, or pass a list of module paths to cut elsewhere."
+            f"points are: {offers}. {remedy}, or pass a list of module paths to cut elsewhere."
         )
     if k in (1, len(units)):
         return units[:-1] if k > 1 else []
@@ -45,12 +48,14 @@ def _explicit(structure: Structure, names: Sequence[str]) -> list[Unit]:
     for name in names:
         unit = unit_at(structure, name)
         if unit is None or unit.end is structure.chain[-1]:
-            reason = "ends the trunk, and the last module owns what follows" if unit else "is no value that all data"
             offers = ", ".join(u.name for u in structure.units[:-1])
-            raise PlanError(
-                f"split point '{name}' {reason if unit else reason + ' passes through'}. Natural split points: "
-                f"{offers}."
-            )
+            if unit:
+                reason = "ends the trunk, and the last module owns what follows"
+            elif hasattr_path(structure.trace.shadow, name.partition(":")[0]):
+                reason = "is inside a block, or beside the trunk: other values pass it by"
+            else:
+                reason = "is no module of this model"
+            raise PlanError(f"split point '{name}' {reason}. Natural split points: {offers}.")
         found[unit.end] = unit
     order = {node: index for index, node in enumerate(structure.chain)}
     return sorted(found.values(), key=lambda unit: order[unit.end])

@@ -79,16 +79,17 @@ class Plan:
         return tuple(module.cut for module in self.modules if module.cut is not None)
 
     def apply(
-        self, model: nn.Module, *, task: str | Task | None = None, criterion: Criterion | None = None
+        self, model: nn.Module, *, task: str | Task | None = None, criterion: Criterion | None = None,
+        verify: bool = True,
     ) -> "LocalModel":
         """Build the compiled module; it shares the model's parameters, and the model itself is left as it is.
 
-        ``task`` or ``criterion`` are needed for a plan from JSON whose task is not one of the built-in ones. Raises
-        PlanError where the plan does not fit the model.
+        ``task`` or ``criterion`` are needed for a plan from JSON whose task is not one of the built-in ones.
+        ``verify``: see ``transform``. Raises PlanError where the plan does not fit the model.
         """
         from .compiler import apply  # the one import that points up: a plan is data, applying it is the compiler's
 
-        return apply(self, model, task, criterion)
+        return apply(self, model, task, criterion, verify)
 
     def to_json(self) -> str:
         """The plan as JSON text (format version 1); ``from_json`` reads it back."""

@@ -17,8 +17,9 @@ _COLOURS = ("#dbe9f6", "#e3f2dd", "#fdebd3", "#f3e1f0", "#e0f0ef", "#f7e3e0")
 def plan_table(plan: "Plan", *, width: int = 120) -> str:
     """The plan as text: one row per local module, totals, notes. Sizes are those of the example inputs."""
     modules, prefix = plan.modules, _common_prefix([unit for module in plan.modules for unit in module.units])
-    table = Table(title=f"{plan.model}, task {plan.task}: {plan.k} local modules of {len(plan.natural) + 1} possible",
-                  title_justify="left", box=box.SIMPLE_HEAD, show_footer=True, padding=(0, 1))
+    title = (f"{plan.model}, task {plan.task}: {plan.k} local modules of {len(plan.natural) + 1} possible, planned for "
+             f"{_inputs(plan)}")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_footer=True, padding=(0, 1))
     table.add_column("", justify="right")
     table.add_column(f"local module {prefix and f'({prefix}…)'}", "total")
     table.add_column("stride", justify="right")
@@ -31,11 +32,15 @@ def plan_table(plan: "Plan", *, width: int = 120) -> str:
         table.add_row(
             str(index), " … ".join(dict.fromkeys(u.removeprefix(prefix) for u in (module.units[0], module.units[-1]))),
             str(module.stride or ""), str(module.channels), _count(module.parameters), _count(module.aux_parameters),
-            f"{_size(module.saved)} + {_size(module.aux_saved)}", _features(module),
+            f"{_size(module.saved)} + {_size(module.aux_saved)}", _features(module, prefix),
         )
     text = StringIO()
     console = Console(file=text, width=width, color_system=None)
     console.print(table)
+    state = 16 * sum(m.aux_parameters for m in modules)
+    console.print(f"Backpropagation keeps {_size(sum(m.saved for m in modules))}; the largest module keeps "
+                  f"{_size(max(m.saved + m.aux_saved for m in modules))}, and auxiliary weights, gradients and Adam's "
+                  f"state take {_size(state)} all the time.")
     for note in plan.notes:
         console.print(f"note: {note}")
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
@@ -62,6 +67,7 @@ def plan_dot(plan: "Plan") -> str:
     graph.node("input", "input", fillcolor="white")
     last = plan.k - 1
     producers = _producers(plan)
+    prefix = _common_prefix([unit for module in plan.modules for unit in module.units])
     for index, module in enumerate(plan.modules):
         lines = [f"{index}  {module.name}", f"stride {module.stride}, {module.channels} channels"
                  if module.stride else f"{module.channels} channels", f"keeps {_size(module.saved)}"]
@@ -72,7 +78,7 @@ def plan_dot(plan: "Plan") -> str:
             graph.node("tail", "neck, head, loss", fillcolor=_COLOURS[index % len(_COLOURS)])
             graph.edge(f"m{index}", "tail")
             continue
-        synthesised = _short([f.tap for f in module.features if f.source == "synthesised"])
+        synthesised = [f.tap.removeprefix(prefix) for f in module.features if f.source == "synthesised"]
         text = [f"auxiliary {index}", f"{_count(module.aux_parameters)} parameters, keeps {_size(module.aux_saved)}"]
         if synthesised:
             text.insert(1, "S: " + ", ".join(synthesised))
@@ -86,7 +92,7 @@ def plan_dot(plan: "Plan") -> str:
             if feature.source == "cache":
                 source = producers.get(feature.tap)
                 graph.edge("input" if source is None else f"m{source}", f"a{index}", style="dashed",
-                           color="#2a6fb0", constraint="false", label=f" P {_short([feature.tap])[0]}",
+                           color="#2a6fb0", constraint="false", label=f" P {feature.tap.removeprefix(prefix)}",
                            fontcolor="#2a6fb0")
     return str(graph.source)
 
@@ -103,21 +109,20 @@ def _producers(plan: "Plan") -> dict[str, int]:
     return {tap: index for tap, index in first.items() if index >= 0}
 
 
-def _features(module: "LocalModule") -> str:
+def _inputs(plan: "Plan") -> str:
+    values = plan.inputs.values() if isinstance(plan.inputs, dict) else plan.inputs
+    return ", ".join("x".join(map(str, value.shape)) if hasattr(value, "shape") else "…" for value in values)
+
+
+def _features(module: "LocalModule", prefix: str) -> str:
     if module.cut is None:
         return "neck and head"
     parts = []
     for source, label in (("cache", "P"), ("own", "own"), ("synthesised", "S")):
         names = [feature.tap for feature in module.features if feature.source == source]
         if names:
-            parts.append(f"{label} {', '.join(_short(names))}")
+            parts.append(f"{label} {', '.join(name.removeprefix(prefix) for name in names)}")
     return "; ".join(parts)
-
-
-def _short(names: list[str]) -> list[str]:
-    """Paths without what they all have in common."""
-    return [name.rpartition(".")[2] if name.rpartition(".")[2].isalpha() else ".".join(name.split(".")[-2:])
-            for name in names]
 
 
 def _count(number: int) -> str:

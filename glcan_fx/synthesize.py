@@ -192,7 +192,8 @@ def synthesize(
     examples = [tree_map_only(Tensor, lambda t: _like(build.structure, t), n.meta["value"]) for n in build.inputs]
     _fit(network, build, examples, options, outputs_are_predictions)
     with structure.trace.mode:
-        saved, shapes = saved_bytes(lambda: shadow(network, structure.trace.mode)(*examples))
+        sizes = shadow(network, structure.trace.mode)
+        saved, shapes = saved_bytes(sizes, lambda: sizes(*examples))
     if not build.draft:
         freshen(network, build.moments)
     return Auxiliary(network, build.inputs, shapes, saved)
@@ -407,10 +408,15 @@ def _stage(
 
 
 def _heaviest_path(structure: Structure, region: set[fx.Node], start: fx.Node, end: fx.Node) -> list[fx.Node]:
-    """The path from start (excluded) to end through the region with the most weights and values."""
+    """The path from start (excluded) to end through the region with the most weights and values.
+
+    What has fewer places than the end is beside it (a squeeze-excitation's pooled branch).
+    """
+    places = structure.positions(end)
     best: dict[fx.Node, tuple[int, fx.Node | None]] = {start: (0, None)}
     for node in structure.trace.graph.nodes:
-        if node in region and _is_map(node):
+        same_rank = _is_map(node) and len(structure.shape(node)) == len(structure.shape(end))
+        if node in region and _is_map(node) and not (same_rank and structure.positions(node) < places):
             above = [(best[source][0], source) for source in node.all_input_nodes if source in best]
             if above:
                 score, source = max(above, key=lambda pair: pair[0])

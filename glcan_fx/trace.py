@@ -107,7 +107,7 @@ def trace(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any], *
         try:
             main, root = _record(model, path, example_inputs, mode, forced)
         except Exception as error:  # noqa: BLE001 - whatever the user's forward raises
-            message, reason = _explain(error, model, path)
+            message, reason = _explain(error, model, path, example_inputs)
             raise TraceError(message, reason) from error
         found = _batch_baked(model, path, example_inputs, mode, forced, main)
         found = found or _mode_baked(model, path, example_inputs, mode, forced, main)
@@ -224,7 +224,11 @@ def _check(model: nn.Module, example_inputs: Any) -> None:
     if lazy:
         raise TraceError(f"parameter '{lazy[0]}' of {type(model).__name__} has no shape yet: call the model once with "
                          "a batch, which makes its lazy layers, and transform it then.")
-    _check_types(model, list(example_inputs.values()) if isinstance(example_inputs, Mapping) else example_inputs)
+    values = list(example_inputs.values()) if isinstance(example_inputs, Mapping) else list(example_inputs)
+    if len(values) > 1 and all(isinstance(value, int) for value in values):
+        raise TraceError(f"example_inputs= are the numbers {tuple(values)}: pass a tensor of that shape, "
+                         f"torch.empty{tuple(values)}")
+    _check_types(model, values)
 
 
 def _check_types(model: nn.Module, example_inputs: Sequence[Any]) -> None:
@@ -255,20 +259,22 @@ def _prefix(graph: fx.Graph, path: str) -> None:
         node.meta["returned_by"] = [f"{path}.{p}" if p else path for p in node.meta["returned_by"]]
 
 
-def _explain(error: Exception, model: nn.Module, path: str) -> tuple[str, str]:
+def _explain(error: Exception, model: nn.Module, path: str, inputs: Any) -> tuple[str, str]:
     """What happened, where (module path, class, source line), what was tried, what to do; and the first in short."""
     where, code = place_of(error)
     inner = ".".join(filter(None, [path, getattr(error, "module_path", "")]))
     kind = type(model.get_submodule(inner)).__name__
-    reason = str(error).strip()
+    reason = str(error).partition("\n\n")[0].strip()  # without torch's advice on its own logs
+    shapes = ", ".join("x".join(map(str, leaf.shape)) for leaf in tree_leaves(
+        dict(inputs) if isinstance(inputs, Mapping) else list(inputs)) if isinstance(leaf, Tensor))
     name = "" if isinstance(error, Uncapturable) else f"{type(error).__name__}: "
     return (
         f"{type(model).__name__} cannot be captured: module '{inner or '(the model itself)'}' of class {kind} "
         f"failed: {name}{reason}\n  where: {where or 'no source line of its own'}{f', in `{code}`' if code else ''}\n"
         "  tried: recording the call, answering questions about sizes, calling the module as a whole\n"
-        "  what to do: (1) pass example_inputs= that the model runs on; (2) move the code that a graph cannot hold "
-        "into a sub-module of its own: such modules are kept whole; (3) compile the part that can be captured, for "
-        "example the backbone."
+        f"  what to do: (1) pass example_inputs= that the model runs on (these are {shapes or 'no tensors'}); (2) move "
+        "the code that a graph cannot hold into a sub-module of its own: such modules are kept whole; (3) compile the "
+        "part that can be captured, for example the backbone."
     ), f"{name}{reason.splitlines()[0] if reason else ''}, at {where or inner}"
 
 

@@ -294,3 +294,57 @@ def test_dict_of_logits() -> None:
 
     local = compiled(Named(), criterion=None, task="classification")
     assert torch.isfinite(local(IMAGES, LABELS).loss)
+
+
+class SqueezeExcitation(Block):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__(inputs, outputs, stride)
+        self.squeeze = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(outputs, 256, 1), nn.ReLU(),
+                                     nn.Conv2d(256, outputs, 1), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        return self.act(y * self.squeeze(y) + self.skip(x))
+
+
+def test_synthesised_maps_have_the_sources_places() -> None:
+    """The pooling of a squeeze-excitation, however many weights it has, is beside the main path."""
+    model = Net()
+    model.b, model.d = SqueezeExcitation(8, 16, 2), SqueezeExcitation(16, 32, 2)
+    local, seen = compiled(model), []
+    for index in range(local.plan.k - 1):
+        network = local.aux.get_submodule(f"{index}.network")
+        assert not any(isinstance(part, nn.AdaptiveAvgPool2d) for part in network.modules())
+        network.tail.fc.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    step(local)
+    assert seen == [(4, 32)] * (local.plan.k - 1)
+
+
+def test_linear_layers_keep_no_weights_for_backward() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.Linear(8, 4096), nn.ReLU(), nn.Linear(4096, 10))
+    plan = glcan_fx.plan(model, criterion=F.cross_entropy, example_inputs=IMAGES)
+    assert plan.modules[0].aux_saved < 4 * 4096 * 10
+
+
+def test_a_plan_for_another_width_is_refused() -> None:
+    plan = glcan_fx.plan(Net(), criterion=F.cross_entropy, example_inputs=IMAGES)
+    wide = Net()
+    wide.a = Block(8, 24)
+    wide.b = Block(24, 16, 2)
+    with pytest.raises(glcan_fx.PlanError, match="24"):
+        plan.apply(wide)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"k": "4"}, "did you mean k=4"),
+    ({"k": ["down.1"]}, "is no module"),
+    ({"k": ["b.conv"]}, "inside a block"),
+    ({"criterion": nn.CrossEntropyLoss}, "not the class"),
+    ({"criterion": None, "task": glcan_fx.Task}, "not the class"),
+    ({"example_inputs": (2, 3, 64, 64)}, "torch.empty"),
+    ({"example_inputs": torch.empty(2, 4, 16, 16)}, "2x4x16x16"),
+])
+def test_likely_mistakes_are_understood(options: dict, message: str) -> None:
+    with pytest.raises(glcan_fx.GlcanFxError, match=message):
+        compiled(Net(), **options)

@@ -17,6 +17,10 @@ def make_task(task: "str | Task | None", criterion: Criterion | None, rules: Rul
     if rules is not None and not isinstance(rules, Rules):
         raise PlanError(f"rules= must be an instance of glcan_fx.Rules, not {type(rules).__name__}")
     unknown = not isinstance(task, str | Task | None) or (isinstance(task, str) and task not in _TASKS)
+    if isinstance(task, type) and issubclass(task, Task):
+        raise PlanError(f"task= must be an instance, not the class: {task.__name__}()")
+    if task == CriterionTask.name and criterion is None:
+        raise PlanError("this plan was made with criterion=: pass criterion=(outputs, targets) -> loss again")
     if unknown and (criterion is None or not isinstance(task, str)):
         raise PlanError(f"unknown task {task!r}: choose one of {', '.join(sorted(_TASKS))}, pass criterion=, or an "
                         "instance of a subclass of glcan_fx.Task")

@@ -44,6 +44,8 @@ class Task(ABC):
 
     def network(self, model: nn.Module) -> str:
         """Path of the sub-module that is compiled; "" is the whole model."""
+        if isinstance(getattr(model, "transform", None), nn.Module) and hasattr(model, "backbone"):
+            raise PlanError(f"{type(model).__name__} is a detector that computes its own losses: use task='detection'")
         if "targets" in inspect.signature(model.forward).parameters:
             raise PlanError("the model's forward has an argument called 'targets', the name that the compiled module "
                             "uses for the labels of a training step: rename the argument.")
@@ -129,6 +131,8 @@ class CriterionTask(Task):
     name = "criterion"
 
     def __init__(self, criterion: Criterion, name: str = "criterion", rules: Rules | None = None) -> None:
+        if isinstance(criterion, type):
+            raise PlanError(f"criterion= must be an instance, not the class: {criterion.__name__}()")
         if not callable(criterion):
             raise PlanError(f"criterion= must be callable (outputs, targets) -> loss, not {type(criterion).__name__}")
         self.criterion = criterion

@@ -236,10 +236,10 @@ def _make_template(
                         replace(detector, path, nn.Identity())
             fit(detector, lambda: head(narrow, images, targets), width, keep)
         # a part grows with the places, a part (sampled regions) only with the images: two sizes tell them apart
-        saved, _ = saved_bytes(lambda: head(narrow, images, targets))
+        saved, _ = saved_bytes(detector, lambda: head(narrow, images, targets))
         smaller = _features(outputs, 2 * scale)
         images, targets, _ = _example(model, outputs, image, 2 * scale)
-        less, _ = saved_bytes(lambda: head(smaller, images, targets))
+        less, _ = saved_bytes(detector, lambda: head(smaller, images, targets))
     per_place = max(0.0, (saved - less) / max(1, _places(narrow) - _places(smaller)))
     return _Template(detector, source_moments, max(0.0, saved - per_place * _places(narrow)) / 2, per_place)
 
