@@ -9,6 +9,7 @@ STAMP = $(VENV)/.installed-
 .DEFAULT_GOAL := demo
 
 $(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "glcan-fx needs Python 3.11 or newer: make PYTHON=python3.11")'
 	@echo "==> creating $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 

@@ -436,16 +436,14 @@ class Recorder(TorchFunctionMode):
 
     def _leaf(self, module: nn.Module, path: str, args: Any, kwargs: Any, *, really: bool = False) -> Any:
         self.stack.append(path)
-        before = _python_random()
         try:
-            with self._pause():
+            with self._pause(), kept_python_random():
                 def run() -> Any:
                     return self._really(path, args, kwargs) if really else module.forward(*_plain(args),
                                                                                          **_plain(kwargs))
                 out = self._run("call_module", path, args, kwargs, run)
         finally:
             self.stack.pop()
-            _set_python_random(before)
         self._returned(out, path)
         return out
 
@@ -746,8 +744,17 @@ def _python_random() -> Any:
         str(numpy.random.get_state()[2]), "ascii")
 
 
-def _set_python_random(state: Any) -> None:
-    random.setstate(state[0])
+@contextmanager
+def kept_python_random() -> Iterator[None]:
+    """Leave the random states of Python and NumPy as they are."""
+    state, numpy = random.getstate(), sys.modules.get("numpy")
+    numbers = numpy.random.get_state() if numpy is not None else None
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        if numpy is not None:
+            numpy.random.set_state(numbers)
 
 
 def _place() -> tuple[str, str]:

@@ -248,8 +248,10 @@ def _plan_segments(
     names = _names(model, inputs)
     report = Report(5, lost=(f"the model runs as Python, cut at calls of sub-modules: {error.reason}",))
     log.info("%s cannot be captured: it is cut at calls of sub-modules", type(model).__name__)
+    with torch.random.fork_rng(devices=_cuda_devices(model)):
+        modules = local_modules(model, names, groups)
     return Plan(
-        model=type(model).__name__, task=task.name, network="", modules=local_modules(model, names, groups),
+        model=type(model).__name__, task=task.name, network="", modules=modules,
         natural=tuple(units[end].path for end in ends_of(units)[:-1]), inputs=inputs, options=options,
         notes=report.lost, report=report, task_object=task,
         around=Segments(names, tuple(tuple(unit.path for unit in group) for group in groups)),

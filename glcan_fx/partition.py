@@ -51,7 +51,7 @@ def _explicit(structure: Structure, names: Sequence[str]) -> list[Unit]:
             offers = ", ".join(u.name for u in structure.units[:-1])
             if unit:
                 reason = "ends the trunk, and the last module owns what follows"
-            elif hasattr_path(structure.trace.shadow, name.partition(":")[0]):
+            elif hasattr_path(structure.trace.shadow, str(name).partition(":")[0]):
                 reason = "is inside a block, or beside the trunk: other values pass it by"
             else:
                 reason = "is no module of this model"

@@ -106,6 +106,8 @@ class Plan:
                 raise PlanError(f"this is no plan of format version {_VERSION}: make it again with glcan_fx.plan()")
             data["modules"] = tuple(_module_from(item) for item in data["modules"])
             data["options"] = Options(**data["options"])
+            if not isinstance(data["inputs"], list | dict):
+                raise PlanError("this is no plan in JSON: its inputs are neither a list nor named")
             data["inputs"] = _specs_from(data["inputs"])
             data["report"] = Report(
                 data["report"]["rung"], tuple(Specialisation(**s) for s in data["report"]["specialisations"]),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map_only
 
-from .capture import random_like, real_copy, replicate
+from .capture import kept_python_random, random_like, real_copy, replicate
 from .errors import UnsupportedError
 from .layers import freshen, moments, unhooked_copy
 
@@ -38,7 +38,7 @@ class Call:
 
 def calls_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Call]:
     """Run a real copy of ``model`` in training mode on random values of the given sizes; what it called, in order."""
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with torch.random.fork_rng(devices=[]), kept_python_random(), torch.enable_grad():
         torch.manual_seed(0)  # the same run whenever the model is planned
         copy = replicate(model, real_copy).train()
         found: list[Call] = []

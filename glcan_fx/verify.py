@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .analyze import Structure
-from .capture import replicate, tensors_in
+from .capture import kept_python_random, replicate, tensors_in
 from .errors import TraceError
 from .tasks import Spec
 
@@ -27,6 +27,12 @@ def verify(structure: Structure, model: nn.Module, inputs: Any, path: str) -> bo
     if multiply_adds(structure) > _AFFORDABLE.get(device.type, 0):
         log.info("not verified: a forward pass of %s takes long on %s", type(model).__name__, device)
         return False
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), kept_python_random(), torch.no_grad():
+        _run_both(structure, model, inputs, path, device)
+    return True
+
+
+def _run_both(structure: Structure, model: nn.Module, inputs: Any, path: str, device: torch.device) -> None:
     batch = next((spec.shape[0] for spec in _specs(inputs) if len(spec.shape) > 1), 0)
     for extra in (0, 1) if batch else (0,):
         values = _random(inputs, batch, extra, device)
@@ -34,20 +40,18 @@ def verify(structure: Structure, model: nn.Module, inputs: Any, path: str) -> bo
         plain, graph = _copy(model), _copy(model)
         network = plain.get_submodule(path)
         captured = _module(structure, graph)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-            state = torch.random.get_rng_state()
-            try:
-                expected = network(*args, **kwargs)
-            except Exception as error:  # noqa: BLE001
-                if extra:
-                    return True  # this model runs at one batch size only, which the trace's report says
-                raise TraceError(f"{type(model).__name__} does not run on random values of the example's sizes: "
-                                 f"{error}. If it runs on yours, pass verify=False.") from error
-            torch.random.set_rng_state(state)
-            found = captured(*args, **kwargs)
+        try:
+            torch.manual_seed(0)
+            expected = network(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001
+            if extra:
+                return  # this model runs at one batch size only, which the trace's report says
+            raise TraceError(f"{type(model).__name__} does not run on random values of the example's sizes: "
+                             f"{error}. If it runs on yours, pass verify=False.") from error
+        torch.manual_seed(0)
+        found = captured(*args, **kwargs)
         _compare(list(tensors_in(expected)), list(tensors_in(found)), "outputs", batch + extra)
         _compare(list(plain.buffers()), list(graph.buffers()), "buffers", batch + extra)
-    return True
 
 
 def multiply_adds(structure: Structure) -> float:

@@ -97,10 +97,28 @@ class BranchInside(nn.Module):
         return self.conv(x) if x.mean() > 0 else x
 
 
+class Alone(nn.Module):
+    """Nothing that could be cut behind the branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x.mean((2, 3)) if x.sum() > 0 else x.amax((2, 3)))
+
+
 def test_untraceable_model():
-    message = refused(Branch(), TraceError, "Branch cannot be captured")
+    message = refused(Alone(), TraceError, "Alone cannot be captured")
     assert "test_errors.py" in message and "if x.sum() > 0" in message  # the line
-    assert "what to do" in message and "sub-module" in message
+    assert "what to do" in message and "sub-module" in message and "tried" in message
+
+
+def test_branch_at_the_root():
+    model = Branch()
+    with untouched(model):
+        report = glcan_fx.plan(model, task="classification", example_inputs=EXAMPLE).report
+    assert report.rung == 5 and "test_errors.py" in report.lost[0]
 
 
 def test_untraceable_sub_module_is_named():
@@ -198,10 +216,10 @@ def test_k_of_a_wrong_kind(k):
 
 
 @pytest.mark.parametrize(("name", "reason"), [
-    ("block9", "no value that all data passes"),
-    ("block1.shortcut", "no value that all data passes"),
-    ("fc", "no value that all data passes"),
-    (3, "no value that all data passes"),
+    ("block9", "is no module"),
+    ("block1.shortcut", "inside a block, or beside the trunk"),
+    ("fc", "inside a block, or beside the trunk"),
+    (3, "is no module"),
     ("block3", "ends the trunk"),
 ])
 def test_split_points_that_do_not_exist(name, reason):

@@ -14,5 +14,6 @@ def test_there_are_blocks():
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_block_runs(number):
+def test_block_runs(number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     exec(compile(BLOCKS[number], f"README.md, Python block {number}", "exec"), {})
