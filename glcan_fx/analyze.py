@@ -214,7 +214,7 @@ def _chain(
         chain = _dominators(graph, trace.output)
         for start, end in pairwise(chain):
             region = _between(graph, start, end)
-            if region and _hides_network(trace, graph, start, end, region, positions):
+            if region and _hides_network(trace, graph, start, end, region, positions, bool(bypassed)):
                 bypasses = _bypasses(graph, start, end, region)
                 if bypasses:
                     graph.remove_edges_from(bypasses)
@@ -253,17 +253,30 @@ def _reach(graph: nx.DiGraph, start: fx.Node, stop: fx.Node, *, forward: bool) -
 
 
 def _hides_network(
-    trace: Trace, graph: nx.DiGraph, start: fx.Node, end: fx.Node, region: set[fx.Node], positions: dict[fx.Node, int]
+    trace: Trace, graph: nx.DiGraph, start: fx.Node, end: fx.Node, region: set[fx.Node],
+    positions: dict[fx.Node, int], opened: bool,
 ) -> bool:
     """Whether a region is more than one block: it ends in several outputs, is an hourglass, or holds other blocks."""
-    if end.op == "output":
+    if _is_exit(end):
         return True
     rank = tensor_of(start).dim()  # of another rank are attention's heads and the like
     places = [positions[node] for node in region if node in positions and tensor_of(node).dim() == rank]
     outside = min(positions.get(start, 1), positions.get(end, 1))
-    if places and 1 < min(places) < outside / _GROWS:
+    if places and 1 < min(places) < outside / _GROWS and (opened or _holds_half(trace, region, end)):
         return True
     return _holds_most_layers(trace, start, end, region) or _holds_repeated_blocks(trace, graph, start, end, region)
+
+
+def _is_exit(node: fx.Node) -> bool:
+    """The end of the network, or a class that is made for it."""
+    return node.op == "output" or (isinstance(node.target, type) and all(user.op == "output" for user in node.users))
+
+
+def _holds_half(trace: Trace, region: set[fx.Node], end: fx.Node) -> bool:
+    """Whether the module that closes a region holds half of the layers, so that it is the network and no block."""
+    home = _common_path([*region, end])
+    layers = [node for node in trace.graph.nodes if _has_weight(trace, node)]
+    return not home or 2 * sum(_within(node.meta["module"], home) for node in layers) >= len(layers)
 
 
 def _holds_most_layers(trace: Trace, start: fx.Node, end: fx.Node, region: set[fx.Node]) -> bool:
@@ -331,7 +344,7 @@ def _weight(node: fx.Node) -> int:
 def _leaves_trunk(start: fx.Node, end: fx.Node, positions: dict[fx.Node, int], graph: nx.DiGraph) -> bool:
     """Whether the resolution grows from one value of the chain to the next."""
     if end not in positions or start not in positions:
-        return end.op == "output"
+        return _is_exit(end)
     same_rank = tensor_of(start).dim() == tensor_of(end).dim()
     return same_rank and positions[end] >= _GROWS * positions[start]
 

@@ -12,6 +12,7 @@ import inspect
 import linecache
 import math
 import operator
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-_OWN_FILES = (torch.__path__[0], __file__, __file__.replace("capture.py", "trace.py"))
+_OWN_FILES = (torch.__path__[0] + os.sep, __file__, __file__.replace("capture.py", "trace.py"))
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,15 @@ class Opaque:
 
 
 class Uncapturable(Exception):
-    """Something in a forward pass that a graph cannot hold."""
+    """Something in a forward pass that a graph cannot hold. replayable: Python may run it more than once a step."""
+
+    def __init__(self, message: str, *, replayable: bool = True) -> None:
+        super().__init__(message)
+        self.replayable = replayable
+
+
+class NotMadeYet(BaseException):
+    """Parameters appear in the first call: nothing can be compiled before it. No opaque module helps."""
 
 
 # ---------------------------------------------------------------------------------------------- sizes
@@ -77,11 +86,11 @@ class _Number:
     def __repr__(self) -> str:
         return repr(self.value)
 
-    def __str__(self) -> str:
-        return str(self._asked())
+    def __str__(self) -> str:  # text decides nothing: messages of assertions are full of sizes
+        return str(self.value)
 
     def __format__(self, form: str) -> str:
-        return format(self._asked(), form)
+        return format(self.value, form)
 
     def __deepcopy__(self, memo: Any) -> Any:
         return self
@@ -228,8 +237,10 @@ class Recorder(TorchFunctionMode):
         self._undo: list[Callable[[], Any]] = []  # takes the bookkeeping back, newest last
         self._parts: dict[tuple[fx.Node, tuple[Any, ...]], fx.Node] = {}
         self._devices: dict[int, tuple[Any, Tensor]] = {}
+        self._objects: dict[int, tuple[fx.Node, list[int]]] = {}  # dataclasses that a node returned, and their tensors
         self._storages: dict[int, list[tuple[fx.Node, Tensor]]] = {}  # who shares memory
         self._keep: list[Any] = []  # what is known by identity must stay alive
+        self._held: list[Tensor] = []  # and what is known by its storage
         self._saved = {t.untyped_storage()._cdata for t in [*root.parameters(), *root.buffers()]}
         self._hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         for tensor in [*root.parameters(), *root.buffers()]:
@@ -251,6 +262,9 @@ class Recorder(TorchFunctionMode):
         for node in reversed(self.graph.nodes):
             if not node.users and node.meta.get("derived"):
                 self.graph.erase_node(node)
+        for table in (self._keep, self._held, self._undo, self._known, self._objects, self._parts, self._storages,
+                      self._devices):
+            table.clear()
         return self.graph
 
     # ---- torch calls
@@ -312,14 +326,14 @@ class Recorder(TorchFunctionMode):
         """Run something; where tensors come out, or are changed, record it as a node."""
         sources = [t for t in tensors_in((args, kwargs)) if isinstance(t, Tensor)]
         versions = [tensor._version for tensor in sources]
-        saved = 0
+        saved, seen, held = 0, self._saved, self._held  # not self: autograd's graphs would keep it alive
 
         def pack(tensor: Tensor) -> Tensor:
             nonlocal saved
             storage = tensor.untyped_storage()
-            if not isinstance(tensor, nn.Parameter) and storage._cdata not in self._saved:
-                self._saved.add(storage._cdata)
-                self._keep.append(tensor.detach())
+            if not isinstance(tensor, nn.Parameter) and storage._cdata not in seen:
+                seen.add(storage._cdata)
+                held.append(tensor.detach())
                 saved += storage.nbytes()
             return tensor
 
@@ -336,7 +350,7 @@ class Recorder(TorchFunctionMode):
             self._describe(node, out)
             node = self._create("call_function", detached, (node,), {})
         given = {id(tensor) for tensor in sources} - {id(tensor) for tensor in changed}
-        out = _map_tensors(out, lambda t: t.view_as(t) if id(t) in given else t)  # a value of its own for every node
+        out = map_tensors(out, lambda t: t.view_as(t) if id(t) in given else t)  # a value of its own for every node
         self._describe(node, out)
         for tensor in changed:
             self._mutated(node, tensor)
@@ -400,13 +414,10 @@ class Recorder(TorchFunctionMode):
             except Exception as error:  # noqa: BLE001
                 return self._as_opaque(module, path, args, kwargs, self._cause(module, path, error), error)
         mark = next(iter(reversed(self.graph.nodes)), None), len(self._undo)
-        state = {key: dict(vars(module)[key]) for key in ("_parameters", "_buffers")}
+        state = {key: dict(vars(module)[key]) for key in _TABLES}
         attributes = dict(vars(module))
         try:
-            out = self._enter(module, path, args, kwargs)
-            if not all(_same(vars(module)[key], before) for key, before in state.items()):
-                raise Uncapturable("it replaces one of its own parameters or buffers by another tensor")
-            return out
+            return self._enter(module, path, args, kwargs)
         except Exception as error:  # noqa: BLE001 - whatever a user's forward raises
             cause = self._cause(module, path, error)
             self._roll_back(*mark)
@@ -419,14 +430,18 @@ class Recorder(TorchFunctionMode):
         self.stack.append(path)
         self.calls += 1
         self.call_stack.append(self.calls)
-        before = _python_random()
+        state = {key: dict(vars(module)[key]) for key in _TABLES}
+        attributes = dict(vars(module))
         try:
-            out = module.forward(*args, **kwargs)
+            with kept_python_random():
+                before = _python_random()
+                out = module.forward(*args, **kwargs)
+                if _python_random() != before:
+                    raise Uncapturable("it draws random numbers outside of torch", replayable=False)
         finally:
             self.stack.pop()
             self.call_stack.pop()
-        if _python_random() != before:
-            raise Uncapturable("it draws random numbers outside of torch")
+        _check_state(module, state, attributes)
         self._returned(out, path)
         return out
 
@@ -435,6 +450,10 @@ class Recorder(TorchFunctionMode):
             self._known[id(out)][0].meta["returned_by"].append(path)
 
     def _leaf(self, module: nn.Module, path: str, args: Any, kwargs: Any, *, really: bool = False) -> Any:
+        with self._pause():
+            for tensor in tensors_in((args, kwargs)):
+                self._node_of(tensor)  # made by the caller
+        known = () if _is_torch_own(module) else set(dict(module.named_parameters()))
         self.stack.append(path)
         try:
             with self._pause(), kept_python_random():
@@ -444,6 +463,8 @@ class Recorder(TorchFunctionMode):
                 out = self._run("call_module", path, args, kwargs, run)
         finally:
             self.stack.pop()
+        if not _is_torch_own(module) and set(dict(module.named_parameters())) != known:
+            raise NotMadeYet(f"module '{path}' of class {type(module).__name__} makes parameters in its first call")
         self._returned(out, path)
         return out
 
@@ -470,8 +491,8 @@ class Recorder(TorchFunctionMode):
         with unset_fake_temporarily(), torch.random.fork_rng(devices=[]):
             module = replicate(self.original.get_submodule(path), real_copy)
             module.train(self.root.get_submodule(path).training)
-            values = [_map_tensors(_plain(value), random_like) for value in args]
-            named = {key: _map_tensors(_plain(value), random_like) for key, value in kwargs.items()}
+            values = [map_tensors(_plain(value), random_like) for value in args]
+            named = {key: map_tensors(_plain(value), random_like) for key, value in kwargs.items()}
             out = module(*values, **named)
         flat = [t for t in tensors_in(out) if t.is_floating_point() and t.requires_grad]
         real_ids = {id(t): index for index, t in enumerate(flat)}
@@ -479,7 +500,7 @@ class Recorder(TorchFunctionMode):
         inputs += [p for p in self.root.get_submodule(path).parameters() if p.requires_grad]
         shapes = [(tuple(t.shape), t.stride(), t.dtype) for t in flat]
         linked = _Link.apply(shapes, *inputs) if flat else ()
-        return _map_tensors(out, lambda t: linked[real_ids[id(t)]] if id(t) in real_ids else _fake_like(t))
+        return map_tensors(out, lambda t: linked[real_ids[id(t)]] if id(t) in real_ids else _fake_like(t))
 
     def _cause(self, module: nn.Module, path: str, error: Exception) -> Opaque:
         where, code = place_of(error)
@@ -510,6 +531,9 @@ class Recorder(TorchFunctionMode):
         if derived:
             node.meta["derived"] = True
         self._learn(value, node, ())
+        if dataclasses.is_dataclass(value):
+            self._keep.append(value)
+            self._set(self._objects, id(value), (node, [id(tensor) for tensor in tensors_in(value)]))
 
     def _learn(self, value: Any, node: fx.Node, way: tuple[Any, ...]) -> None:
         if isinstance(value, Tensor):
@@ -550,6 +574,8 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, slice):
             return slice(self._argument(value.start), self._argument(value.stop), self._argument(value.step))
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            if id(value) in self._objects and self._objects[id(value)][1] == [id(t) for t in tensors_in(value)]:
+                return self._objects[id(value)][0]
             fields = {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value) if f.init}
             made = {key: self._argument(part) for key, part in fields.items() if part is not None}
             node = self._create("call_function", type(value), (), made)
@@ -694,18 +720,18 @@ def _fake_like(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
 
 
-def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map_tensors(part, function) for part in value))
+        return type(value)(*(map_tensors(part, function) for part in value))
     if type(value) in (list, tuple):
-        return type(value)(_map_tensors(part, function) for part in value)
+        return type(value)(map_tensors(part, function) for part in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        changed = {f.name: _map_tensors(getattr(value, f.name), function) for f in dataclasses.fields(value) if f.init}
+        changed = {f.name: map_tensors(getattr(value, f.name), function) for f in dataclasses.fields(value) if f.init}
         return type(value)(**changed)
     if isinstance(value, Mapping):
-        items = [(key, _map_tensors(part, function)) for key, part in value.items()]
+        items = [(key, map_tensors(part, function)) for key, part in value.items()]
         return type(value)(items) if type(value) is not dict else dict(items)  # type: ignore[call-arg]
     return tree_map_only(Tensor, function, value)
 
@@ -734,8 +760,22 @@ def _holds_containers(args: Any, kwargs: Any) -> bool:
     return any(isinstance(value, list | tuple | dict) for value in [*args, *kwargs.values()])
 
 
-def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    return a.keys() == b.keys() and all(a[key] is b[key] for key in a)
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
+def _check_state(module: nn.Module, tables: Mapping[str, Any], attributes: Mapping[str, Any]) -> None:
+    """Raise Uncapturable where a forward has left something behind that the next one would read."""
+    if any(set(vars(module)[key]) - set(tables[key]) for key in ("_parameters", "_modules")):
+        raise NotMadeYet(f"a module of class {type(module).__name__} makes parameters in its first call")
+    for key, before in tables.items():
+        changed = [name for name, value in vars(module)[key].items() if value is not before.get(name)]
+        if changed:
+            raise Uncapturable(f"it replaces its own '{changed[0]}'", replayable=False)
+    for name, value in vars(module).items():
+        before = attributes.get(name)
+        kept = isinstance(before, bool | int | float | Tensor) and isinstance(value, bool | int | float | Tensor)
+        if kept and value is not before and (isinstance(value, Tensor) or _plain(value) != before):
+            raise Uncapturable(f"it changes its own attribute '{name}'", replayable=False)
 
 
 def _python_random() -> Any:
@@ -779,12 +819,15 @@ def place_of(error: BaseException) -> tuple[str, str]:
     return found
 
 
+_CHECKPOINTS = ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")
+
+
 @contextmanager
 def _patched(recorder: Recorder) -> Iterator[None]:
     """Let the recorder see module calls, and refuse what hides operations from it."""
     call, apply = nn.Module.__call__, torch.autograd.Function.__dict__["apply"]
     checkpoint = torch.utils.checkpoint
-    around = checkpoint._checkpoint_without_reentrant_generator
+    kept = {name: getattr(checkpoint, name) for name in _CHECKPOINTS if hasattr(checkpoint, name)}
     enter = torch.amp.autocast_mode.autocast.__enter__
 
     def module_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -805,21 +848,25 @@ def _patched(recorder: Recorder) -> Iterator[None]:
             raise Uncapturable("it enters torch.autocast")
         return enter(self)
 
-    def checkpointed(*args: Any, **kwargs: Any) -> Iterator[None]:
-        if recorder._paused:
-            yield from around(*args, **kwargs)
-        else:
-            recorder.note("activation checkpointing is left out: local modules take its place")
-            yield
+    def without(around: Callable[..., Iterator[None]]) -> Callable[..., Iterator[None]]:
+        def checkpointed(*args: Any, **kwargs: Any) -> Iterator[None]:
+            if recorder._paused:
+                yield from around(*args, **kwargs)
+            else:
+                recorder.note("activation checkpointing is left out: local modules take its place")
+                yield
+        return checkpointed
 
-    checkpoint._checkpoint_without_reentrant_generator = checkpointed
+    for name, around in kept.items():
+        setattr(checkpoint, name, without(around))
     nn.Module.__call__ = module_call  # type: ignore[method-assign]
     torch.autograd.Function.apply = classmethod(function_apply)
     torch.amp.autocast_mode.autocast.__enter__ = autocast_enter  # type: ignore[method-assign]
     try:
         yield
     finally:
-        checkpoint._checkpoint_without_reentrant_generator = around
+        for name, around in kept.items():
+            setattr(checkpoint, name, around)
         nn.Module.__call__ = call  # type: ignore[method-assign]
         torch.autograd.Function.apply = apply
         torch.amp.autocast_mode.autocast.__enter__ = enter  # type: ignore[method-assign]

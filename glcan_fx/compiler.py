@@ -131,7 +131,7 @@ def _plan(
     try:
         structure = _structure(model, made, inputs)  # 1 trace, 2 analyze
     except TraceError as error:
-        if made.network(model):
+        if made.network(model) or not error.replayable:
             raise
         calls = _calls(model, inputs, error)
         found = _trunk(model, made, inputs, calls, error)

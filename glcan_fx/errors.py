@@ -6,10 +6,15 @@ class GlcanFxError(Exception):
 
 
 class TraceError(GlcanFxError):
-    """The model, or the sub-module that the task compiles, cannot be captured as a graph; ``reason`` is the cause."""
+    """The model, or the sub-module that the task compiles, cannot be captured as a graph.
 
-    def __init__(self, message: str, reason: str = "") -> None:
+    ``reason`` is the cause in short; ``replayable`` says whether the model's own forward may run as Python instead,
+    more than once a step.
+    """
+
+    def __init__(self, message: str, reason: str = "", *, replayable: bool = True) -> None:
         super().__init__(message)
+        self.replayable = replayable
         self.reason = reason or message.splitlines()[0]
 
 

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
+from .capture import map_tensors
 from .errors import CriterionError, UnsupportedError
 
 
@@ -35,7 +36,7 @@ def cache_write(value: Any, *, keep: bool = False) -> Any:
 
     keep: a copy, for a value that a later module overwrites in place.
     """
-    return tree_map_only(Tensor, Tensor.clone, detach(value)) if keep else detach(value)
+    return map_tensors(detach(value), Tensor.clone) if keep else detach(value)
 
 
 def cache_read(value: Any) -> Any:
@@ -44,8 +45,8 @@ def cache_read(value: Any) -> Any:
 
 
 def detach(value: Any) -> Any:
-    """Detach every tensor of a nested value."""
-    return tree_map_only(Tensor, Tensor.detach, value)
+    """Detach every tensor of a nested value, dataclasses included."""
+    return map_tensors(value, Tensor.detach)
 
 
 def total(loss: Any) -> Tensor:

@@ -306,7 +306,8 @@ def _synthesise_taps(
             present = end
             narrow = narrowed(structure.channels(end), width) < structure.channels(end)
         if end in missing:
-            build.values[end] = value
+            made, wanted = tensor_of(present).dtype, tensor_of(end).dtype
+            build.values[end] = value if made == wanted else build.graph.call_method("to", (value, wanted))
     for tap in missing:  # taps beside the chain: from the nearest value of the chain before them
         if tap not in build.values:
             above = ancestors([tap])
@@ -379,7 +380,10 @@ def _stage(
     if last_in:
         value = _move_axis(build, value, rank, to_last=False)
     norm, activation = _kinds(structure, region, path, end)
-    conv = partial(_conv, build, rank, tensor_of(present).dtype, norm is None)
+    dtype = tensor_of(end).dtype
+    if dtype != tensor_of(present).dtype:
+        value = build.graph.call_method("to", (value, dtype))
+    conv = partial(_conv, build, rank, dtype, norm is None)
     made = False
     for before, node in pairwise([start, *path]):
         if not _shrinks(structure, before, node):

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .capture import Opaque, Recorder, Specialisation, Uncapturable, fake_copy, place_of, replicate
+from .capture import NotMadeYet, Opaque, Recorder, Specialisation, Uncapturable, fake_copy, place_of, replicate
 from .errors import TraceError
 
 log = logging.getLogger("glcan_fx")
@@ -106,9 +106,13 @@ def trace(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any], *
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         try:
             main, root = _record(model, path, example_inputs, mode, forced)
+        except NotMadeYet as error:
+            message = (f"{type(model).__name__} cannot be captured yet: {error}. Please call the model once with a "
+                       "batch, and transform it then.")
+            raise TraceError(message, replayable=False) from error
         except Exception as error:  # noqa: BLE001 - whatever the user's forward raises
             message, reason = _explain(error, model, path, example_inputs)
-            raise TraceError(message, reason) from error
+            raise TraceError(message, reason, replayable=getattr(error, "replayable", True)) from error
         found = _batch_baked(model, path, example_inputs, mode, forced, main)
         found = found or _mode_baked(model, path, example_inputs, mode, forced, main)
         if found.keys() <= forced.keys():
@@ -149,23 +153,26 @@ def _batch_baked(
     model: nn.Module, path: str, inputs: Any, mode: FakeTensorMode, forced: Mapping[str, Opaque], main: Recorder
 ) -> dict[str, Opaque]:
     """Modules whose recording is another one at another batch size."""
-    tensors = [t for t in (inputs.values() if isinstance(inputs, Mapping) else inputs) if isinstance(t, Tensor)]
-    batch = next((t.shape[0] for t in tensors if t.dim() > 1), 0)
+    given = dict(inputs) if isinstance(inputs, Mapping) else list(inputs)
+    batch = next((t.shape[0] for t in tree_leaves(given) if isinstance(t, Tensor) and t.dim() > 1), 0)
 
-    def larger(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch:
+    def larger(value: Tensor) -> Tensor:
+        if value.dim() > 0 and value.shape[0] == batch:
             return torch.empty(batch + 1, *value.shape[1:], dtype=value.dtype, device="meta")
         return value
 
     if not batch:
         return {}
-    other = {k: larger(v) for k, v in inputs.items()} if isinstance(inputs, Mapping) else [larger(v) for v in inputs]
     try:
-        second, _ = _record(model, path, other, mode, forced)
+        second, _ = _record(model, path, tree_map_only(Tensor, larger, given), mode, {**forced, **main.opaque})
     except Exception as error:  # noqa: BLE001
         main.lost[f"the model does not run at batch size {batch + 1}: {type(error).__name__}"] = None
         return {}
-    return _differing(main, second, "its operations depend on the batch size")
+    found = _differing(main, second, "its operations depend on the batch size")
+    if "" in found and len(found) == 1:
+        message, reason = _explain(Uncapturable("its own operations depend on the batch size"), model, path, inputs)
+        raise TraceError(message, reason)
+    return found
 
 
 def _mode_baked(
@@ -173,19 +180,22 @@ def _mode_baked(
 ) -> dict[str, Opaque]:
     """Modules, but for those that hold most layers, whose own forward does something else in evaluation mode."""
     try:
-        second, _ = _record(model, path, inputs, mode, forced, training=False)
+        second, _ = _record(model, path, inputs, mode, {**forced, **main.opaque}, training=False)
     except Exception:  # noqa: BLE001 - evaluation calls the original
         return {}
     found = _differing(main, second, "its own forward depends on self.training")
     layers = [node for node in main.graph.nodes if node.op == "call_module"]
-    return {p: o for p, o in found.items()
-            if 2 * sum(_inside(str(node.target), p) for node in layers) <= len(layers)}
+    large = [p for p in found if 2 * sum(_inside(str(node.target), p) for node in layers) > len(layers)]
+    main.lost |= {f"'{p}': its own forward depends on self.training, and training runs what it does in training mode, "
+                  "also where you set it to evaluation mode": None for p in large if p}
+    return {p: o for p, o in found.items() if p not in large}
 
 
 def _differing(a: Recorder, b: Recorder, reason: str) -> dict[str, Opaque]:
     """The innermost modules whose own operations differ between two recordings."""
     own, other = _operations(a.graph), _operations(b.graph)
-    paths = [path for path in own.keys() | other.keys() if path and own.get(path) != other.get(path)]
+    paths = [path for path in own.keys() | other.keys() if own.get(path) != other.get(path)
+             and path not in a.opaque.keys() | b.opaque.keys()]
     innermost = [path for path in paths if not any(_inside(p, path) and p != path for p in paths)]
     return {path: Opaque(path, type(a.root.get_submodule(path)).__name__, reason, "") for path in innermost}
 

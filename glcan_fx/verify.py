@@ -27,7 +27,8 @@ def verify(structure: Structure, model: nn.Module, inputs: Any, path: str) -> bo
     if multiply_adds(structure) > _AFFORDABLE.get(device.type, 0):
         log.info("not verified: a forward pass of %s takes long on %s", type(model).__name__, device)
         return False
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), kept_python_random(), torch.no_grad():
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), kept_python_random(), torch.no_grad():
         _run_both(structure, model, inputs, path, device)
     return True
 
@@ -42,14 +43,16 @@ def _run_both(structure: Structure, model: nn.Module, inputs: Any, path: str, de
         captured = _module(structure, graph)
         try:
             torch.manual_seed(0)
-            expected = network(*args, **kwargs)
+            with kept_python_random():
+                expected = network(*args, **kwargs)
         except Exception as error:  # noqa: BLE001
             if extra:
                 return  # this model runs at one batch size only, which the trace's report says
             raise TraceError(f"{type(model).__name__} does not run on random values of the example's sizes: "
                              f"{error}. If it runs on yours, pass verify=False.") from error
         torch.manual_seed(0)
-        found = captured(*args, **kwargs)
+        with kept_python_random():
+            found = captured(*args, **kwargs)
         _compare(list(tensors_in(expected)), list(tensors_in(found)), "outputs", batch + extra)
         _compare(list(plain.buffers()), list(graph.buffers()), "buffers", batch + extra)
 
