@@ -165,7 +165,8 @@ def _channels_last(trace: Trace) -> frozenset[fx.Node]:
         if isinstance(module, nn.Linear | nn.LayerNorm | nn.MultiheadAttention):
             # LayerNorm subclasses for images permute inside
             return not isinstance(module, nn.LayerNorm) or type(module).forward is nn.LayerNorm.forward
-        if module is not None and any(p.dim() >= 3 for p in module.parameters()):
+        opaque = module is not None and any(True for _ in module.children())
+        if module is not None and not opaque and any(p.dim() >= 3 for p in module.parameters()):
             return False
         return None
 
@@ -275,13 +276,13 @@ def _is_exit(node: fx.Node) -> bool:
 def _holds_half(trace: Trace, region: set[fx.Node], end: fx.Node) -> bool:
     """Whether the module that closes a region holds half of the layers, so that it is the network and no block."""
     home = _common_path([*region, end])
-    layers = [node for node in trace.graph.nodes if _has_weight(trace, node)]
+    layers = trace.layers
     return not home or 2 * sum(_within(node.meta["module"], home) for node in layers) >= len(layers)
 
 
 def _holds_most_layers(trace: Trace, start: fx.Node, end: fx.Node, region: set[fx.Node]) -> bool:
     """Whether the model itself, not one of its blocks, closes a branch around most of its layers."""
-    layers = [node for node in trace.graph.nodes if _has_weight(trace, node)]
+    layers = trace.layers
     home = _common_path(layers)
     inside = sum(node in region for node in layers)
     outermost = not end.meta["module"] or _within(home, end.meta["module"])
@@ -362,7 +363,7 @@ def _until_tail(
     """The chain up to the trunk's last value."""
     stop = len(chain) - 1
     for index, (start, end) in enumerate(pairwise(chain)):
-        weighted = any(_has_weight(trace, node) for node in {*_between(graph, start, end), end})
+        weighted = any(node in trace.layers for node in {*_between(graph, start, end), end})
         flattened = start in positions and end in positions and tensor_of(start).dim() > 2 >= tensor_of(end).dim()
         pooled = positions.get(start, 1) > 1 and _pools_away(trace, graph, end, positions)
         if _leaves_trunk(start, end, positions, graph) or (not weighted and (pooled or flattened)):
@@ -402,7 +403,7 @@ def _units(trace: Trace, graph: nx.DiGraph, chain: list[fx.Node]) -> list[Unit]:
     for node in chain:
         fresh = ancestors([node]) - done
         done |= fresh
-        if any(_has_weight(trace, part) for part in fresh):
+        if any(part in trace.layers for part in fresh):
             if weighted and cut is not None:
                 ends.append(cut)
                 cut, at_block = None, False
@@ -415,13 +416,6 @@ def _units(trace: Trace, graph: nx.DiGraph, chain: list[fx.Node]) -> list[Unit]:
     elif ends:
         ends[-1] = chain[-1]
     return [Unit(end, *_names(trace, end, set(ends) - {end})) for end in ends]
-
-
-def _has_weight(trace: Trace, node: fx.Node) -> bool:
-    """Whether a node has a trainable weight; norms, biases, tokens and position tables do not make a local module."""
-    if node.op == "get_attr":
-        return any(p.requires_grad and p.dim() >= 2 and min(p.shape[:2]) > 1 for p in trace.parameters(node))
-    return any(p.requires_grad and p.dim() >= 2 for p in trace.parameters(node))
 
 
 def _inside_block(trace: Trace, node: fx.Node, kinds: set[type]) -> bool:

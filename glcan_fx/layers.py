@@ -275,7 +275,9 @@ def freshen(module: nn.Module, source: Moments | None = None) -> None:
     source = moments(module) if source is None else source
     norms = {id(p) for part in module.modules() if is_norm(part) for p in part.parameters(recurse=False)}
     for name, parameter in module.named_parameters():
-        mean, std, fan_in, shape = source.get(name, (0.0, 0.0, 1, None))
+        if name not in source:  # made new, not copied
+            continue
+        mean, std, fan_in, shape = source[name]
         same = parameter.shape == shape
         if not parameter.requires_grad and same:
             continue

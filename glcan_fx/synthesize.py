@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import skip_init
 from torch.utils._pytree import tree_map_only
 
 from .analyze import Structure, ancestors, input_dependent, tensor_of
@@ -75,11 +76,11 @@ class _Builder:
     copies: dict[str, str] = field(default_factory=dict)
     full: set[str] = field(default_factory=set)  # prefixes of copies whose layers keep their widths
 
-    def add(self, name: str, module: nn.Module, *args: fx.Node) -> fx.Node:
-        self.register(name, module)
+    def add(self, name: str, module: nn.Module, *args: fx.Node, fresh: bool = False) -> fx.Node:
+        self.register(name, module, fresh=fresh)
         return self.graph.call_module(name, args)
 
-    def register(self, name: str, module: nn.Module) -> None:
+    def register(self, name: str, module: nn.Module, *, fresh: bool = False) -> None:
         owner = self.root
         *parents, last = name.split(".")
         for parent in parents:
@@ -87,7 +88,7 @@ class _Builder:
                 owner.add_module(parent, nn.Module())
             owner = owner.get_submodule(parent)
         owner.add_module(last, module)
-        if not self.draft:
+        if not self.draft and not fresh:
             self.moments.update({f"{name}.{k}": v for k, v in moments(module).items()})
 
     def clone(self, target: str) -> nn.Module:
@@ -393,12 +394,13 @@ def _stage(
             value = _reduce(build, node, module, value, f"{name}.pool")
             continue
         geometry = _geometry(module, structure, before, node)
-        value = build.add(f"{name}.conv", conv(channels, target, **geometry), value)
+        value = build.add(f"{name}.conv", conv(channels, target, **geometry), value, fresh=True)
         made = True
     pooled = any(_shrinks(structure, a, b) for a, b in pairwise([start, *path])) and not made
     if not made and not (pooled and structure.channels(start) == structure.channels(end)):
         kernel = 3 if pooled else 1
-        value = build.add(f"{name}.conv", conv(channels, target, kernel_size=kernel, padding=kernel // 2), value)
+        value = build.add(f"{name}.conv", conv(channels, target, kernel_size=kernel, padding=kernel // 2), value,
+                          fresh=True)
     if last_out:
         value = _move_axis(build, value, rank, to_last=True)
     if norm is not None:
@@ -475,8 +477,8 @@ def _conv(
     if build.draft:
         with build.structure.trace.mode:
             return kind(channels, target, bias=bias, dtype=dtype, **geometry)
-    conv = kind(channels, target, bias=bias, dtype=dtype, **geometry)
-    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+    conv: Any = skip_init(kind, channels, target, bias=bias, dtype=dtype, **geometry)
+    nn.init.kaiming_uniform_(conv.weight, nonlinearity="relu")
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
     return conv

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -70,6 +71,14 @@ class Trace:
     @property
     def output(self) -> fx.Node:
         return self.graph.output_node()
+
+    @cached_property
+    def layers(self) -> frozenset[fx.Node]:
+        """Nodes with a trainable weight; norms, biases, tokens and position tables do not make a local module."""
+        def is_weight(node: fx.Node, p: nn.Parameter) -> bool:
+            return p.requires_grad and p.dim() >= 2 and (node.op != "get_attr" or min(p.shape[:2]) > 1)
+
+        return frozenset(node for node in self.graph.nodes if any(is_weight(node, p) for p in self.parameters(node)))
 
     def module(self, node: fx.Node) -> nn.Module | None:
         """The (shadow) module that a ``call_module`` node calls."""
