@@ -140,8 +140,10 @@ def _plan(
             return chosen, lambda _: _build_segments(chosen, model, made, calls)
         structure, made, inputs = found
 
+    sizes: dict[Any, tuple[int, int]] = {}  # blocks of one stage have auxiliary networks of one size
+
     def draft(unit: Unit, cuts: Sequence[Unit]) -> LocalModule:
-        return _local_module(structure, model, made, options, unit, cuts)[0]
+        return _local_module(structure, model, made, options, unit, cuts, sizes=sizes)[0]
 
     def aux_bytes(unit: Unit) -> int:
         return draft(unit, structure.units[:-1]).aux_saved
@@ -317,9 +319,12 @@ def _levels(structure: Structure, task: Task) -> dict[Any, fx.Node] | None:
 
 def _local_module(
     structure: Structure, model: nn.Module, task: Task, options: Options, unit: Unit, cuts: Sequence[Unit],
-    real: LocalModule | None = None,
-) -> tuple[LocalModule, Auxiliary, dict[str, Any]]:
-    """Select the features of the module that ends with ``unit`` and build its auxiliary network (a draft, or real)."""
+    real: LocalModule | None = None, sizes: dict[Any, tuple[int, int]] | None = None,
+) -> tuple[LocalModule, Auxiliary | None, dict[str, Any]]:
+    """Select the features of the module that ends with ``unit`` and build its auxiliary network: real, or a draft.
+
+    ``sizes`` remembers drafts: parameters and bytes kept, by what they depend on; a known one is not built again.
+    """
     index = [cut.end for cut in cuts].index(unit.end)
     owner = assign(structure, [cut.end for cut in cuts])
     place = _place(structure, unit.end, unit.name)
@@ -352,23 +357,30 @@ def _local_module(
     else:
         features = tuple(_feature(structure, task, tap, place, owner, index) for tap in structure.taps
                          if tap.node in taps)
-    auxiliary = synthesize(
+    key = (structure.shape(unit.end), unit.end in structure.channels_last, features, kept)
+    known = sizes.get(key) if sizes is not None and options.depth == 0 else None
+    auxiliary = None if known else synthesize(
         structure, model if real else None, unit.end, features, options, select=select, sigma=sigma,
         outputs_are_predictions=not task.outputs_are_levels,
     )
-    source = {key: node.meta["value"] for key, node in select(None).items()} if levels is not None else None
-    request = {"outputs": auxiliary.outputs, "source": source, "levels": kept, "style": options.head,
-               "width": options.width, "image": _image(structure)}
-    if real:
-        return real, auxiliary, request
-    head_saved, head_parameters = task.head_size(model, **request)
+    request: dict[str, Any] = {}
+    if auxiliary is not None:
+        source = {name: node.meta["value"] for name, node in select(None).items()} if levels is not None else None
+        request = {"outputs": auxiliary.outputs, "source": source, "levels": kept, "style": options.head,
+                   "width": options.width, "image": _image(structure)}
+        if real:
+            return real, auxiliary, request
+        head_saved, head_parameters = task.head_size(model, **request)
+        known = parameters_of([auxiliary.network]) + head_parameters, auxiliary.saved + head_saved
+        if sizes is not None:
+            sizes[key] = known
+    assert known is not None
     units = _units_of(structure, cuts, index)
     own = [node for node, module in owner.items() if module == index]
     info = LocalModule(
         name=_span(units), cut=unit.name, units=units, stride=place.stride, channels=place.channels,
         parameters=_parameters(structure, own),
-        aux_parameters=parameters_of([auxiliary.network]) + head_parameters,
-        saved=sum(node.meta["saved"] for node in own), aux_saved=auxiliary.saved + head_saved, features=features,
+        aux_parameters=known[0], saved=sum(node.meta["saved"] for node in own), aux_saved=known[1], features=features,
         levels=tuple(kept), sigma=tuple(weights),
     )
     return info, auxiliary, request
@@ -450,6 +462,7 @@ def _build(chosen: Plan, structure: Structure, model: nn.Module, task: Task, ver
         auxiliaries, heads = [], []
         for unit, info in zip(cuts, chosen.modules, strict=False):
             _, auxiliary, request = _local_module(structure, model, task, chosen.options, unit, cuts, info)
+            assert auxiliary is not None
             auxiliaries.append(auxiliary)
             heads.append(task.head(model, **request))
         aux = nn.Module()
