@@ -8,10 +8,11 @@ first grows, where the positions are pooled away, or where a bypass comes back f
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import networkx as nx
@@ -107,13 +108,13 @@ def _is_tensor(node: fx.Node) -> bool:
     return node.op != "output" and isinstance(node.meta.get("value"), Tensor) and is_float(node.meta["value"])
 
 
-def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes themselves and all that they are computed from."""
+def ancestors(nodes: Iterable[fx.Node], known: Set[fx.Node] = frozenset()) -> set[fx.Node]:
+    """The nodes themselves and all that they are computed from, but for those ``known`` with all of theirs."""
     found: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
         node = stack.pop()
-        if node not in found:
+        if node not in found and node not in known:
             found.add(node)
             stack.extend(node.all_input_nodes)
     return found
@@ -401,7 +402,7 @@ def _units(trace: Trace, graph: nx.DiGraph, chain: list[fx.Node]) -> list[Unit]:
     at_block = weighted = False
     done: set[fx.Node] = set()
     for node in chain:
-        fresh = ancestors([node]) - done
+        fresh = ancestors([node], done)
         done |= fresh
         if any(part in trace.layers for part in fresh):
             if weighted and cut is not None:
@@ -415,7 +416,8 @@ def _units(trace: Trace, graph: nx.DiGraph, chain: list[fx.Node]) -> list[Unit]:
         ends.append(chain[-1])
     elif ends:
         ends[-1] = chain[-1]
-    return [Unit(end, *_names(trace, end, set(ends) - {end})) for end in ends]
+    inside = _holders(ends)
+    return [Unit(end, *_names(trace, end, inside)) for end in ends]
 
 
 def _inside_block(trace: Trace, node: fx.Node, kinds: set[type]) -> bool:
@@ -428,17 +430,30 @@ def _inside_block(trace: Trace, node: fx.Node, kinds: set[type]) -> bool:
     return False
 
 
-def _names(trace: Trace, node: fx.Node, others: Iterable[fx.Node] = ()) -> tuple[str, tuple[str, ...]]:
+def _holders(nodes: Iterable[fx.Node]) -> dict[str, set[fx.Node]]:
+    """Of every module, which of the nodes lie in it."""
+    found: dict[str, set[fx.Node]] = {}
+    for node in nodes:
+        for path in (node.meta["module"], _target(node)):
+            while path:
+                found.setdefault(path, set()).add(node)
+                path = path.rpartition(".")[0]
+    return found
+
+
+def _names(
+    trace: Trace, node: fx.Node, inside: Mapping[str, Set[fx.Node]] = MappingProxyType({})
+) -> tuple[str, tuple[str, ...]]:
     """A value's name in the user's module paths, and its other names.
 
-    The name is the outermost module that returns this value and holds none of the ``others``.
+    The name is the outermost module that returns this value and holds none of the others (``inside``, by module).
     """
     paths = [path for path in node.meta["returned_by"] if path]
-    calls = {path: [n for n in trace.graph.nodes if path in n.meta["returned_by"]].index(node) for path in paths}
+    calls = {path: trace.returns[path].index(node) for path in paths}
     if not paths:
         inner = node.name.removeprefix(node.meta["module"].replace(".", "_") + "_")
         return ".".join(filter(None, [node.meta["module"], inner])), ()
-    own = [p for p in paths if not any(_within(o.meta["module"], p) or _within(_target(o), p) for o in others)]
+    own = [p for p in paths if not inside.get(p, set()) - {node}]
     unique = {path: f"{path}:{call}" if call else path for path, call in calls.items()}  # a module's later calls
     name = own[-1] if own else paths[0]
     return unique[name], tuple(unique[path] for path in paths if path != name)
@@ -461,8 +476,9 @@ def _taps(trace: Trace, trunk: frozenset[fx.Node], ends: list[fx.Node]) -> list[
             taps[node] = None
         else:
             stack.extend(node.all_input_nodes)
+    inside = _holders(ends)
     return [
-        Tap(node, str(node.target) if node.op == "placeholder" else _names(trace, node, set(ends) - {node})[0])
+        Tap(node, str(node.target) if node.op == "placeholder" else _names(trace, node, inside)[0])
         for node in trace.graph.nodes if node in taps
     ]
 

@@ -80,6 +80,15 @@ class Trace:
 
         return frozenset(node for node in self.graph.nodes if any(is_weight(node, p) for p in self.parameters(node)))
 
+    @cached_property
+    def returns(self) -> dict[str, list[fx.Node]]:
+        """Of every module, the values that its calls returned, in order."""
+        found: dict[str, list[fx.Node]] = {}
+        for node in self.graph.nodes:
+            for path in node.meta["returned_by"]:
+                found.setdefault(path, []).append(node)
+        return found
+
     def module(self, node: fx.Node) -> nn.Module | None:
         """The (shadow) module that a ``call_module`` node calls."""
         return self.shadow.get_submodule(str(node.target)) if node.op == "call_module" else None
