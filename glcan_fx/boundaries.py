@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from .capture import tensors_in
 from .errors import PlanError
 from .graphs import with_headlines
 from .layers import freshen, is_norm, moments, set_width, unhooked_copy
+from .nested import tensors_in
 from .partition import merge
 from .plan import LocalModule
 from .replay import Absent, Call, Record, Segments, detach_record, empty_stand_ins, is_inside, substituted, weights_in

@@ -29,6 +29,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from .copies import fake_like, kept_python_random, random_like, real_copy, replicate
+from .nested import map_tensors, parts_of, plain_data, tensors_in
+
 _OWN_FILES = (torch.__path__[0] + os.sep, __file__, __file__.replace("capture.py", "trace.py"))
 
 
@@ -172,36 +175,6 @@ def _plain(value: Any) -> Any:
     if type(value) is slice:
         return slice(_plain(value.start), _plain(value.stop), _plain(value.step))
     return value
-
-
-def _parts(value: Any) -> list[tuple[tuple[Any, Any], Any]]:
-    """((function, key), part) of a container, where ``function(container, key)`` gets the part."""
-    if isinstance(value, tuple | list):
-        return [((operator.getitem, index), part) for index, part in enumerate(value)]
-    if isinstance(value, Mapping):
-        return [((operator.getitem, key), part) for key, part in value.items()]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [((getattr, f.name), getattr(value, f.name, None)) for f in dataclasses.fields(value)]
-    return []
-
-
-def plain_data(value: Any) -> Any:
-    """Dataclasses as dicts, so that pytree functions see the tensors in them."""
-    if isinstance(value, Tensor | str | bytes):
-        return value
-    if isinstance(value, Mapping):
-        return {key: plain_data(part) for key, part in value.items()}
-    if isinstance(value, tuple | list):
-        return [plain_data(part) for part in value] if isinstance(value, list) else tuple(map(plain_data, value))
-    return {key: plain_data(part) for (_, key), part in _parts(value)} if _parts(value) else value
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    else:
-        for _, part in _parts(value):
-            yield from tensors_in(part)
 
 
 # ---------------------------------------------------------------------------------------------- recording
@@ -500,7 +473,7 @@ class Recorder(TorchFunctionMode):
         inputs += [p for p in self.root.get_submodule(path).parameters() if p.requires_grad]
         shapes = [(tuple(t.shape), t.stride(), t.dtype) for t in flat]
         linked = _Link.apply(shapes, *inputs) if flat else ()
-        return map_tensors(out, lambda t: linked[real_ids[id(t)]] if id(t) in real_ids else _fake_like(t))
+        return map_tensors(out, lambda t: linked[real_ids[id(t)]] if id(t) in real_ids else fake_like(t))
 
     def _cause(self, module: nn.Module, path: str, error: Exception) -> Opaque:
         where, code = place_of(error)
@@ -545,7 +518,7 @@ class Recorder(TorchFunctionMode):
             device = value.device
             self._devices.setdefault(id(device), (device, value))
         else:
-            for step, part in _parts(value):
+            for step, part in parts_of(value):
                 self._learn(part, node, (*way, step))
 
     def _set(self, table: dict[Any, Any], key: Any, value: Any) -> None:
@@ -665,77 +638,6 @@ class _Link(torch.autograd.Function):
         raise NotImplementedError("sizes only")
 
 
-def replicate(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module:
-    """The same module tree with converted parameters and buffers and without hooks; shares nothing mutable."""
-    modules: dict[int, nn.Module] = {}
-    tensors: dict[int, Tensor] = {}
-
-    def one(tensor: Tensor | None) -> Tensor | None:
-        if tensor is not None and id(tensor) not in tensors:
-            tensors[id(tensor)] = convert(tensor)
-        return None if tensor is None else tensors[id(tensor)]
-
-    def copy(module: nn.Module) -> nn.Module:
-        if id(module) in modules:
-            return modules[id(module)]
-        new: nn.Module = object.__new__(type(module))
-        modules[id(module)] = new
-        new.__dict__ = dict(vars(module))
-        for name in ("_parameters", "_buffers"):
-            vars(new)[name] = {key: one(tensor) for key, tensor in vars(module)[name].items()}
-        for name, value in vars(module).items():
-            if name.endswith("_hooks") and isinstance(value, dict):
-                vars(new)[name] = type(value)()
-            elif type(value) in (list, dict, set) and not name.startswith("_"):  # a forward pass may keep things there
-                vars(new)[name] = value.copy()
-        vars(new)["_modules"] = {k: None if m is None else copy(m) for k, m in vars(module)["_modules"].items()}
-        return new
-
-    return copy(module)
-
-
-def fake_copy(mode: FakeTensorMode) -> Callable[[Tensor], Tensor]:
-    """A converter for ``replicate``: fake tensors on the CPU."""
-    def convert(tensor: Tensor) -> Tensor:
-        with mode:
-            out = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-        return nn.Parameter(out, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else out
-    return convert
-
-
-def real_copy(tensor: Tensor) -> Tensor:
-    out = tensor.detach().to("cpu", copy=True)
-    return nn.Parameter(out, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else out
-
-
-def random_like(tensor: Tensor) -> Tensor:
-    if tensor.is_floating_point() or tensor.is_complex():
-        out = torch.randn(tensor.shape, dtype=tensor.dtype)
-        return out.requires_grad_(tensor.requires_grad)
-    return torch.ones(tensor.shape, dtype=torch.bool) if tensor.dtype == torch.bool else torch.zeros(
-        tensor.shape, dtype=tensor.dtype)
-
-
-def _fake_like(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-
-
-def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(part, function) for part in value))
-    if type(value) in (list, tuple):
-        return type(value)(map_tensors(part, function) for part in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        changed = {f.name: map_tensors(getattr(value, f.name), function) for f in dataclasses.fields(value) if f.init}
-        return type(value)(**changed)
-    if isinstance(value, Mapping):
-        items = [(key, map_tensors(part, function)) for key, part in value.items()]
-        return type(value)(items) if type(value) is not dict else dict(items)  # type: ignore[call-arg]
-    return tree_map_only(Tensor, function, value)
-
-
 def argument_names(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
     names: list[str] = []
     for parameter in inspect.signature(root.forward).parameters.values():
@@ -782,19 +684,6 @@ def _python_random() -> Any:
     numpy = sys.modules.get("numpy")
     return random.getstate(), None if numpy is None else numpy.random.get_state()[1:3][0].tobytes() + bytes(
         str(numpy.random.get_state()[2]), "ascii")
-
-
-@contextmanager
-def kept_python_random() -> Iterator[None]:
-    """Leave the random states of Python and NumPy as they are."""
-    state, numpy = random.getstate(), sys.modules.get("numpy")
-    numbers = numpy.random.get_state() if numpy is not None else None
-    try:
-        yield
-    finally:
-        random.setstate(state)
-        if numpy is not None:
-            numpy.random.set_state(numbers)
 
 
 def _place() -> tuple[str, str]:

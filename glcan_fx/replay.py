@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map_only
 
-from .capture import kept_python_random, random_like, real_copy, replicate
+from .copies import kept_python_random, random_like, real_copy, replicate
 from .errors import UnsupportedError
 from .layers import freshen, moments, unhooked_copy
 

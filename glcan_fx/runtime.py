@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
-from .capture import map_tensors
 from .errors import CriterionError, UnsupportedError
+from .nested import map_tensors
 
 
 class LocalOutput(NamedTuple):

@@ -21,7 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .capture import NotMadeYet, Opaque, Recorder, Specialisation, Uncapturable, fake_copy, place_of, replicate
+from .capture import NotMadeYet, Opaque, Recorder, Specialisation, Uncapturable, place_of
+from .copies import fake_copy, replicate
 from .errors import TraceError
 
 log = logging.getLogger("glcan_fx")

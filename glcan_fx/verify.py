@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from .analyze import Structure
-from .capture import kept_python_random, replicate, tensors_in
+from .copies import kept_python_random, replicate
 from .errors import TraceError
+from .nested import tensors_in
 from .tasks import Spec
 
 log = logging.getLogger("glcan_fx")
