@@ -210,6 +210,8 @@ class Recorder(TorchFunctionMode):
         self._undo: list[Callable[[], Any]] = []  # takes the bookkeeping back, newest last
         self._parts: dict[tuple[fx.Node, tuple[Any, ...]], fx.Node] = {}
         self._devices: dict[int, tuple[Any, Tensor]] = {}
+        self._dtypes: dict[tuple[int, torch.dtype], Tensor] = {}  # whose .dtype a frame of Python has asked for
+        self._asked_dtypes: dict[torch.dtype, fx.Node] = {}  # of the operation that is being recorded
         self._objects: dict[int, tuple[fx.Node, list[int]]] = {}  # dataclasses that a node returned, and their tensors
         self._storages: dict[int, list[tuple[fx.Node, Tensor]]] = {}  # who shares memory
         self._keep: list[Any] = []  # what is known by identity must stay alive
@@ -236,7 +238,7 @@ class Recorder(TorchFunctionMode):
             if not node.users and node.meta.get("derived"):
                 self.graph.erase_node(node)
         for table in (self._keep, self._held, self._undo, self._known, self._objects, self._parts, self._storages,
-                      self._devices):
+                      self._devices, self._dtypes):
             table.clear()
         return self.graph
 
@@ -263,6 +265,8 @@ class Recorder(TorchFunctionMode):
         value = func(*args)
         if isinstance(value, torch.Size):
             return self._sizes(args[0], value)
+        if isinstance(value, torch.dtype):
+            self._dtypes[id(_frame()), value] = args[0]
         if isinstance(value, Tensor) and name != "grad":
             node = self._create("call_function", getattr, (self._argument(args[0]), name), {})
             self._describe(node, value)
@@ -491,7 +495,8 @@ class Recorder(TorchFunctionMode):
         name = self.stack[-1].replace(".", "_") if op == "call_module" else None
         node = self.graph.create_node(op, target, args, kwargs, name=name)
         node.meta.update(module=self.stack[-1], call=self.call_stack[-1], returned_by=[], saved=0, mutates=set(),
-                         overwritten=False)
+                         overwritten=False, dtypes=self._asked_dtypes)
+        self._asked_dtypes = {}
         return node
 
     def _describe(self, node: fx.Node, value: Any, *, derived: bool = False) -> None:
@@ -558,6 +563,8 @@ class Recorder(TorchFunctionMode):
             if not all(isinstance(key, str | int | float | bool) for key in value):
                 raise Uncapturable("it makes a dict whose keys are neither names nor numbers")
             return {key: self._argument(part) for key, part in value.items()}
+        if isinstance(value, torch.dtype) and (tensor := self._dtypes.get((id(_frame()), value))) is not None:
+            self._asked_dtypes[value] = self._node_of(tensor)
         if value is None or value is Ellipsis or isinstance(
                 value, int | float | complex | str | torch.dtype | torch.device | torch.memory_format | torch.layout):
             return value
@@ -686,15 +693,24 @@ def _python_random() -> Any:
         str(numpy.random.get_state()[2]), "ascii")
 
 
-def _place() -> tuple[str, str]:
-    """File:line, and the source line, of the innermost frame that is the model's."""
+def _frame() -> Any:
+    """The innermost frame that is the model's."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
         if not name.startswith(_OWN_FILES) and not name.startswith("<"):
-            return f"{name}:{frame.f_lineno}", linecache.getline(name, frame.f_lineno).strip()
+            return frame
         frame = frame.f_back
-    return "", ""
+    return None
+
+
+def _place() -> tuple[str, str]:
+    """File:line, and the source line, of the innermost frame that is the model's."""
+    frame = _frame()
+    if frame is None:
+        return "", ""
+    name = frame.f_code.co_filename
+    return f"{name}:{frame.f_lineno}", linecache.getline(name, frame.f_lineno).strip()
 
 
 def place_of(error: BaseException) -> tuple[str, str]:

@@ -39,11 +39,12 @@ def replicate(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Modu
     return copy(module)
 
 
-def fake_copy(mode: FakeTensorMode) -> Callable[[Tensor], Tensor]:
-    """A converter for ``replicate``: fake tensors on the CPU."""
+def fake_copy(mode: FakeTensorMode, floating: torch.dtype | None = None) -> Callable[[Tensor], Tensor]:
+    """A converter for ``replicate``: fake tensors on the CPU; ``floating``: another type of the floating-point ones."""
     def convert(tensor: Tensor) -> Tensor:
+        dtype = floating if floating is not None and tensor.is_floating_point() else tensor.dtype
         with mode:
-            out = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+            out = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="cpu")
         return nn.Parameter(out, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else out
     return convert
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from .capture import NotMadeYet, Opaque, Recorder, Specialisation, Uncapturable, place_of
 from .copies import fake_copy, replicate
@@ -138,6 +138,7 @@ def trace(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any], *
             main.lost |= {f"'{p}': {o.reason}, and it cannot be made opaque": None for p, o in found.items()}
             break
         forced |= found
+    _follow_dtypes(model, path, example_inputs, forced, main)
     rung = 3 if main.opaque else 2 if main.specialisations else 1
     hooked = [f"'{name}': its hooks do not run in training" for name, part in model.get_submodule(path).named_modules()
               if name in _entered(main.graph) and (part._forward_hooks or part._forward_pre_hooks)]
@@ -156,15 +157,16 @@ def trace(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any], *
 
 def _record(
     model: nn.Module, path: str, inputs: Sequence[Any] | Mapping[str, Any], mode: FakeTensorMode,
-    forced: Mapping[str, Opaque], *, training: bool = True,
+    forced: Mapping[str, Opaque], *, training: bool = True, floating: torch.dtype | None = None,
 ) -> tuple[Recorder, nn.Module]:
-    root = shadow(model, mode)
+    convert = fake_copy(mode, floating)
+    root = replicate(model, convert)
     if root.training != training:
         root.train(training)
     recorder = Recorder(root.get_submodule(path), mode, model.get_submodule(path), forced)
     args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
     with quiet():
-        recorder.record([_fake(mode, value) for value in args], {k: _fake(mode, v) for k, v in kwargs.items()})
+        recorder.record(tree_map_only(Tensor, convert, list(args)), tree_map_only(Tensor, convert, dict(kwargs)))
     return recorder, root
 
 
@@ -208,6 +210,38 @@ def _mode_baked(
     main.lost |= {f"'{p}': its own forward depends on self.training, and training runs what it does in training mode, "
                   "also where you set it to evaluation mode": None for p in large if p}
     return {p: o for p, o in found.items() if p not in large}
+
+
+def _follow_dtypes(
+    model: nn.Module, path: str, inputs: Any, forced: Mapping[str, Opaque], main: Recorder
+) -> None:
+    """Where a type is that of a tensor (``y.to(x.dtype)``), let the graph ask that tensor: under autocast, or in a
+    model that is converted later, it is another. A recording in another type tells such types from fixed ones."""
+    asked = [node for node in main.graph.nodes if node.meta.get("dtypes")]
+    if not asked:
+        return
+    try:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        other = torch.float32 if any(p.dtype == torch.float64 for p in model.parameters()) else torch.float64
+        second, _ = _record(model, path, inputs, mode, {**forced, **main.opaque}, floating=other)
+    except Exception as error:  # noqa: BLE001 - the types stay as they were recorded
+        log.debug("not recorded in another type: %s", error)
+        return
+    if [(n.op, n.target) for n in main.graph.nodes] != [(n.op, n.target) for n in second.graph.nodes]:
+        return
+    others = dict(zip(main.graph.nodes, list(second.graph.nodes), strict=True))
+    for node in asked:
+        types = set(tree_leaves([*others[node].args, others[node].kwargs]))
+
+        def follow(value: Any, node: fx.Node = node, types: set[Any] = types) -> Any:
+            if isinstance(value, torch.dtype) and value in node.meta["dtypes"] and value not in types:
+                with main.graph.inserting_before(node):
+                    asks = main.graph.call_function(getattr, (node.meta["dtypes"][value], "dtype"))
+                asks.meta.update({**node.meta, "value": value, "saved": 0, "mutates": set(), "returned_by": []})
+                return asks
+            return value
+
+        node.args, node.kwargs = tree_map(follow, node.args), tree_map(follow, node.kwargs)
 
 
 def _differing(a: Recorder, b: Recorder, reason: str) -> dict[str, Opaque]:
@@ -274,10 +308,6 @@ def _check_types(model: nn.Module, example_inputs: Sequence[Any]) -> None:
 def shadow(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """The same module tree with fake parameters and buffers (on the CPU) and without hooks; shares nothing mutable."""
     return replicate(module, fake_copy(mode))
-
-
-def _fake(mode: FakeTensorMode, value: Any) -> Any:
-    return tree_map_only(Tensor, fake_copy(mode), value)
 
 
 def _prefix(graph: fx.Graph, path: str) -> None:

@@ -1,0 +1,214 @@
+"""Rungs 4 and 5, verification, and types: models that cannot be captured as a whole."""
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_users_models import IMAGES, LABELS, Block
+from torch import Tensor, nn
+
+import glcan_fx
+from glcan_fx.trace import trace
+
+
+class Body(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = Block(8, 8), Block(8, 16, 2), Block(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x)))
+
+
+class AroundTrunk(nn.Module):
+    """A branch on values before the trunk; what was made there is read behind it, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8))
+        self.body = Body()
+        self.neck = nn.Conv2d(16, 16, 1)
+        self.fc = nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if x.mean() > 1e9:
+            x = -x
+        return self.fc(torch.cat([self.neck(self.body(x)).mean((2, 3)), x.mean((2, 3))], 1))
+
+
+class InLoop(nn.Module):
+    """No sub-module holds the layers, and whether a block runs depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8))
+        self.shift = nn.Parameter(torch.zeros(8, 1, 1))
+        self.blocks = nn.ModuleList([Block(8, 8), Block(8, 16, 2), Block(16, 16), Block(16, 32, 2), Block(32, 32)])
+        self.fc = nn.Linear(40, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = y = self.stem(x) + self.shift
+        for block in self.blocks:
+            if y.mean() > 1e9:
+                break
+            y = block(y)
+        return self.fc(torch.cat([y.mean((2, 3)), x.mean((2, 3))], 1))
+
+
+def compiled(model: nn.Module, **options: object) -> glcan_fx.LocalModel:
+    defaults = {"criterion": F.cross_entropy, "example_inputs": IMAGES}
+    return glcan_fx.transform(model, **(defaults | options)).train()
+
+
+ladder = pytest.mark.parametrize(("kind", "rung", "k"), [(AroundTrunk, 4, 3), (InLoop, 5, 6)])
+
+
+@ladder
+def test_trains_and_evaluates_as_the_model(kind: type[nn.Module], rung: int, k: int) -> None:
+    model = kind()
+    plain = copy.deepcopy(model).train()
+    local = compiled(model)
+    assert (local.plan.report.rung, local.plan.k) == (rung, k)
+    assert __file__ in " ".join(local.plan.report.lost)  # the line that did it
+    for batch in (4, 3):
+        out = local(IMAGES[:batch], LABELS[:batch])
+        assert torch.equal(out.output, plain(IMAGES[:batch]))
+    out.loss.backward()
+    assert all(p.grad is not None for p in local.parameters())
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(buffer, model.get_buffer(name)), name  # statistics move once a step
+    assert torch.equal(local.eval()(IMAGES), plain.eval()(IMAGES))
+
+
+@ladder
+def test_local_losses_reach_their_module_only(kind: type[nn.Module], rung: int, k: int) -> None:
+    model = kind()
+    local = compiled(model)
+    out = local(IMAGES, LABELS)
+    around = {4: ("stem", "neck", "fc"), 5: ("shift", "fc")}[rung]  # run as Python: the first and last may share them
+    seen: dict[str, list[int]] = {}
+    for index, loss in enumerate(out.losses):
+        named = [(n, p) for n, p in model.named_parameters() if not n.startswith(around)]
+        grads = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True, retain_graph=True)
+        for (name, _), grad in zip(named, grads, strict=True):
+            if grad is not None and grad.abs().max() > 0:
+                seen.setdefault(name, []).append(index)
+    assert len(seen) == sum(not n.startswith(around) for n, _ in model.named_parameters())
+    assert all(len(losses) == 1 for losses in seen.values()), seen
+
+
+@ladder
+def test_one_module_is_backpropagation(kind: type[nn.Module], rung: int, k: int) -> None:
+    model = kind()
+    plain = copy.deepcopy(model).train()
+    F.cross_entropy(plain(IMAGES), LABELS).backward()
+    compiled(model, k=1)(IMAGES, LABELS).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, plain.get_parameter(name).grad), name
+
+
+@ladder
+def test_saved_copied_and_planned_again(kind: type[nn.Module], rung: int, k: int) -> None:
+    local = compiled(kind())
+    file = io.BytesIO()
+    torch.save(local, file)
+    file.seek(0)
+    plan = glcan_fx.Plan.from_json(local.plan.to_json())
+    assert plan == local.plan
+    for other in (torch.load(file, weights_only=False), copy.deepcopy(local),
+                  plan.apply(kind(), criterion=F.cross_entropy)):
+        assert other.plan == local.plan and other.code == local.code
+        other.train()(IMAGES, LABELS).loss.backward()
+        assert all(p.grad is not None for p in other.parameters())
+
+
+@pytest.mark.parametrize("k", [2, 4, ["blocks.1"], ["stem", "blocks.3"]])
+def test_fewer_modules_without_a_graph(k: object) -> None:
+    plan = glcan_fx.plan(InLoop(), k=k, criterion=F.cross_entropy, example_inputs=IMAGES)
+    assert plan.k == (k if isinstance(k, int) else len(k) + 1)
+    assert isinstance(k, int) or list(plan.cuts) == k
+    with pytest.raises(glcan_fx.PlanError, match="offers 1 to 6"):
+        glcan_fx.plan(InLoop(), k=7, criterion=F.cross_entropy, example_inputs=IMAGES)
+
+
+def test_activations_die_with_their_module() -> None:
+    """On rung 5: what autograd keeps at a module's boundary is nothing but the running module's."""
+    local, alive = compiled(InLoop()), []
+
+    def bytes_kept(*_: object) -> None:
+        alive.append(sum(t.untyped_storage().nbytes() for t in kept))
+
+    kept: list[Tensor] = []
+    for index in range(local.plan.k - 1):
+        local.aux.get_submodule(f"{index}.backward").register_forward_hook(bytes_kept)
+
+    class Held:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor.detach()
+            kept.append(self.tensor)
+
+        def __del__(self) -> None:
+            kept[:] = [t for t in kept if t is not self.tensor]
+
+    pack: Callable[[Tensor], object] = lambda t: t if isinstance(t, nn.Parameter) else Held(t)  # noqa: E731
+    import glcan_fx.local_model as module
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda held: getattr(held, "tensor", held))
+    private, module.private_graph = module.private_graph, lambda: hooks
+    try:
+        local(IMAGES, LABELS)
+    finally:
+        module.private_graph = private
+    assert alive == [0] * (local.plan.k - 1)
+
+
+def test_verification_finds_what_is_not_in_the_graph() -> None:
+    class Tells(nn.Module):
+        """Does something else when it is recorded."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.fc = Body(), nn.Linear(16, 10)
+            self.stem = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.body(self.stem(x))
+            return self.fc(x.mean((2, 3)) if type(x) is Tensor else x.amax((2, 3)))
+
+    with pytest.raises(glcan_fx.TraceError, match="does not compute what the model does.*verify=False"):
+        compiled(Tells())
+    assert compiled(Tells(), verify=False).plan.k == 4
+
+
+class Casts(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        kind = x.dtype
+        y = torch.softmax(self.conv(x).to(torch.float32), 1, dtype=torch.float32)
+        return self.act(y.to(kind) + x)
+
+
+def test_types_follow_their_tensors_and_constants_stay() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Casts(8, 8), Casts(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.Linear(8, 10)).train()
+    for part in model.modules():
+        if isinstance(part, Casts):
+            del part.norm, part.skip
+    local = compiled(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, plain = local(IMAGES, LABELS), model(IMAGES)
+    assert out.output.dtype == plain.dtype == torch.bfloat16 and torch.equal(out.output, plain)
+    other, expected = copy.deepcopy(local).bfloat16(), copy.deepcopy(model).bfloat16()
+    assert torch.equal(other(IMAGES.bfloat16(), LABELS).output, expected(IMAGES.bfloat16()))
+
+
+def test_every_attempt_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "glcan_fx"):
+        glcan_fx.plan(InLoop(), criterion=F.cross_entropy, example_inputs=IMAGES)
+    assert "InLoop cannot be captured: it is cut at calls of sub-modules" in caplog.text
+    with caplog.at_level("INFO", "glcan_fx"):
+        trace(Body(), [torch.empty(2, 8, 16, 16)])
+    assert "Body captured on rung 1" in caplog.text
