@@ -15,7 +15,7 @@ import operator
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -234,9 +234,7 @@ class Recorder(TorchFunctionMode):
         with self._pause():
             node = self.graph.output(self._argument(result))
         node.meta.update(value=plain_data(result), module="", returned_by=[], saved=0, mutates=set(), overwritten=False)
-        for node in reversed(self.graph.nodes):
-            if not node.users and node.meta.get("derived"):
-                self.graph.erase_node(node)
+        erase_unused(self.graph, {node for user in self.graph.nodes for node in user.meta.get("dtypes", {}).values()})
         for table in (self._keep, self._held, self._undo, self._known, self._objects, self._parts, self._storages,
                       self._devices, self._dtypes):
             table.clear()
@@ -616,6 +614,13 @@ class Recorder(TorchFunctionMode):
 def after_change(value: Any, change: Any) -> Any:
     """``value``, read after ``change`` has written to it in place."""
     return value
+
+
+def erase_unused(graph: fx.Graph, keep: Set[fx.Node] = frozenset()) -> None:
+    """Erase sizes, types and parameters that nothing reads."""
+    for node in reversed(graph.nodes):
+        if not node.users and node.meta.get("derived") and node not in keep:
+            graph.erase_node(node)
 
 
 def assign(x: Tensor, key: Any, value: Any) -> Tensor:

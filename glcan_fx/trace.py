@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from .capture import NotMadeYet, Opaque, Recorder, Specialisation, Uncapturable, place_of
+from .capture import NotMadeYet, Opaque, Recorder, Specialisation, Uncapturable, erase_unused, place_of
 from .copies import fake_copy, replicate
 from .errors import TraceError
 
@@ -139,6 +139,7 @@ def trace(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any], *
             break
         forced |= found
     _follow_dtypes(model, path, example_inputs, forced, main)
+    erase_unused(main.graph)
     rung = 3 if main.opaque else 2 if main.specialisations else 1
     hooked = [f"'{name}': its hooks do not run in training" for name, part in model.get_submodule(path).named_modules()
               if name in _entered(main.graph) and (part._forward_hooks or part._forward_pre_hooks)]
