@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # a stamp per set of extras, so that a second run installs nothing
 STAMP = $(VENV)/.installed-
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint docs bench clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/bin/python:
@@ -43,6 +43,14 @@ test-slow: $(STAMP)test
 lint: $(STAMP)lint
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(STAMP)test
+	@echo "==> writing docs/models.md: torchvision's networks (about ten minutes)"
+	$(BIN)/python docs/make_models.py --all
+
+bench: $(STAMP)test
+	@echo "==> writing docs/tracing.md: times, and other tracers (about twenty minutes)"
+	$(BIN)/python docs/bench_tracing.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

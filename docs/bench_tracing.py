@@ -5,6 +5,7 @@
 """
 
 import argparse
+import copy
 import gc
 import inspect
 import statistics
@@ -160,7 +161,7 @@ def peers() -> str:
         for tracer, make in tracers.items():
             torch.manual_seed(0)
             model = build(name)
-            state = {key: value.clone() for key, value in model.state_dict().items()}
+            state = copy.deepcopy(model.state_dict())
             try:
                 captured = make(name)(model, training, evaluation)
             except Exception as error:  # noqa: BLE001 - counted

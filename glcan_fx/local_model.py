@@ -3,6 +3,7 @@
 import copy
 import sys
 import warnings
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,7 +75,7 @@ class LocalModel(fx.GraphModule):
         self.task.check(next(iter(given.values()), None), given.get("targets"))
         _refuse_sharded(self)
         self._warn_of_unused()
-        with private_graph():
+        with private_graph() if self.plan.k > 1 else nullcontext():
             result = self._training_step(*args, **kwargs)
         self.aux.get_submodule("scale").update()  # type: ignore[operator]
         self._watch_last(result)
