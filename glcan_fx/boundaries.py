@@ -6,21 +6,32 @@ keep their input's shape are left out and calls that change it leave one convolu
 record of all calls' results is kept until the step ends.
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
-from .errors import PlanError
+from .copies import cuda_devices
+from .emit import register_task
+from .errors import PlanError, TraceError
 from .graphs import with_headlines
 from .layers import freshen, is_norm, moments, set_width, unhooked_copy
+from .local_model import LocalModel, assemble
 from .nested import tensors_in
-from .partition import merge
-from .plan import LocalModule
+from .partition import K, merge
+from .plan import LocalModule, Plan
 from .replay import Absent, Call, Record, Segments, detach_record, empty_stand_ins, is_inside, substituted, weights_in
 from .runtime import collect
+from .synthesize import Options
+from .tasks import Task
+from .tasks.around import InSegments
+from .trace import Report
+
+log = logging.getLogger("glcan_fx")
 
 
 @dataclass(frozen=True)
@@ -134,6 +145,51 @@ def emit_segments(segments: Segments, comments: Sequence[str], trains: Sequence[
     with_headlines(graph)
     graph.lint()
     return graph
+
+
+def plan_segments(
+    model: nn.Module, k: K, task: Task, inputs: Any, names: tuple[str, ...], calls: Sequence[Call], options: Options,
+    error: TraceError,
+) -> Plan:
+    """Plan local modules as runs of sub-module calls; raises ``error`` where there are fewer than two to run."""
+    units = units_of(model, calls)
+    if len(ends_of(units)) < 2:
+        raise error
+    groups = partition_calls(units, k)
+    report = Report(5, lost=(f"the model runs as Python, cut at calls of sub-modules: {error.reason}",))
+    log.info("%s cannot be captured: it is cut at calls of sub-modules", type(model).__name__)
+    with torch.random.fork_rng(devices=cuda_devices(model)):
+        modules = local_modules(model, names, groups)
+    return Plan(
+        model=type(model).__name__, task=task.name, network="", modules=modules,
+        natural=tuple(units[end].path for end in ends_of(units)[:-1]), inputs=inputs, options=options,
+        notes=report.lost, report=report, task_object=task,
+        around=Segments(names, tuple(tuple(unit.path for unit in group) for group in groups)),
+    )
+
+
+def build_segments(chosen: Plan, model: nn.Module, task: Task, calls: Sequence[Call]) -> LocalModel:
+    """Build what ``plan_segments`` planned, on a model that made these calls."""
+    segments = chosen.around
+    assert isinstance(segments, Segments)
+    units = {unit.path: unit for unit in units_of(model, calls)}
+    missing = [path for group in segments.paths for path in group if path not in units]
+    if missing:
+        raise PlanError(f"the plan cuts at calls of '{missing[0]}', which this {type(model).__name__} did not make: "
+                        f"it was made for another model ({chosen.model}). Make a new plan.")
+    groups = [[units[path] for path in group] for group in segments.paths]
+    aux = nn.Module()
+    with torch.random.fork_rng(devices=cuda_devices(model)):
+        for index in range(len(groups) - 1):
+            part = nn.Module()
+            part.add_module("head", SegmentHead(task, Remainder(model, segments.inputs, groups, index)))
+            aux.add_module(str(index), part)
+    register_task(aux, task)
+    glue = [name for name, _ in model.named_parameters()
+            if not any(is_inside(name, path) for group in segments.paths for path in group)]
+    trains = [[*group, *glue] for group in segments.paths]
+    graph = emit_segments(segments, [m.headline(i) for i, m in enumerate(chosen.modules)], trains)
+    return assemble(model, aux, graph, chosen, InSegments(task, segments))
 
 
 class SegmentHead(nn.Module):

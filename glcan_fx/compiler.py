@@ -10,20 +10,21 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from .analyze import Structure, Tap, Unit, analyze, unit_at
-from .boundaries import Remainder, SegmentHead, emit_segments, ends_of, local_modules, partition_calls, units_of
+from .boundaries import build_segments, plan_segments
 from .capture import argument_names
-from .emit import assign, emit, register, register_task
+from .copies import cuda_devices
+from .emit import assign, emit, register
 from .errors import GlcanFxError, PlanError, TraceError
 from .local_model import LocalModel, assemble, is_compiled
 from .partition import K, partition
 from .plan import LocalModule, Plan
-from .replay import Call, Segments, arguments_of, calls_of, is_inside, surroundings, weights_in
+from .replay import Call, Segments, arguments_of, calls_of, surroundings, weights_in
 from .rules import Feature, Place, Rules, State
 from .synthesize import Auxiliary, Head, Options, parameters_of, synthesize, tail_of
 from .tasks import Spec, Task, make_task, specs
-from .tasks.around import Around, InSegments
+from .tasks.around import Around
 from .tasks.base import Criterion
-from .trace import Report, trace
+from .trace import trace
 from .verify import verify as verify_capture
 
 log = logging.getLogger("glcan_fx")
@@ -44,12 +45,12 @@ def plan(
     """Decide how ``model`` is cut into local modules and what their auxiliary networks are; changes nothing.
 
     Args:
-        model: any module that torch.fx can capture, on any device, in either mode.
+        model: any module that runs, on any device, in either mode; `plan.report` says how it was captured.
         k: number of local modules, "natural" (one per block), or a list of split points (module paths). 1 is plain
             backpropagation.
         task: "detection", "classification", "segmentation", "super_resolution", or a Task object.
-        example_inputs: a tensor or tuple of tensors of the sizes that you train with (values do not matter, batch at
-            least 2). Detection: images, 2 x 3 x 320 x 320 when left out.
+        example_inputs: one batch of the sizes that you train with (values do not matter): a tensor, a tuple of
+            positional arguments, or a dict of keyword arguments. Detection: images, 2 x 3 x 320 x 320 when left out.
         criterion: ``(outputs, targets) -> Tensor or dict``, instead of a task's own loss.
         rules: the selection rules Γ.
         aux_depth: trunk blocks that each auxiliary network keeps. aux_width: its relative channels, in (0, 1].
@@ -106,7 +107,8 @@ def apply(
         task = plan.task_object or make_task(plan.task, None, None)
     task.begin(model)
     if isinstance(plan.around, Segments):
-        return _build_segments(plan, model, task, _calls(model, plan.inputs))
+        _check(model, plan.options.depth, plan.options.width, plan.options.head)
+        return build_segments(plan, model, task, _calls(model, plan.inputs))
     if plan.around is not None:
         task = Around(task, plan.around)
     return _build(plan, _structure(model, task, plan.inputs), model, task, verify)
@@ -136,8 +138,8 @@ def _plan(
         calls = _calls(model, inputs, error)
         found = _trunk(model, made, inputs, calls, error)
         if isinstance(found, TraceError):
-            chosen = _plan_segments(model, k, made, inputs, calls, options, found)
-            return chosen, lambda _: _build_segments(chosen, model, made, calls)
+            chosen = plan_segments(model, k, made, inputs, _names(model, inputs), calls, options, found)
+            return chosen, lambda _: build_segments(chosen, model, made, calls)
         structure, made, inputs = found
 
     sizes: dict[Any, tuple[int, int]] = {}  # blocks of one stage have auxiliary networks of one size
@@ -186,7 +188,7 @@ def _check(model: nn.Module, depth: int, width: float, head: str) -> None:
 
 
 def _structure(model: nn.Module, task: Task, inputs: Any) -> Structure:
-    with torch.random.fork_rng(devices=_cuda_devices(model)):
+    with torch.random.fork_rng(devices=cuda_devices(model)):
         example = _example(inputs)
         return analyze(trace(model, example, path=task.network(model)))
 
@@ -237,56 +239,6 @@ def _trunk(
             return replace(structure, trace=replace(structure.trace, report=report)), made, given
         tried.append(f"'{call.path}': it offers nowhere to cut")
     return TraceError(f"{error}\n  sub-modules tried: {'; '.join(tried) or 'none'}", error.reason)
-
-
-def _plan_segments(
-    model: nn.Module, k: K, task: Task, inputs: Any, calls: Sequence[Call], options: Options, error: TraceError
-) -> Plan:
-    """Rung 5: local modules as runs of sub-module calls."""
-    units = units_of(model, calls)
-    if len(ends_of(units)) < 2:
-        raise error
-    groups = partition_calls(units, k)
-    names = _names(model, inputs)
-    report = Report(5, lost=(f"the model runs as Python, cut at calls of sub-modules: {error.reason}",))
-    log.info("%s cannot be captured: it is cut at calls of sub-modules", type(model).__name__)
-    with torch.random.fork_rng(devices=_cuda_devices(model)):
-        modules = local_modules(model, names, groups)
-    return Plan(
-        model=type(model).__name__, task=task.name, network="", modules=modules,
-        natural=tuple(units[end].path for end in ends_of(units)[:-1]), inputs=inputs, options=options,
-        notes=report.lost, report=report, task_object=task,
-        around=Segments(names, tuple(tuple(unit.path for unit in group) for group in groups)),
-    )
-
-
-def _build_segments(chosen: Plan, model: nn.Module, task: Task, calls: Sequence[Call]) -> LocalModel:
-    _check(model, chosen.options.depth, chosen.options.width, chosen.options.head)
-    segments = chosen.around
-    assert isinstance(segments, Segments)
-    units = {unit.path: unit for unit in units_of(model, calls)}
-    missing = [path for group in segments.paths for path in group if path not in units]
-    if missing:
-        raise PlanError(f"the plan cuts at calls of '{missing[0]}', which this {type(model).__name__} did not make: "
-                        f"it was made for another model ({chosen.model}). Make a new plan.")
-    groups = [[units[path] for path in group] for group in segments.paths]
-    aux = nn.Module()
-    with torch.random.fork_rng(devices=_cuda_devices(model)):
-        for index in range(len(groups) - 1):
-            part = nn.Module()
-            part.add_module("head", SegmentHead(task, Remainder(model, segments.inputs, groups, index)))
-            aux.add_module(str(index), part)
-    register_task(aux, task)
-    glue = [name for name, _ in model.named_parameters()
-            if not any(is_inside(name, path) for group in segments.paths for path in group)]
-    trains = [[*group, *glue] for group in segments.paths]
-    graph = emit_segments(segments, [_headline(i, m) for i, m in enumerate(chosen.modules)], trains)
-    return assemble(model, aux, graph, chosen, InSegments(task, segments))
-
-
-def _cuda_devices(model: nn.Module) -> list[torch.device]:
-    """Devices whose random state building must not move."""
-    return list({p.device for p in model.parameters() if p.device.type == "cuda"})
 
 
 def _notes(structure: Structure, model: nn.Module) -> list[str]:
@@ -458,7 +410,7 @@ def _build(chosen: Plan, structure: Structure, model: nn.Module, task: Task, ver
             raise PlanError(f"the plan cuts at '{name}', which this {type(model).__name__} does not have: it was made "
                             f"for another model ({chosen.model}). Make a new plan.")
         cuts.append(unit)
-    with torch.random.fork_rng(devices=_cuda_devices(model)):  # building must not move the user's random state
+    with torch.random.fork_rng(devices=cuda_devices(model)):  # building must not move the user's random state
         auxiliaries, heads = [], []
         for unit, info in zip(cuts, chosen.modules, strict=False):
             _, auxiliary, request = _local_module(structure, model, task, chosen.options, unit, cuts, info)
@@ -475,20 +427,9 @@ def _build(chosen: Plan, structure: Structure, model: nn.Module, task: Task, ver
         return values
 
     graph = emit(structure, [cut.end for cut in cuts], auxiliaries, task,
-                 [_headline(i, m) for i, m in enumerate(chosen.modules)], outputs)
+                 [m.headline(i) for i, m in enumerate(chosen.modules)], outputs)
     example = next((p for p in model.parameters()), None)
     if example is not None:
         aux.to(device=example.device)
     log.info("compiled %s; create the optimiser after this call, from its parameters()", chosen.model)
     return assemble(model, aux, graph, chosen, task)
-
-
-def _headline(index: int, module: LocalModule) -> str:
-    parts = [f"local module {index}: {module.name}"]
-    if module.stride:
-        parts.append(f"stride {module.stride}, {module.channels} channels")
-    for source, label in (("cache", "P"), ("own", "own"), ("synthesised", "S")):
-        names = [feature.tap for feature in module.features if feature.source == source]
-        if names:
-            parts.append(f"{label}: {', '.join(names)}")
-    return " | ".join(parts) if module.cut else f"{parts[0]}, neck and head"

@@ -77,3 +77,8 @@ def kept_python_random() -> Iterator[None]:
         random.setstate(state)
         if numpy is not None:
             numpy.random.set_state(numbers)
+
+
+def cuda_devices(model: nn.Module) -> list[torch.device]:
+    """Devices whose random state building must not move."""
+    return list({p.device for p in model.parameters() if p.device.type == "cuda"})

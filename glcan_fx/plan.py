@@ -46,6 +46,17 @@ class LocalModule:
     levels: tuple[int, ...]
     sigma: tuple[float, ...]
 
+    def headline(self, index: int) -> str:
+        """What the generated code says above this module's lines."""
+        parts = [f"local module {index}: {self.name}"]
+        if self.stride:
+            parts.append(f"stride {self.stride}, {self.channels} channels")
+        for source, label in (("cache", "P"), ("own", "own"), ("synthesised", "S")):
+            names = [feature.tap for feature in self.features if feature.source == source]
+            if names:
+                parts.append(f"{label}: {', '.join(names)}")
+        return " | ".join(parts) if self.cut else f"{parts[0]}, neck and head"
+
 
 @dataclass(frozen=True)
 class Plan:
