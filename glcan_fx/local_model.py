@@ -90,13 +90,15 @@ class LocalModel(fx.GraphModule):
 
     def _warn_of_unused(self) -> None:
         """Warn, before its gradients are lost, of a step in which only a part of the losses was minimised."""
-        reached = [part.delivered for part in self.modules() if isinstance(part, LocalBackward)]
-        reached.append(self.__dict__["_last_reached"])
-        flags = [flag for step in reached for flag in step]
-        if any(flags) and not all(flags):
+        reached = {part.name: part.delivered for part in self.modules() if isinstance(part, LocalBackward)}
+        reached[self.plan.modules[-1].name] = self.__dict__["_last_reached"]
+        flags = {name: step[0] for name, step in reached.items() if step}
+        if any(flags.values()) and not all(flags.values()):
+            missed = ", ".join(f"'{name}'" for name, flag in flags.items() if not flag)
             warnings.warn(
-                f"only {sum(flags)} of {len(flags)} local losses of the last step reached backward(): the other local "
-                "modules were not trained. Minimise the sum: out.loss, or sum(losses.values()) of a detector.",
+                f"only {sum(flags.values())} of {len(flags)} local losses of the last step reached backward(): the "
+                f"local modules {missed} were not trained. Minimise the sum: out.loss, or sum(losses.values()) of a "
+                "detector.",
                 UnusedGradientsWarning, stacklevel=4,
             )
 
