@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from .errors import PlanError
+from .layers import channel_axis
 from .trace import Trace, is_float
 
 _START: Any = "start"  # a virtual node before all inputs
@@ -163,9 +164,10 @@ def _channels_last(trace: Trace) -> frozenset[fx.Node]:
 
     def evidence(node: fx.Node) -> bool | None:
         module = trace.module(node)
-        if isinstance(module, nn.Linear | nn.LayerNorm | nn.MultiheadAttention):
-            # LayerNorm subclasses for images permute inside
-            return not isinstance(module, nn.LayerNorm) or type(module).forward is nn.LayerNorm.forward
+        if isinstance(module, nn.Linear | nn.MultiheadAttention):
+            return True
+        if isinstance(module, nn.LayerNorm):
+            return channel_axis(module, tensor_of(node)) == -1
         opaque = module is not None and any(True for _ in module.children())
         if module is not None and not opaque and any(p.dim() >= 3 for p in module.parameters()):
             return False

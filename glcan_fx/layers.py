@@ -73,8 +73,11 @@ def channel_axis(module: nn.Module, value: Tensor) -> int:
     """The axis of an input that a leaf treats as channels."""
     if hasattr(module, "in_features") or isinstance(module, nn.MultiheadAttention):
         return -1
-    if isinstance(module, nn.LayerNorm) and type(module).forward is nn.LayerNorm.forward:
-        return -1  # subclasses for images permute inside
+    if isinstance(module, nn.LayerNorm):
+        if type(module).forward is nn.LayerNorm.forward or value.dim() == 3:
+            return -1
+        size = module.normalized_shape[-1]  # a subclass may permute inside: the sizes tell, or it is one for images
+        return -1 if value.shape[-1] == size and value.shape[1] != size else 1
     return 1 if value.dim() > 1 else 0
 
 
