@@ -147,16 +147,29 @@ def _plan(
     def draft(unit: Unit, cuts: Sequence[Unit]) -> LocalModule:
         return _local_module(structure, model, made, options, unit, cuts, sizes=sizes)[0]
 
+    units, refused = structure.units, {}
+    if isinstance(k, int | str):  # where the choice is ours, leave out cuts behind which nothing can be built
+        refused = _refused(structure, draft)
+        units = [unit for unit in structure.units if unit.name not in refused]
+        if len(units) == 1 and refused and k != 1:
+            first = next(iter(refused.values()))
+            if depth or width < 1 or made.network(model):  # what was asked for is the reason
+                raise first
+            calls, reason = _calls(model, inputs), TraceError(str(first))
+            planned = plan_segments(model, k, made, inputs, _names(model, inputs), calls, options, reason)
+            return planned, lambda _: build_segments(planned, model, made, calls)
+
     def aux_bytes(unit: Unit) -> int:
         return draft(unit, structure.units[:-1]).aux_saved
 
-    cuts = partition(structure, k, aux_bytes, lambda: _tail_bytes(structure, model, made))  # 3 partition
+    cuts = partition(structure, k, units, aux_bytes, lambda: _tail_bytes(structure, model, made))  # 3 partition
     modules = [draft(unit, cuts) for unit in cuts]  # 4 select, and 5 synthesize as a draft
     modules.append(_last_module(structure, model, made, cuts))
     chosen = Plan(
         model=type(model).__name__, task=made.name, network=made.network(model), modules=tuple(modules),
-        natural=tuple(unit.name for unit in structure.units[:-1]), inputs=inputs, options=options,
-        notes=tuple(_notes(structure, model)), report=structure.trace.report,
+        natural=tuple(unit.name for unit in units[:-1]), inputs=inputs, options=options,
+        notes=(*_notes(structure, model), *(f"no cut behind '{n}': {str(e)[:200]}" for n, e in refused.items())),
+        report=structure.trace.report,
         around=made.around if isinstance(made, Around) else None,
         task_object=made.task if isinstance(made, Around) else made,
     )
@@ -185,6 +198,17 @@ def _check(model: nn.Module, depth: int, width: float, head: str) -> None:
         raise PlanError(f"aux_width={width!r}: relative channels, above 0 and at most 1")
     if head not in ("full", "light"):
         raise PlanError(f"head={head!r}: choose 'full' or 'light'")
+
+
+def _refused(structure: Structure, draft: Callable[[Unit, Sequence[Unit]], LocalModule]) -> dict[str, PlanError]:
+    """Units behind which no auxiliary network can be built, and why."""
+    refused: dict[str, PlanError] = {}
+    for unit in structure.units[:-1]:
+        try:
+            draft(unit, structure.units[:-1])
+        except PlanError as error:
+            refused[unit.name] = error
+    return refused
 
 
 def _structure(model: nn.Module, task: Task, inputs: Any) -> Structure:

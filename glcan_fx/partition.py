@@ -13,7 +13,7 @@ K = int | Literal["natural"] | Sequence[str]
 
 
 def partition(
-    structure: Structure, k: K, aux_bytes: Callable[[Unit], int], tail_bytes: Callable[[], int]
+    structure: Structure, k: K, units: Sequence[Unit], aux_bytes: Callable[[Unit], int], tail_bytes: Callable[[], int]
 ) -> list[Unit]:
     """The units after which to cut: k - 1 of them, in order.
 
@@ -22,7 +22,7 @@ def partition(
     auxiliary network's (``aux_bytes`` of the unit that it ends with; ``tail_bytes`` for the last), is smallest.
     Raises PlanError for a k that the model does not offer, with the list of split points.
     """
-    units = structure.units
+    units = list(units)
     if isinstance(k, str) and k == "natural":
         return units[:-1]
     if isinstance(k, str) or not isinstance(k, int | Sequence):
@@ -39,7 +39,7 @@ def partition(
         )
     if k in (1, len(units)):
         return units[:-1] if k > 1 else []
-    ends = merge(unit_bytes(structure), [aux_bytes(unit) for unit in units[:-1]] + [tail_bytes()], k)
+    ends = merge(unit_bytes(structure, units), [aux_bytes(unit) for unit in units[:-1]] + [tail_bytes()], k)
     return [units[end - 1] for end in ends]
 
 
@@ -61,11 +61,11 @@ def _explicit(structure: Structure, names: Sequence[str]) -> list[Unit]:
     return sorted(found.values(), key=lambda unit: order[unit.end])
 
 
-def unit_bytes(structure: Structure) -> list[int]:
+def unit_bytes(structure: Structure, units: Sequence[Unit]) -> list[int]:
     """Bytes that each unit keeps for backward; the tail's are added to the last."""
     done: set[fx.Node] = set()
     sizes = []
-    for unit in structure.units:
+    for unit in units:
         own = ancestors([unit.end]) - done
         done |= own
         sizes.append(sum(node.meta["saved"] for node in own))

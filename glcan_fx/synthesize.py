@@ -194,7 +194,7 @@ def synthesize(
     _fit(network, build, examples, options, outputs_are_predictions)
     with structure.trace.mode:
         sizes = shadow(network, structure.trace.mode)
-        saved, shapes = saved_bytes(sizes, lambda: sizes(*examples))
+        saved, shapes = saved_bytes(sizes, lambda: sizes.forward(*examples))
     if not build.draft:
         freshen(network, build.moments)
     return Auxiliary(network, build.inputs, shapes, saved)
@@ -296,7 +296,7 @@ def _synthesise_taps(
     for index, (start, end) in enumerate(pairwise([cut, *ahead])):
         same = structure.shape(start) == structure.shape(end)
         if (same and end in keep) or not _can_shorten(structure, start, end):
-            value = _copy_region(build, start, end, value, f"block{index}")
+            value = _copy_region(build, cut, start, end, value, f"block{index}")
             present = end
             if not narrow:
                 build.full.add(f"block{index}")
@@ -339,7 +339,9 @@ def _region(structure: Structure, start: fx.Node, end: fx.Node) -> list[fx.Node]
     return [node for node in structure.trace.graph.nodes if node in behind and node not in before]
 
 
-def _copy_region(build: _Builder, start: fx.Node, end: fx.Node, value: fx.Node, prefix: str) -> fx.Node:
+def _copy_region(
+    build: _Builder, cut: fx.Node, start: fx.Node, end: fx.Node, value: fx.Node, prefix: str
+) -> fx.Node:
     """A fresh copy of a trunk region, applied to ``value``."""
     region = _region(build.structure, start, end)
     dependent = input_nodes(build.structure)
@@ -348,6 +350,9 @@ def _copy_region(build: _Builder, start: fx.Node, end: fx.Node, value: fx.Node, 
     for node in region:
         for source in node.all_input_nodes:
             if source not in build.values and source not in region:
+                if source in dependent and not is_float(source.meta["value"]) and source in ancestors([cut]):
+                    build.input(source)  # a size that is known by then
+                    continue
                 if source in dependent:
                     raise PlanError(
                         f"the region up to '{end.name}' also reads '{source.name}', which the auxiliary network does "
@@ -358,7 +363,7 @@ def _copy_region(build: _Builder, start: fx.Node, end: fx.Node, value: fx.Node, 
                         build.copy(extra, prefix)
         build.copy(node, prefix)
     result = build.values[end]
-    build.values = saved
+    build.values = {**saved, **{node: build.values[node] for node in build.inputs if node in build.values}}
     return result
 
 
@@ -546,7 +551,7 @@ def _fit(
                 if path.partition(".")[2] in paths or path.partition(".")[0] in build.full}
     try:
         with quiet(), build.structure.trace.mode, torch.no_grad():
-            changed = fit(trial, lambda: trial(*examples), options.width, keep)
+            changed = fit(trial, lambda: trial.forward(*examples), options.width, keep)
     except PlanError:
         raise
     except Exception as error:  # noqa: BLE001 - a copied layer or function that does not accept the new widths
