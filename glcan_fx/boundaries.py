@@ -266,8 +266,9 @@ def _stage(module: nn.Module, source: Tensor, result: Tensor) -> nn.Module:
     norm = next((part for part in module.modules() if is_norm(part)), None)
     layers = [conv.to(next(module.parameters()))]
     if norm is not None:
+        before = moments(norm)
         norm = unhooked_copy(norm)
         set_width(norm, result.shape[1])
-        freshen(norm)
+        freshen(norm, before)
         layers.append(norm)
     return nn.Sequential(*layers, nn.ReLU())

@@ -122,7 +122,7 @@ def set_width(module: Any, inputs: int, outputs: int | None = None) -> None:
 
 def _replace(module: nn.Module, name: str, shape: Sequence[int]) -> None:
     old = getattr(module, name, None)
-    if old is None:
+    if old is None or old.shape == tuple(shape):
         return
     new = old.detach().new_ones(tuple(shape))
     if isinstance(old, nn.Parameter):

@@ -74,6 +74,7 @@ class _Builder:
     inputs: list[fx.Node] = field(default_factory=list)
     moments: Moments = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
+    fresh: list[str] = field(default_factory=list)  # layers that are no copies: initialised at their final width
     full: set[str] = field(default_factory=set)  # prefixes of copies whose layers keep their widths
 
     def add(self, name: str, module: nn.Module, *args: fx.Node, fresh: bool = False) -> fx.Node:
@@ -88,7 +89,9 @@ class _Builder:
                 owner.add_module(parent, nn.Module())
             owner = owner.get_submodule(parent)
         owner.add_module(last, module)
-        if not self.draft and not fresh:
+        if fresh:
+            self.fresh.append(name)
+        elif not self.draft:
             self.moments.update({f"{name}.{k}": v for k, v in moments(module).items()})
 
     def clone(self, target: str) -> nn.Module:
@@ -196,6 +199,8 @@ def synthesize(
         sizes = shadow(network, structure.trace.mode)
         saved, shapes = saved_bytes(sizes, lambda: sizes.forward(*examples))
     if not build.draft:
+        for name in build.fresh:
+            _initialise(network.get_submodule(name))
         freshen(network, build.moments)
     return Auxiliary(network, build.inputs, shapes, saved)
 
@@ -410,9 +415,11 @@ def _stage(
         value = _move_axis(build, value, rank, to_last=True)
     if norm is not None:
         new = build.clone(str(norm.target))
+        before: Moments = {} if build.draft else moments(new)  # those of the source, whatever its width
         if not fits(new, target):
             set_width(new, target)
         value = build.add(f"{name}.norm", new, value)
+        build.moments.update({f"{name}.norm.{k}": v for k, v in before.items()})
     if activation is not None:
         value = _activate(build, activation, value, f"{name}.activation")
     return value
@@ -482,11 +489,14 @@ def _conv(
     if build.draft:
         with build.structure.trace.mode:
             return kind(channels, target, bias=bias, dtype=dtype, **geometry)
-    conv: Any = skip_init(kind, channels, target, bias=bias, dtype=dtype, **geometry)
+    conv: nn.Module = skip_init(kind, channels, target, bias=bias, dtype=dtype, **geometry)
+    return conv
+
+
+def _initialise(conv: Any) -> None:
     nn.init.kaiming_uniform_(conv.weight, nonlinearity="relu")
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
-    return conv
 
 
 def _move_axis(build: _Builder, value: fx.Node, rank: int, *, to_last: bool) -> fx.Node:

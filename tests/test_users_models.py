@@ -126,9 +126,25 @@ def test_a_functional_activation_keeps_its_arguments() -> None:
     assert "negative_slope = 0.3" in local.aux.get_submodule("0.network").code
 
 
-def test_priors_in_biases_are_copied() -> None:
+@pytest.mark.parametrize("width", [1.0, 0.5])
+def test_auxiliary_layers_are_initialised(width: float) -> None:
+    """Each weight is random, with the deviation that its fan-in asks for; biases and norms begin as the source's."""
+    local = compiled(Net(), aux_width=width)
+    for name, parameter in local.aux.named_parameters():
+        if parameter.dim() > 1:
+            fan_in = parameter[0].numel()
+            assert 0.3 < parameter.std().item() * fan_in**0.5 < 2, name
+        else:
+            own = local.get_parameter("fc.bias") if "fc" in name else None
+            expected = own if own is not None else torch.full_like(parameter, float("weight" in name))
+            assert torch.equal(parameter, expected), name
+
+
+@pytest.mark.parametrize("width", [1.0, 0.5])
+def test_priors_in_biases_are_copied(width: float) -> None:
     model = yolo(18, num_classes=3, image_size=128, neck_channels=(16, 32, 64))
-    local = glcan_fx.transform(model, k=3, task="detection", example_inputs=torch.empty(2, 3, 128, 128)).train()
+    local = glcan_fx.transform(model, k=3, task="detection", example_inputs=torch.empty(2, 3, 128, 128),
+                               aux_width=width).train()
     target = {"boxes": torch.tensor([[20.0, 20, 80, 90]]), "labels": torch.tensor([1])}
     losses = local([torch.rand(3, 128, 128)] * 2, [target] * 2)
     own = sum(loss.item() for name, loss in losses.items() if "local" not in name)
