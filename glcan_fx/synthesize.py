@@ -415,11 +415,11 @@ def _stage(
         value = _move_axis(build, value, rank, to_last=True)
     if norm is not None:
         new = build.clone(str(norm.target))
-        before: Moments = {} if build.draft else moments(new)  # those of the source, whatever its width
+        own: Moments = {} if build.draft else moments(new)  # those of the source, whatever its width
         if not fits(new, target):
             set_width(new, target)
         value = build.add(f"{name}.norm", new, value)
-        build.moments.update({f"{name}.norm.{k}": v for k, v in before.items()})
+        build.moments.update({f"{name}.norm.{k}": v for k, v in own.items()})
     if activation is not None:
         value = _activate(build, activation, value, f"{name}.activation")
     return value
