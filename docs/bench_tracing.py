@@ -42,6 +42,7 @@ def seconds_of(run: Callable[[], Any]) -> float:
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
+    gc.collect()
     return statistics.median(times)
 
 
@@ -159,6 +160,8 @@ def peers() -> str:
     for name in networks:
         training, evaluation = arguments_for(name)
         for tracer, make in tracers.items():
+            model = captured = None
+            gc.collect()  # graphs and modules hold each other
             torch.manual_seed(0)
             model = build(name)
             state = copy.deepcopy(model.state_dict())
