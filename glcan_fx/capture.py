@@ -542,7 +542,9 @@ class Recorder(TorchFunctionMode):
             self._describe(node, value, derived=True)
             return node
         if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*map(self._argument, value))
+            node = self._create("call_function", type(value), tuple(map(self._argument, value)), {})
+            self._describe(node, value)
+            return node
         if isinstance(value, tuple):
             return tuple(map(self._argument, value))
         if isinstance(value, list):

@@ -291,7 +291,7 @@ def freshen(module: nn.Module, source: Moments | None = None) -> None:
             parameter.fill_(mean)
     for part in module.modules():
         reset: Any = getattr(part, "reset_running_stats", None)
-        if callable(reset):
+        if callable(reset) and "running_mean" in part._buffers:  # a stand-in (replay.py) has none
             reset()
         elif "running_var" in part._buffers:  # frozen statistics: those of an identity
             for name, buffer in part.named_buffers(recurse=False):

@@ -147,15 +147,10 @@ def substituted(model: nn.Module, answer: Callable[[str, nn.Module], Callable[..
     return view(model, "")
 
 
-class _Empty(nn.Module):
-    """A sub-module that is never run here; its plain attributes stay."""
-
-
 def empty_stand_ins(view: nn.Module) -> None:
-    """Take the parameters out of what ``substituted`` put in: a copy shall not hold them."""
+    """Take the parameters out of what ``substituted`` put in: a copy shall not hold them. Its methods stay."""
     for part in [part for part in view.modules() if "_stands_in" in vars(part)]:
         part.__dict__.update(_modules={}, _parameters={}, _buffers={})
-        part.__class__ = _Empty
 
 
 class Reached(BaseException):  # a model's own `except Exception` must not stop it
