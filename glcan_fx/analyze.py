@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from .errors import PlanError
 from .layers import channel_axis
-from .trace import Trace, is_float
+from .trace import Trace, is_float, within
 
 _START: Any = "start"  # a virtual node before all inputs
 _GROWS = 1.5  # fewer positions than this factor more are padding or an extra token, not up-sampling
@@ -280,7 +280,7 @@ def _holds_half(trace: Trace, region: set[fx.Node], end: fx.Node) -> bool:
     """Whether the module that closes a region holds half of the layers, so that it is the network and no block."""
     home = _common_path([*region, end])
     layers = trace.layers
-    return not home or 2 * sum(_within(node.meta["module"], home) for node in layers) >= len(layers)
+    return not home or 2 * sum(within(node.meta["module"], home) for node in layers) >= len(layers)
 
 
 def _holds_most_layers(trace: Trace, start: fx.Node, end: fx.Node, region: set[fx.Node]) -> bool:
@@ -288,7 +288,7 @@ def _holds_most_layers(trace: Trace, start: fx.Node, end: fx.Node, region: set[f
     layers = trace.layers
     home = _common_path(layers)
     inside = sum(node in region for node in layers)
-    outermost = not end.meta["module"] or _within(home, end.meta["module"])
+    outermost = not end.meta["module"] or within(home, end.meta["module"])
     return outermost and inside > 2 and 2 * inside > len(layers)
 
 
@@ -384,7 +384,7 @@ def _until_tail(
     # A neck's own projections belong to the tail: leave out what shares a module with the event that ends the trunk.
     event, trunk = chain[min(stop + 1, len(chain) - 1)], chain[: stop + 1]
     home = event.meta.get("module", "") if event.op != "output" else ""
-    outside = [node for node in trunk if not (_within(node.meta["module"], home) or _within(_target(node), home))]
+    outside = [node for node in trunk if not (within(node.meta["module"], home) or within(_target(node), home))]
     return outside if len(outside) > len(trunk) / 2 else trunk
 
 
@@ -397,7 +397,7 @@ def _units(trace: Trace, graph: nx.DiGraph, chain: list[fx.Node]) -> list[Unit]:
     kinds = set()
     for end, region in regions.items():
         path = _common_path([*region, end]) if region else ""
-        if path and not all(_within(node.meta["module"], path) for node in chain[1:]):
+        if path and not all(within(node.meta["module"], path) for node in chain[1:]):
             kinds.add(type(_module_at(trace, path)))
     ends: list[fx.Node] = []
     cut: fx.Node | None = None  # where the present unit may end
@@ -487,10 +487,6 @@ def _taps(trace: Trace, trunk: frozenset[fx.Node], ends: list[fx.Node]) -> list[
 
 def _target(node: fx.Node) -> str:
     return str(node.target) if node.op == "call_module" else ""
-
-
-def _within(path: str, home: str) -> bool:
-    return bool(home) and (path == home or path.startswith(home + "."))
 
 
 def _common_path(nodes: Iterable[fx.Node]) -> str:

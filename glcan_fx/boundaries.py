@@ -19,17 +19,17 @@ from .copies import cuda_devices
 from .emit import register_task
 from .errors import PlanError, TraceError
 from .graphs import with_headlines
-from .layers import freshen, is_norm, moments, set_width, unhooked_copy
+from .layers import freshen, is_norm, moments, set_width, unhooked_copy, weights_in
 from .local_model import LocalModel, assemble
 from .nested import tensors_in
 from .partition import K, merge
 from .plan import LocalModule, Plan
-from .replay import Absent, Call, Record, Segments, detach_record, empty_stand_ins, is_inside, substituted, weights_in
+from .replay import Absent, Call, Record, Segments, detach_record, empty_stand_ins, substituted
 from .runtime import collect
 from .synthesize import Options
 from .tasks import Task
 from .tasks.around import InSegments
-from .trace import Report
+from .trace import Report, within
 
 log = logging.getLogger("glcan_fx")
 
@@ -52,9 +52,9 @@ Groups = Sequence[Sequence[CallUnit]]
 def units_of(model: nn.Module, calls: Sequence[Call]) -> list[CallUnit]:
     """The sub-modules whose calls are looked at, in order of their first call: blocks, not the stages they are in."""
     def inner(path: str) -> list[str]:
-        below = {c.path for c in calls if is_inside(c.path, path) and c.path != path} if path else {
+        below = {c.path for c in calls if within(c.path, path) and c.path != path} if path else {
             c.path for c in calls}
-        return [p for p in below if not any(is_inside(p, q) and p != q for q in below)]
+        return [p for p in below if not any(within(p, q) and p != q for q in below)]
 
     def is_stage(path: str) -> bool:
         parts = [model.get_submodule(p) for p in inner(path)]
@@ -186,7 +186,7 @@ def build_segments(chosen: Plan, model: nn.Module, task: Task, calls: Sequence[C
             aux.add_module(str(index), part)
     register_task(aux, task)
     glue = [name for name, _ in model.named_parameters()
-            if not any(is_inside(name, path) for group in segments.paths for path in group)]
+            if not any(within(name, path) for group in segments.paths for path in group)]
     trains = [[*group, *glue] for group in segments.paths]
     graph = emit_segments(segments, [m.headline(i) for i, m in enumerate(chosen.modules)], trains)
     return assemble(model, aux, graph, chosen, InSegments(task, segments))
@@ -220,7 +220,7 @@ class Remainder(nn.Module):
         def answer(path: str, module: nn.Module) -> Callable[..., Any] | None:
             if path in units:
                 return Absent(path)
-            return None if any(is_inside(unit, path) for unit in units) else Absent(path)
+            return None if any(within(unit, path) for unit in units) else Absent(path)
 
         view = substituted(model, answer)
         empty_stand_ins(view)

@@ -27,7 +27,6 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 from .copies import fake_like, kept_python_random, random_like, real_copy, replicate
 from .nested import map_tensors, parts_of, plain_data, tensors_in
@@ -194,8 +193,6 @@ class Recorder(TorchFunctionMode):
         self.graph = fx.Graph()
         self.root, self.mode, self.original, self.forced = root, mode, original, forced
         self.stack: list[str] = [""]
-        self.calls = 0
-        self.call_stack: list[int] = [0]
         self.specialisations: dict[tuple[str, str], Specialisation] = {}
         self.opaque: dict[str, Opaque] = {}
         self.constants: dict[str, Tensor] = {}
@@ -389,22 +386,15 @@ class Recorder(TorchFunctionMode):
             except Exception as error:  # noqa: BLE001
                 return self._as_opaque(module, path, args, kwargs, self._cause(module, path, error), error)
         mark = next(iter(reversed(self.graph.nodes)), None), len(self._undo)
-        state = {key: dict(vars(module)[key]) for key in _TABLES}
-        attributes = dict(vars(module))
         try:
             return self._enter(module, path, args, kwargs)
         except Exception as error:  # noqa: BLE001 - whatever a user's forward raises
             cause = self._cause(module, path, error)
             self._roll_back(*mark)
-            vars(module).update(attributes)
-            for key, before in state.items():
-                vars(module)[key] = before
             return self._as_opaque(module, path, args, kwargs, cause, error)
 
     def _enter(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
         self.stack.append(path)
-        self.calls += 1
-        self.call_stack.append(self.calls)
         state = {key: dict(vars(module)[key]) for key in _TABLES}
         attributes = dict(vars(module))
         try:
@@ -413,10 +403,12 @@ class Recorder(TorchFunctionMode):
                 out = module.forward(*args, **kwargs)
                 if _python_random() != before:
                     raise Uncapturable("it draws random numbers outside of torch", replayable=False)
+            _check_state(module, state, attributes)
+        except Exception:
+            vars(module).update(attributes | state)  # what is recorded instead must not see what this call left
+            raise
         finally:
             self.stack.pop()
-            self.call_stack.pop()
-        _check_state(module, state, attributes)
         self._returned(out, path)
         return out
 
@@ -492,7 +484,7 @@ class Recorder(TorchFunctionMode):
     def _create(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
         name = self.stack[-1].replace(".", "_") if op == "call_module" else None
         node = self.graph.create_node(op, target, args, kwargs, name=name)
-        node.meta.update(module=self.stack[-1], call=self.call_stack[-1], returned_by=[], saved=0, mutates=set(),
+        node.meta.update(module=self.stack[-1], returned_by=[], saved=0, mutates=set(),
                          overwritten=False, dtypes=self._asked_dtypes)
         self._asked_dtypes = {}
         return node
@@ -633,7 +625,7 @@ def assign(x: Tensor, key: Any, value: Any) -> Tensor:
 
 def detached(value: Any) -> Any:
     """What was computed under ``torch.no_grad()``."""
-    return tree_map_only(Tensor, Tensor.detach, value)
+    return map_tensors(value, Tensor.detach)
 
 
 # ---------------------------------------------------------------------------------------------- helpers

@@ -15,12 +15,13 @@ from .capture import argument_names
 from .copies import cuda_devices
 from .emit import assign, emit, register
 from .errors import GlcanFxError, PlanError, TraceError
+from .layers import weights_in
 from .local_model import LocalModel, assemble, is_compiled
 from .partition import K, partition
 from .plan import LocalModule, Plan
-from .replay import Call, Segments, arguments_of, calls_of, surroundings, weights_in
+from .replay import Call, Segments, arguments_of, calls_of, surroundings
 from .rules import Feature, Place, Rules, State
-from .synthesize import Auxiliary, Head, Options, parameters_of, synthesize, tail_of
+from .synthesize import Auxiliary, Head, Options, synthesize, tail_of
 from .tasks import Spec, Task, make_task, specs
 from .tasks.around import Around
 from .tasks.base import Criterion
@@ -130,6 +131,11 @@ def _plan(
     if example_inputs is None:
         log.info("no example_inputs: planned for %s", ", ".join(map(str, inputs)))
     options = Options(depth, width, head)
+
+    def in_segments(calls: Sequence[Call], error: TraceError) -> tuple[Plan, Callable[[bool], LocalModel]]:
+        planned = plan_segments(model, k, made, inputs, _names(model, inputs), calls, options, error)
+        return planned, lambda _: build_segments(planned, model, made, calls)
+
     try:
         structure = _structure(model, made, inputs)  # 1 trace, 2 analyze
     except TraceError as error:
@@ -138,8 +144,7 @@ def _plan(
         calls = _calls(model, inputs, error)
         found = _trunk(model, made, inputs, calls, error)
         if isinstance(found, TraceError):
-            chosen = plan_segments(model, k, made, inputs, _names(model, inputs), calls, options, found)
-            return chosen, lambda _: build_segments(chosen, model, made, calls)
+            return in_segments(calls, found)
         structure, made, inputs = found
 
     sizes: dict[Any, tuple[int, int]] = {}  # blocks of one stage have auxiliary networks of one size
@@ -155,9 +160,7 @@ def _plan(
             first = next(iter(refused.values()))
             if depth or width < 1 or made.network(model):  # what was asked for is the reason
                 raise first
-            calls, reason = _calls(model, inputs), TraceError(str(first))
-            planned = plan_segments(model, k, made, inputs, _names(model, inputs), calls, options, reason)
-            return planned, lambda _: build_segments(planned, model, made, calls)
+            return in_segments(_calls(model, inputs), TraceError(str(first)))
 
     def aux_bytes(unit: Unit) -> int:
         return draft(unit, structure.units[:-1]).aux_saved
@@ -347,7 +350,7 @@ def _local_module(
         if real:
             return real, auxiliary, request
         head_saved, head_parameters = task.head_size(model, **request)
-        known = parameters_of([auxiliary.network]) + head_parameters, auxiliary.saved + head_saved
+        known = weights_in(auxiliary.network) + head_parameters, auxiliary.saved + head_saved
         if sizes is not None:
             sizes[key] = known
     assert known is not None

@@ -1,6 +1,5 @@
 """fx graphs as plain data, so that what holds one can be saved and loaded without tracing it again."""
 
-
 import importlib
 import sys
 from dataclasses import dataclass

@@ -226,6 +226,11 @@ def saved_bytes(module: nn.Module, run: Callable[[], Any]) -> tuple[int, Any]:
     return sum(tensor.untyped_storage().nbytes() for tensor in seen.values()), result
 
 
+def weights_in(module: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
 def replace(module: nn.Module, path: str, new: nn.Module) -> None:
     owner, _, name = path.rpartition(".")
     setattr(module.get_submodule(owner), name, new)

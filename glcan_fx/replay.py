@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_map_only
 from .copies import kept_python_random, random_like, real_copy, replicate
 from .errors import UnsupportedError
 from .layers import freshen, moments, unhooked_copy
+from .nested import map_tensors
+from .trace import within
 
 Record = dict[str, list[Any]]  # what sub-modules returned, by path, in order of their calls
 
@@ -100,7 +102,7 @@ class Segments:
 def surroundings(model: nn.Module, names: Sequence[str], calls: Sequence[Call], trunk: Call) -> Surroundings:
     """Describe what runs around one of the calls of ``calls_of``."""
     bound = arguments_of(model.get_submodule(trunk.path), trunk)
-    behind = {call.path for call in calls if call.first > trunk.last and not is_inside(trunk.path, call.path)}
+    behind = {call.path for call in calls if call.first > trunk.last and not within(trunk.path, call.path)}
     return Surroundings(trunk.path, tuple(names), tuple(bound), tuple(sorted(behind)))
 
 
@@ -108,10 +110,6 @@ def arguments_of(module: nn.Module, call: Call) -> dict[str, Any]:
     """The arguments of a call by name."""
     bound = inspect.signature(module.forward).bind(*call.args, **call.kwargs)
     return dict(bound.arguments)
-
-
-def is_inside(path: str, outer: str) -> bool:
-    return path == outer or path.startswith(outer + ".")
 
 
 def _shallow(module: nn.Module) -> nn.Module:
@@ -177,7 +175,7 @@ class Entry(nn.Module):
         def answer(path: str, module: nn.Module) -> Callable[..., Any] | None:
             if path == around.trunk:
                 return stop
-            if is_inside(around.trunk, path):
+            if within(around.trunk, path):
                 return None
 
             def recorded(*args: Any, **kwargs: Any) -> Any:
@@ -210,7 +208,7 @@ class Rest(nn.Module):
         keep = {*around.behind}
 
         def answer(path: str, module: nn.Module) -> Callable[..., Any] | None:
-            if is_inside(around.trunk, path) and path != around.trunk:
+            if within(around.trunk, path) and path != around.trunk:
                 return None
             return module if path in keep else Absent(path)
 
@@ -227,7 +225,7 @@ class Rest(nn.Module):
         def answer(path: str, module: nn.Module) -> Callable[..., Any] | None:
             if path in given:
                 return lambda *args, **kwargs: given[path].pop(0) if given[path] else module(*args, **kwargs)
-            return None if is_inside(around.trunk, path) else module
+            return None if within(around.trunk, path) else module
 
         return substituted(model, answer).forward(**dict(zip(around.inputs, inputs, strict=True)))
 
@@ -250,7 +248,7 @@ class Segment(nn.Module):
 
         def answer(path: str, module: nn.Module) -> Callable[..., Any] | None:
             if path not in units:
-                return None if any(is_inside(unit, path) for unit in units) else module
+                return None if any(within(unit, path) for unit in units) else module
 
             def call(*args: Any, **kwargs: Any) -> Any:
                 if given.get(path):
@@ -281,8 +279,4 @@ class Absent:
 
 def detach_record(record: Record) -> Record:
     """A record without history."""
-    return {path: [tree_map_only(Tensor, Tensor.detach, value) for value in values] for path, values in record.items()}
-
-
-def weights_in(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+    return {path: [map_tensors(value, Tensor.detach) for value in values] for path, values in record.items()}

@@ -6,7 +6,7 @@ shape leaves one convolution with the source's own kind of norm and activation (
 The tail (neck and head) is copied with fresh parameters; ``head="light"`` leaves out its shape-keeping towers.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -37,7 +37,7 @@ from .layers import (
     unhooked_copy,
 )
 from .rules import Feature
-from .trace import is_float, quiet, shadow
+from .trace import hasattr_path, is_float, quiet, shadow
 
 Head = Literal["full", "light"]
 
@@ -128,7 +128,7 @@ class _Builder:
             self.register(path, self.clone(target))
             return
         owner, _, name = path.rpartition(".")
-        if owner and not _has(self.root, owner):
+        if owner and not hasattr_path(self.root, owner):
             self.register(owner, nn.Module())
         value = self.structure.trace.constants.get(target.rpartition(".")[2])
         if value is None:
@@ -142,14 +142,6 @@ class _Builder:
                 self.moments.update({f"{owner}.{k}": v for k, v in moments(module).items() if k == name})
         else:
             module.register_buffer(name, value.detach().clone())
-
-
-def _has(root: nn.Module, path: str) -> bool:
-    try:
-        root.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
 
 
 def synthesize(
@@ -585,7 +577,3 @@ def _predictors_of_source(build: _Builder) -> set[str]:
     trace = build.structure.trace
     found = predictors(trace.shadow, trace.output.meta["value"])
     return {path for path, module in trace.shadow.named_modules(remove_duplicate=False) if module in found}
-
-
-def parameters_of(modules: Iterable[nn.Module]) -> int:
-    return sum(p.numel() for p in {id(p): p for m in modules for p in m.parameters()}.values())

@@ -104,6 +104,11 @@ class Trace:
         return list(module.parameters()) if module is not None else []
 
 
+def within(path: str, home: str) -> bool:
+    """Whether a module path is that of ``home``, or of something in it; the root, "", holds nothing by name."""
+    return bool(home) and (path == home or path.startswith(home + "."))
+
+
 def hasattr_path(root: nn.Module, path: str) -> bool:
     try:
         root.get_submodule(path)
@@ -141,8 +146,9 @@ def trace(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any], *
     _follow_dtypes(model, path, example_inputs, forced, main)
     erase_unused(main.graph)
     rung = 3 if main.opaque else 2 if main.specialisations else 1
+    entered = _entered(main.graph)
     hooked = [f"'{name}': its hooks do not run in training" for name, part in model.get_submodule(path).named_modules()
-              if name in _entered(main.graph) and (part._forward_hooks or part._forward_pre_hooks)]
+              if name in entered and (part._forward_hooks or part._forward_pre_hooks)]
     report = Report(rung, tuple(main.specialisations.values()), tuple(main.opaque.values()),
                     (*main.lost, *hooked))
     log.info("%s captured on rung %d: %d nodes, %d specialisations, %d opaque modules", type(model).__name__, rung,
@@ -207,7 +213,7 @@ def _mode_baked(
         return {}
     found = _differing(main, second, "its own forward depends on self.training")
     layers = [node for node in main.graph.nodes if node.op == "call_module"]
-    large = [p for p in found if 2 * sum(_inside(str(node.target), p) for node in layers) > len(layers)]
+    large = [p for p in found if 2 * sum(not p or within(str(node.target), p) for node in layers) > len(layers)]
     main.lost |= {f"'{p}': its own forward depends on self.training, and training runs what it does in training mode, "
                   "also where you set it to evaluation mode": None for p in large if p}
     return {p: o for p, o in found.items() if p not in large}
@@ -250,7 +256,7 @@ def _differing(a: Recorder, b: Recorder, reason: str) -> dict[str, Opaque]:
     own, other = _operations(a.graph), _operations(b.graph)
     paths = [path for path in own.keys() | other.keys() if own.get(path) != other.get(path)
              and path not in a.opaque.keys() | b.opaque.keys()]
-    innermost = [path for path in paths if not any(_inside(p, path) and p != path for p in paths)]
+    innermost = [path for path in paths if not any((not path or within(p, path)) and p != path for p in paths)]
     return {path: Opaque(path, type(a.root.get_submodule(path)).__name__, reason, "") for path in innermost}
 
 
@@ -276,10 +282,6 @@ def _entered(graph: fx.Graph) -> set[str]:
             path = path.rpartition(".")[0]
             found.add(path)
     return found - {str(node.target) for node in graph.nodes if node.op == "call_module"}
-
-
-def _inside(path: str, outer: str) -> bool:
-    return path == outer or path.startswith(outer + ".") or not outer
 
 
 def _check(model: nn.Module, example_inputs: Any) -> None:

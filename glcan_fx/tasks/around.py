@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ..replay import Entry, Rest, Segment, Segments, Surroundings, detach_record, weights_in
+from ..layers import weights_in
+from ..replay import Entry, Rest, Segment, Segments, Surroundings, detach_record
 from .base import Task
 
 
