@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from .errors import PlanError
 from .layers import channel_axis
+from .nested import tensors_in
 from .trace import Trace, is_float, within
 
 _START: Any = "start"  # a virtual node before all inputs
@@ -200,6 +201,17 @@ def _alike(a: Sequence[int], b: Sequence[int]) -> bool:
 
 def _positions(shape: tuple[int, ...], channels_last: bool) -> int:
     return math.prod(shape[1:-1] if channels_last else shape[2:])
+
+
+def multiply_adds(structure: Structure) -> float:
+    """Of one forward pass at the example's size, from the layers' weights and the places that they are applied to."""
+    total = 0.0
+    for node in structure.trace.graph.nodes:
+        for tensor in list(tensors_in(node.meta.get("value")))[:1]:
+            weights = sum(p.numel() for p in structure.trace.parameters(node) if p.dim() > 1)
+            places = structure.positions(node) if isinstance(node.meta["value"], Tensor) else 1
+            total += weights * places * (tensor.shape[0] if tensor.dim() else 1)
+    return total
 
 
 # ---------------------------------------------------------------------------------------------- the chain

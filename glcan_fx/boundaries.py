@@ -119,7 +119,7 @@ def local_modules(model: nn.Module, inputs: tuple[str, ...], groups: Groups) -> 
             name=names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}", cut=None if last_module else last.path,
             units=names, stride=0, channels=0 if out is None or out.dim() < 2 else out.shape[1],
             parameters=sum(u.weights for u in group), aux_parameters=aux, saved=sum(u.saved for u in group),
-            aux_saved=0, features=(), levels=(), sigma=()))
+            aux_saved=0, aux_flops=0, features=(), levels=(), sigma=()))
     return tuple(modules)
 
 

@@ -1,34 +1,61 @@
 """The compiler: ``plan`` and ``transform``, which call the passes in their order."""
 
 import logging
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from .analyze import Structure, Tap, Unit, analyze, unit_at
+from .analyze import Structure, Unit, analyze, unit_at
 from .boundaries import build_segments, plan_segments
 from .capture import argument_names
-from .copies import cuda_devices
+from .copies import cuda_devices, fake_copy, replicate
+from .drafts import Drafts, levels_of, local_module
 from .emit import assign, emit, register
 from .errors import GlcanFxError, PlanError, TraceError
+from .estimate import Memory, OptimizerLike, simulate_local, simulate_plain
 from .layers import weights_in
 from .local_model import LocalModel, assemble, is_compiled
+from .nested import tensors_in
 from .partition import K, partition
-from .plan import LocalModule, Plan
+from .plan import Plan
+from .planner import candidates, richest
 from .replay import Call, Segments, arguments_of, calls_of, surroundings
-from .rules import Feature, Place, Rules, State
-from .synthesize import Auxiliary, Head, Options, synthesize, tail_of
+from .rules import Rules
+from .synthesize import Head, Options
 from .tasks import Spec, Task, make_task, specs
 from .tasks.around import Around
 from .tasks.base import Criterion
-from .trace import trace
+from .trace import hasattr_path, trace
 from .verify import verify as verify_capture
 
 log = logging.getLogger("glcan_fx")
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What the user asks for; None is left to the planner."""
+
+    k: K = "natural"
+    task: str | Task | None = None
+    example_inputs: Any = None
+    example_targets: Any = None
+    criterion: Criterion | None = None
+    rules: Rules | None = None
+    aux_depth: int = 0
+    aux_width: float | None = None
+    aux_stride: int | None = None
+    head: Head | None = None
+
+    @property
+    def given(self) -> list[str]:
+        """Names of what differs from the default."""
+        found = [(field.name, getattr(self, field.name), field.default) for field in fields(self)]
+        return [name for name, value, default in found if value is not default and value != default]
 
 
 def plan(
@@ -37,13 +64,18 @@ def plan(
     k: K = "natural",
     task: str | Task | None = None,
     example_inputs: Any = None,
+    example_targets: Any = None,
     criterion: Criterion | None = None,
     rules: Rules | None = None,
     aux_depth: int = 0,
-    aux_width: float = 1.0,
-    head: Head = "light",
+    aux_width: float | None = None,
+    aux_stride: int | None = None,
+    head: Head | None = None,
 ) -> Plan:
     """Decide how ``model`` is cut into local modules and what their auxiliary networks are; changes nothing.
+
+    What is left out of ``aux_width``, ``aux_stride`` and ``head`` is chosen: the richest auxiliary networks that
+    together take at most 5 % of the model's own compute.
 
     Args:
         model: any module that runs, on any device, in either mode; `plan.report` says how it was captured.
@@ -52,14 +84,19 @@ def plan(
         task: "detection", "classification", "segmentation", "super_resolution", or a Task object.
         example_inputs: one batch of the sizes that you train with (values do not matter): a tensor, a tuple of
             positional arguments, or a dict of keyword arguments. Detection: images, 2 x 3 x 320 x 320 when left out.
+        example_targets: targets of such a batch, for estimates of memory with a criterion of your own.
         criterion: ``(outputs, targets) -> Tensor or dict``, instead of a task's own loss.
         rules: the selection rules Γ.
-        aux_depth: trunk blocks that each auxiliary network keeps. aux_width: its relative channels, in (0, 1].
-        head: "full" copies neck and head as they are, "light" without their shape-keeping towers.
+        aux_depth: trunk blocks that each auxiliary network keeps.
+        aux_width: its relative channels, in (0, 1]; 1 is the paper's.
+        aux_stride: a detector's levels of smaller strides are left out of it, where there are others; 1 keeps all.
+        head: "full" copies neck and head as they are (the paper's), "light" without their shape-keeping towers, "lean"
+            with one prediction at each place, from the module's own output.
 
     Raises TraceError, PlanError.
     """
-    return _plan(model, k, task, example_inputs, criterion, rules, aux_depth, aux_width, head)[0]
+    return _plan(model, _Request(k, task, example_inputs, example_targets, criterion, rules, aux_depth, aux_width,
+                                 aux_stride, head))[0]
 
 
 def transform(
@@ -70,11 +107,13 @@ def transform(
     k: K = "natural",
     task: str | Task | None = None,
     example_inputs: Any = None,
+    example_targets: Any = None,
     criterion: Criterion | None = None,
     rules: Rules | None = None,
     aux_depth: int = 0,
-    aux_width: float = 1.0,
-    head: Head = "light",
+    aux_width: float | None = None,
+    aux_stride: int | None = None,
+    head: Head | None = None,
 ) -> LocalModel:
     """Compile ``model`` into gradient-isolated local modules that train in a standard loop.
 
@@ -85,14 +124,14 @@ def transform(
     ``plan()``. ``verify``: run the captured graph beside the model, on random values at two batch sizes, where that
     takes about a second; a difference is a TraceError. Raises TraceError, PlanError.
     """
+    request = _Request(k, task, example_inputs, example_targets, criterion, rules, aux_depth, aux_width, aux_stride,
+                       head)
     if plan is None:
-        chosen, build = _plan(model, k, task, example_inputs, criterion, rules, aux_depth, aux_width, head)
+        chosen, build = _plan(model, request)
         return build(verify)
     if not isinstance(plan, Plan):
         raise PlanError(f"plan= must be a glcan_fx.Plan, not {type(plan).__name__}: Plan.from_json() reads text")
-    decided = {"k": (k, "natural"), "example_inputs": (example_inputs, None), "rules": (rules, None),
-               "aux_depth": (aux_depth, 0), "aux_width": (aux_width, 1.0), "head": (head, "light")}
-    given = [name for name, (value, default) in decided.items() if value is not default and value != default]
+    given = [name for name in request.given if name not in ("task", "criterion")]
     if given:
         raise PlanError(f"plan= already decides {', '.join(given)}: leave them out")
     return plan.apply(model, task=task, criterion=criterion, verify=verify)
@@ -108,7 +147,7 @@ def apply(
         task = plan.task_object or make_task(plan.task, None, None)
     task.begin(model)
     if isinstance(plan.around, Segments):
-        _check(model, plan.options.depth, plan.options.width, plan.options.head)
+        _check(model, plan.options)
         return build_segments(plan, model, task, _calls(model, plan.inputs))
     if plan.around is not None:
         task = Around(task, plan.around)
@@ -118,22 +157,19 @@ def apply(
 # ---------------------------------------------------------------------------------------------- the passes in order
 
 
-def _plan(
-    model: nn.Module, k: K, task: str | Task | None, example_inputs: Any, criterion: Criterion | None,
-    rules: Rules | None, depth: int, width: float, head: Head,
-) -> tuple[Plan, Callable[[bool], LocalModel]]:
+def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], LocalModel]]:
     """The plan, and what builds it from what planning has found out already."""
-    _check(model, depth, width, head)
-    made = make_task(task, criterion, rules)
+    choices = candidates(depth=request.aux_depth, width=request.aux_width, stride=request.aux_stride, head=request.head)
+    _check(model, choices[0])
+    made = make_task(request.task, request.criterion, request.rules)
     made.begin(model)
     made.network(model)  # first: whether the task fits the model at all
-    inputs = specs(made.example_inputs(model, example_inputs))
-    if example_inputs is None:
+    whole = inputs = specs(made.example_inputs(model, request.example_inputs))
+    if request.example_inputs is None:
         log.info("no example_inputs: planned for %s", ", ".join(map(str, inputs)))
-    options = Options(depth, width, head)
 
     def in_segments(calls: Sequence[Call], error: TraceError) -> tuple[Plan, Callable[[bool], LocalModel]]:
-        planned = plan_segments(model, k, made, inputs, _names(model, inputs), calls, options, error)
+        planned = plan_segments(model, request.k, made, inputs, _names(model, inputs), calls, choices[0], error)
         return planned, lambda _: build_segments(planned, model, made, calls)
 
     try:
@@ -147,27 +183,32 @@ def _plan(
             return in_segments(calls, found)
         structure, made, inputs = found
 
-    sizes: dict[Any, tuple[int, int]] = {}  # blocks of one stage have auxiliary networks of one size
-
-    def draft(unit: Unit, cuts: Sequence[Unit]) -> LocalModule:
-        return _local_module(structure, model, made, options, unit, cuts, sizes=sizes)[0]
-
+    drafts = Drafts(structure, model, made)
     units, refused = structure.units, {}
-    if isinstance(k, int | str):  # where the choice is ours, leave out cuts behind which nothing can be built
-        refused = _refused(structure, draft)
+    if isinstance(request.k, int | str):  # where the choice is ours, leave out cuts behind which nothing can be built
+        refused = drafts.refused(choices[0])
         units = [unit for unit in structure.units if unit.name not in refused]
-        if len(units) == 1 and refused and k != 1:
+        if len(units) == 1 and refused and request.k != 1:
             first = next(iter(refused.values()))
-            if depth or width < 1 or made.network(model):  # what was asked for is the reason
+            if request.aux_depth or (request.aux_width or 1) < 1 or made.network(model):  # what was asked for
                 raise first
             return in_segments(_calls(model, inputs), TraceError(str(first)))
 
-    def aux_bytes(unit: Unit) -> int:
-        return draft(unit, structure.units[:-1]).aux_saved
+    def cuts_for(options: Options) -> list[Unit]:
+        return partition(structure, request.k, units, lambda unit: drafts.cost(unit, options).saved,
+                         lambda: drafts.tail.saved)
 
-    cuts = partition(structure, k, units, aux_bytes, lambda: _tail_bytes(structure, model, made))  # 3 partition
-    modules = [draft(unit, cuts) for unit in cuts]  # 4 select, and 5 synthesize as a draft
-    modules.append(_last_module(structure, model, made, cuts))
+    def extra(options: Options) -> float:
+        try:
+            return sum(drafts.cost(unit, options).flops for unit in cuts_for(options)) / drafts.flops
+        except PlanError as error:  # a layer that cannot be made narrower
+            log.debug("%s: %s", options, error)
+            return math.inf
+
+    options = richest(choices, extra) if len(choices) > 1 else choices[0]
+    cuts = cuts_for(options)  # 3 partition
+    modules = [drafts.module(unit, cuts, options) for unit in cuts]  # 4 select, and 5 synthesize as a draft
+    modules.append(drafts.last(cuts))
     chosen = Plan(
         model=type(model).__name__, task=made.name, network=made.network(model), modules=tuple(modules),
         natural=tuple(unit.name for unit in units[:-1]), inputs=inputs, options=options,
@@ -175,12 +216,13 @@ def _plan(
         report=structure.trace.report,
         around=made.around if isinstance(made, Around) else None,
         task_object=made.task if isinstance(made, Around) else made,
+        draft=_Draft(structure, model, made, whole, request.example_targets),
     )
     log.info("planned %s: %d local modules of %d possible", chosen.model, chosen.k, len(structure.units))
     return chosen, lambda verified: _build(chosen, structure, model, made, verified)
 
 
-def _check(model: nn.Module, depth: int, width: float, head: str) -> None:
+def _check(model: nn.Module, options: Options) -> None:
     if not isinstance(model, nn.Module):
         raise PlanError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if is_compiled(model):
@@ -195,23 +237,19 @@ def _check(model: nn.Module, depth: int, width: float, head: str) -> None:
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise PlanError(f"{type(model).__name__} has no trainable parameters: nothing to train. Set requires_grad_().")
+    _check_options(options)
+
+
+def _check_options(options: Options) -> None:
+    depth, width, stride = options.depth, options.width, options.stride
     if isinstance(depth, bool) or not isinstance(depth, int) or depth < 0:
         raise PlanError(f"aux_depth={depth!r}: a number of blocks, 0 or more")
     if isinstance(width, bool) or not isinstance(width, int | float) or not 0 < width <= 1:
         raise PlanError(f"aux_width={width!r}: relative channels, above 0 and at most 1")
-    if head not in ("full", "light"):
-        raise PlanError(f"head={head!r}: choose 'full' or 'light'")
-
-
-def _refused(structure: Structure, draft: Callable[[Unit, Sequence[Unit]], LocalModule]) -> dict[str, PlanError]:
-    """Units behind which no auxiliary network can be built, and why."""
-    refused: dict[str, PlanError] = {}
-    for unit in structure.units[:-1]:
-        try:
-            draft(unit, structure.units[:-1])
-        except PlanError as error:
-            refused[unit.name] = error
-    return refused
+    if isinstance(stride, bool) or not isinstance(stride, int) or stride < 1:
+        raise PlanError(f"aux_stride={stride!r}: input pixels per place, 1 or more")
+    if options.head not in ("full", "light", "lean"):
+        raise PlanError(f"head={options.head!r}: choose 'full', 'light' or 'lean'")
 
 
 def _structure(model: nn.Module, task: Task, inputs: Any) -> Structure:
@@ -277,159 +315,23 @@ def _notes(structure: Structure, model: nn.Module) -> list[str]:
     return [*notes, *structure.trace.report.lost]
 
 
-# ---------------------------------------------------------------------------------------------- one local module
-
-
-def _place(structure: Structure, node: fx.Node, name: str) -> Place:
-    return Place(name, structure.stride(node), structure.channels(node))
-
-
-def _levels(structure: Structure, task: Task) -> dict[Any, fx.Node] | None:
-    """The network's output levels by key, where the task's head reads levels."""
-    outputs = structure.trace.output.args[0]
-    if not task.outputs_are_levels:
-        return None
-    if isinstance(outputs, fx.Node):
-        outputs = {"0": outputs}
-    if not isinstance(outputs, dict):
-        raise PlanError(f"task '{task.name}' expects a dict of feature maps from the backbone")
-    return dict(outputs)
-
-
-def _local_module(
-    structure: Structure, model: nn.Module, task: Task, options: Options, unit: Unit, cuts: Sequence[Unit],
-    real: LocalModule | None = None, sizes: dict[Any, tuple[int, int]] | None = None,
-) -> tuple[LocalModule, Auxiliary | None, dict[str, Any]]:
-    """Select the features of the module that ends with ``unit`` and build its auxiliary network: real, or a draft.
-
-    ``sizes`` remembers drafts: parameters and bytes kept, by what they depend on; a known one is not built again.
-    """
-    index = [cut.end for cut in cuts].index(unit.end)
-    owner = assign(structure, [cut.end for cut in cuts])
-    place = _place(structure, unit.end, unit.name)
-    levels = _levels(structure, task)
-    keys, sigma = list(levels or {}), {}
-    if levels is not None:
-        places = [_place(structure, node, str(key)) for key, node in levels.items()]
-        kept = real.levels if real else tuple(task.rules.levels(place, places))
-        if not kept or any(not 0 <= i < len(keys) for i in kept):
-            raise PlanError(f"rules.levels must keep some of {len(keys)} levels, not {kept!r} (module '{unit.name}')")
-        weights = real.sigma if real else tuple(task.rules.sigma(place, places[i]) for i in kept)
-        sigma = {keys[i]: weight for i, weight in zip(kept, weights, strict=True)}
-        keys = [keys[i] for i in kept]
-    else:
-        kept = weights = ()
-
-    def select(outputs: Any) -> Any:
-        return outputs if levels is None else {key: levels[key] for key in keys}
-
-    taps = tail_of(structure, select(structure.trace.output.args[0])).taps
-    if real and (real.stride, real.channels) != (place.stride, place.channels):
-        raise PlanError(f"the plan's module '{real.name}' ends with {real.channels} channels at stride {real.stride}, "
-                        f"but in this {type(model).__name__} it has {place.channels} at stride {place.stride}: the "
-                        "plan was made for another model. Plan again.")
-    if real:
-        features: tuple[Feature, ...] = real.features
-        if {feature.tap for feature in features} != {tap.name for tap in structure.taps if tap.node in taps}:
-            raise PlanError(f"the plan's module '{real.name}' reads {', '.join(f.tap for f in features)}, but this "
-                            f"{type(model).__name__} has other features: it was made for another model. Plan again.")
-    else:
-        features = tuple(_feature(structure, task, tap, place, owner, index) for tap in structure.taps
-                         if tap.node in taps)
-    key = (structure.shape(unit.end), unit.end in structure.channels_last, features, kept)
-    known = sizes.get(key) if sizes is not None and options.depth == 0 else None
-    auxiliary = None if known else synthesize(
-        structure, model if real else None, unit.end, features, options, select=select, sigma=sigma,
-        outputs_are_predictions=not task.outputs_are_levels,
-    )
-    request: dict[str, Any] = {}
-    if auxiliary is not None:
-        source = {name: node.meta["value"] for name, node in select(None).items()} if levels is not None else None
-        request = {"outputs": auxiliary.outputs, "source": source, "levels": kept, "style": options.head,
-                   "width": options.width, "image": _image(structure)}
-        if real:
-            return real, auxiliary, request
-        head_saved, head_parameters = task.head_size(model, **request)
-        known = weights_in(auxiliary.network) + head_parameters, auxiliary.saved + head_saved
-        if sizes is not None:
-            sizes[key] = known
-    assert known is not None
-    units = _units_of(structure, cuts, index)
-    own = [node for node, module in owner.items() if module == index]
-    info = LocalModule(
-        name=_span(units), cut=unit.name, units=units, stride=place.stride, channels=place.channels,
-        parameters=_parameters(structure, own),
-        aux_parameters=known[0], saved=sum(node.meta["saved"] for node in own), aux_saved=known[1], features=features,
-        levels=tuple(kept), sigma=tuple(weights),
-    )
-    return info, auxiliary, request
-
-
-def _feature(
-    structure: Structure, task: Task, tap: Tap, place: Place, owner: dict[fx.Node, int], index: int
-) -> Feature:
-    module = -1 if tap.node.op == "placeholder" else owner[tap.node]
-    state: State = "past" if module < index else "own" if module == index else "future"
-    if tap.node.op == "placeholder" or not isinstance(tap.node.meta["value"], Tensor):
-        return Feature(tap.name, "cache")
-    source = task.rules.source(_place(structure, tap.node, tap.name), place, state)
-    if state == "future" and source != "synthesised":
-        raise PlanError(f"rules.source: '{tap.name}' does not exist yet at '{place.name}', so it can only be "
-                        f"'synthesised', not {source!r}")
-    return Feature(tap.name, source)
-
-
-def _image(structure: Structure) -> tuple[int, int]:
-    """Height and width of the example images."""
-    *_, height, width = (1, 1, *structure.spatial(structure.chain[0]))
-    return height, width
-
-
-def _tail_bytes(structure: Structure, model: nn.Module, task: Task) -> int:
-    levels = _levels(structure, task)
-    if levels is None:
-        return 0
-    values = {key: node.meta["value"] for key, node in levels.items()}
-    return task.head_size(model, values, values, tuple(range(len(values))), "full", 1.0, _image(structure))[0]
-
-
-def _last_module(structure: Structure, model: nn.Module, task: Task, cuts: Sequence[Unit]) -> LocalModule:
-    owner = assign(structure, [cut.end for cut in cuts])
-    own = [node for node, module in owner.items() if module == len(cuts)]
-    end = structure.chain[-1]
-    units = _units_of(structure, cuts, len(cuts))
-    traced = {id(p) for node in structure.trace.graph.nodes for p in structure.trace.parameters(node)}
-    rest = sum(p.numel() for p in structure.trace.shadow.parameters() if id(p) not in traced)
-    return LocalModule(
-        name=_span(units), cut=None, units=units, stride=structure.stride(end), channels=structure.channels(end),
-        parameters=_parameters(structure, own) + rest, aux_parameters=0,
-        saved=sum(node.meta["saved"] for node in own) + _tail_bytes(structure, model, task), aux_saved=0,
-        features=(), levels=(), sigma=(),
-    )
-
-
-def _units_of(structure: Structure, cuts: Sequence[Unit], index: int) -> tuple[str, ...]:
-    order = {node: position for position, node in enumerate(structure.chain)}
-    ends = [-1, *(order[cut.end] for cut in cuts), len(structure.chain)]
-    names = tuple(u.name for u in structure.units if ends[index] < order[u.end] <= ends[index + 1])
-    return names or (cuts[index].name if index < len(cuts) else "tail",)
-
-
-def _span(units: Sequence[str]) -> str:
-    return units[0] if len(units) == 1 else f"{units[0]} … {units[-1]}"
-
-
-def _parameters(structure: Structure, nodes: Sequence[fx.Node]) -> int:
-    return sum(p.numel() for p in {id(p): p for n in nodes for p in structure.trace.parameters(n)}.values())
-
-
 # ---------------------------------------------------------------------------------------------- building
 
 
 def _build(chosen: Plan, structure: Structure, model: nn.Module, task: Task, verified: bool) -> LocalModel:
-    _check(model, chosen.options.depth, chosen.options.width, chosen.options.head)
+    _check(model, chosen.options)
     if verified:
         verify_capture(structure, model, chosen.inputs, task.network(model))
+    local = _connect(chosen, structure, model, task)
+    log.info("compiled %s; create the optimiser after this call, from its parameters()", chosen.model)
+    return local
+
+
+def _connect(
+    chosen: Plan, structure: Structure, model: nn.Module, task: Task, shadow: nn.Module | None = None
+) -> LocalModel:
+    """Synthesize and emit what a plan says; with ``shadow``, a copy of the model with fake tensors, on that, without
+    memory."""
     cuts = []
     for name in chosen.cuts:
         unit = unit_at(structure, name)
@@ -437,16 +339,24 @@ def _build(chosen: Plan, structure: Structure, model: nn.Module, task: Task, ver
             raise PlanError(f"the plan cuts at '{name}', which this {type(model).__name__} does not have: it was made "
                             f"for another model ({chosen.model}). Make a new plan.")
         cuts.append(unit)
+    fake = fake_copy(structure.trace.mode)
+    drafts: dict[str, nn.Module] = {}
     with torch.random.fork_rng(devices=cuda_devices(model)):  # building must not move the user's random state
         auxiliaries, heads = [], []
         for unit, info in zip(cuts, chosen.modules, strict=False):
-            _, auxiliary, request = _local_module(structure, model, task, chosen.options, unit, cuts, info)
+            _, auxiliary, request = local_module(
+                structure, model, task, chosen.options, unit, cuts, info, draft=shadow is not None)
             assert auxiliary is not None
             auxiliaries.append(auxiliary)
-            heads.append(task.head(model, **request))
+            if shadow is None:
+                heads.append(task.head(model, **request))
+            else:
+                key = str(request)  # fake tensors print as their sizes
+                drafts[key] = drafts.get(key) or task.head(model, **request)
+                heads.append(replicate(drafts[key], fake))
         aux = nn.Module()
         register(aux, structure, [cut.end for cut in cuts], auxiliaries, heads, task)
-    keys = list(_levels(structure, task) or {})
+    keys = list(levels_of(structure, task) or {})
 
     def outputs(values: Any) -> Any:
         if task.outputs_are_levels and isinstance(values, fx.Node):
@@ -456,7 +366,76 @@ def _build(chosen: Plan, structure: Structure, model: nn.Module, task: Task, ver
     graph = emit(structure, [cut.end for cut in cuts], auxiliaries, task,
                  [m.headline(i) for i, m in enumerate(chosen.modules)], outputs)
     example = next((p for p in model.parameters()), None)
-    if example is not None:
+    if shadow is None and example is not None:
         aux.to(device=example.device)
-    log.info("compiled %s; create the optimiser after this call, from its parameters()", chosen.model)
-    return assemble(model, aux, graph, chosen, task)
+    return assemble(model if shadow is None else shadow, aux, graph, chosen, task)
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """What planning knows, and a plan does not say: enough to simulate a step."""
+
+    structure: Structure
+    model: nn.Module  # the user's
+    task: Task
+    inputs: Any  # sizes of the whole model's inputs
+    targets: Any  # the user's example targets
+
+    def memory(self, plan: Plan, optimizer: OptimizerLike) -> Memory:
+        """Simulate a step of the plan, of backpropagation, and of backpropagation with recomputed blocks."""
+        fake = fake_copy(self.structure.trace.mode)
+
+        def shadow() -> nn.Module:
+            return replicate(self.structure.trace.shadow, fake)
+
+        example = tree_map_only(Spec, lambda spec: fake(spec.empty()), self.inputs)
+        outputs = self.structure.trace.output.meta["value"]
+        targets = self.targets if self.targets is not None else self.task.example_targets(
+            self.model, self.inputs, outputs)
+        task = self.task if targets is not None else _AnyLoss()
+        arguments = [list(example[0])] if self.task.result() == "dict" else list(
+            example.values() if isinstance(example, dict) else example)
+
+        def backpropagated(model: nn.Module) -> Any:
+            if self.task.result() == "dict":
+                return model(arguments[0], targets)
+            made = model(**example) if isinstance(example, dict) else model(*arguments)
+            return task.loss(made, targets)
+
+        units, blocks = _blocks(self.structure)
+        plain = simulate_plain(shadow(), arguments, backpropagated, optimizer, units)
+        checkpointed = simulate_plain(
+            shadow(), arguments, backpropagated, optimizer, recomputed=blocks) if blocks else None
+        if plan.k == 1:
+            return Memory(plain, plain, checkpointed)
+        wrapped = Around(task, self.task.around) if isinstance(self.task, Around) else task
+        local = _connect(plan, self.structure, self.model, wrapped, shadow())
+        return Memory(simulate_local(local, arguments, targets, optimizer), plain, checkpointed)
+
+
+class _AnyLoss(Task):
+    """Stands for a loss whose targets are not known."""
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        values = [value for value in tensors_in(outputs) if value.is_floating_point()]
+        return torch.stack([value.float().square().mean() for value in values]).sum()
+
+    def check(self, inputs: Any, targets: Any) -> None:
+        """Anything goes."""
+
+
+def _blocks(structure: Structure) -> tuple[dict[str, str], list[str]]:
+    """Of every layer's path the unit it belongs to; and the units that are one call of a module with parts."""
+    ends = [unit.end for unit in structure.units]
+    owner, names = assign(structure, ends), [*(unit.name for unit in structure.units), "neck, head, loss"]
+    units: dict[str, str] = {}
+    for node, index in owner.items():
+        if node.op == "call_module":
+            units.setdefault(str(node.target), names[index])
+    shadow = structure.trace.shadow
+    blocks = [unit.name for unit in structure.units if ":" not in unit.name and hasattr_path(shadow, unit.name)
+              and any(True for _ in shadow.get_submodule(unit.name).children())]
+    return units, blocks

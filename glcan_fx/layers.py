@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from .errors import PlanError
+from .memory import Flops
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -210,9 +212,21 @@ def towers(module: nn.Module, run: Callable[[], Any]) -> list[str]:
     return largest
 
 
-def saved_bytes(module: nn.Module, run: Callable[[], Any]) -> tuple[int, Any]:
-    """Bytes that autograd keeps for backward while ``run`` runs, but for those of ``module``'s parameters and buffers;
-    and what ``run`` returns."""
+@dataclass(frozen=True)
+class Cost:
+    """What a part costs a training step: parameters, bytes kept for backward, floating-point operations forward."""
+
+    parameters: int = 0
+    saved: int = 0
+    flops: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.parameters + other.parameters, self.saved + other.saved, self.flops + other.flops)
+
+
+def cost_of(module: nn.Module, run: Callable[[], Any]) -> tuple[Cost, Any]:
+    """What ``module`` costs while ``run`` runs, and what ``run`` returns. Parameters and buffers are not counted among
+    what is kept."""
     own = {tensor.untyped_storage()._cdata for tensor in [*module.parameters(), *module.buffers()]}
     seen: dict[int, Tensor] = {}
 
@@ -221,9 +235,10 @@ def saved_bytes(module: nn.Module, run: Callable[[], Any]) -> tuple[int, Any]:
             seen.setdefault(tensor.untyped_storage()._cdata, tensor.detach())
         return tensor
 
-    with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor), Flops() as flops:
         result = run()
-    return sum(tensor.untyped_storage().nbytes() for tensor in seen.values()), result
+    saved = sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
+    return Cost(weights_in(module), saved, flops.count), result
 
 
 def weights_in(module: nn.Module) -> int:

@@ -1,19 +1,70 @@
-"""Measure the live tensor bytes of a step, on any device, fake tensors included."""
+"""Count the live tensor bytes of a step, on any device, fake tensors included."""
 
+import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 _GRANULE = 512  # the CUDA caching allocator rounds every block up to 512 bytes
 
 
+@dataclass
+class Block:
+    """A piece of memory: its bytes, and what it was allocated for."""
+
+    size: int
+    tag: str
+
+
+@dataclass
+class Log:
+    """Every allocation and release of a step, in order: ``(index into blocks, whether it was allocated)``."""
+
+    blocks: list[Block] = field(default_factory=list)
+    events: list[tuple[int, bool]] = field(default_factory=list)
+    phases: list[tuple[int, str]] = field(default_factory=list)  # from which event on, what ran
+
+    def live(self) -> list[int]:
+        """Live bytes after every event."""
+        return list(accumulate(self.blocks[i].size if new else -self.blocks[i].size for i, new in self.events))
+
+    def at(self, event: int) -> dict[str, int]:
+        """Bytes by tag of what is live after an event."""
+        alive: dict[int, None] = {}
+        for index, new in self.events[: event + 1]:
+            if new:
+                alive[index] = None
+            else:
+                alive.pop(index, None)
+        parts: dict[str, int] = {}
+        for index in alive:
+            block = self.blocks[index]
+            parts[block.tag] = parts.get(block.tag, 0) + block.size
+        return parts
+
+    def phase_at(self, event: int) -> str:
+        """What ran when an event happened."""
+        return next((name for start, name in reversed(self.phases) if start <= event), "")
+
+
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of all live tensor storages while it is entered.
+    """Counts the bytes of all live tensor storages while it is entered, and the floating-point operations.
 
     What exists before (parameters, buffers, gradients, optimiser state) is counted from the start when its owner is
     given; everything that an operator allocates inside is counted until Python and autograd let go of it. This is
@@ -22,25 +73,61 @@ class PeakMemory(TorchDispatchMode):
         with PeakMemory(model, optimizer) as memory:
             training_step()
         memory.bytes        # peak, in bytes
+        memory.flops        # of convolutions, matrix products and attention; a multiplication and an addition are two
+
+    On fake tensors, results that depend on values are answered for the largest case: every element is selected, every
+    box survives suppression, a number is 0, all elements are of one kind. Real tensors may be mixed in; what depends on
+    them alone is exact.
     """
 
     def __init__(self, *owners: nn.Module | Optimizer | Tensor) -> None:
         super().__init__()
         self.bytes = 0
         self.live = 0
-        self._known: set[int] = set()
+        self.flops = 0
+        self.log = Log()
+        self._known: dict[int, int] = {}  # storage -> block
         self._owners = owners
+        self._tag = ""
 
     def __enter__(self) -> "PeakMemory":
         for owner in self._owners:
-            for tensor in _tensors(owner):
+            for tag, tensor in _tensors(owner):
+                self._tag = tag
                 self._add(tensor)
+        self._tag = ""
         self.bytes = self.live
         super().__enter__()
         return self
 
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What runs inside is called ``name``, and so is the memory that it allocates."""
+        before = self._tag
+        self.enter_phase(name)
+        try:
+            yield
+        finally:
+            self.enter_phase(before)
+
+    def enter_phase(self, name: str) -> None:
+        """From now on, ``name`` runs."""
+        if name != self._tag:
+            self._tag = name
+            self.log.phases.append((len(self.log.events), name))
+
+    def retag(self, tensors: Iterable[Tensor], tag: str) -> None:
+        """Say what these live tensors are for."""
+        for tensor in tensors:
+            index = self._known.get(tensor.untyped_storage()._cdata)
+            if index is not None:
+                self.log.blocks[index].tag = tag
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        fake = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)), None)
+        out = func(*args, **kwargs) if fake is None else _on_fake(func, args, kwargs, fake.fake_mode)
+        self.flops += flops_of(func, args, kwargs, out)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._add(leaf)
@@ -52,24 +139,91 @@ class PeakMemory(TorchDispatchMode):
         if key in self._known:
             return
         size = -(-storage.nbytes() // _GRANULE) * _GRANULE
-        self._known.add(key)
+        self._known[key] = len(self.log.blocks)
+        self.log.events.append((len(self.log.blocks), True))
+        self.log.blocks.append(Block(size, self._tag))
         self.live += size
         self.bytes = max(self.bytes, self.live)
         weakref.finalize(storage, self._free, key, size)
 
     def _free(self, key: int, size: int) -> None:
-        self._known.discard(key)
+        index = self._known.pop(key, None)
+        if index is not None:
+            self.log.events.append((index, False))
         self.live -= size
 
 
-def _tensors(owner: nn.Module | Optimizer | Tensor) -> Iterable[Tensor]:
+def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """Floating-point operations of one operator, where it is a convolution, a matrix product or attention."""
+    count = flop_registry.get(getattr(func, "overloadpacket", None))
+    return 0 if count is None else int(count(*args, **kwargs, out_val=out))
+
+
+class Flops(TorchDispatchMode):
+    """Counts the floating-point operations of what runs inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.count += flops_of(func, args, kwargs or {}, out)
+        return out
+
+
+def _tensors(owner: nn.Module | Optimizer | Tensor) -> Iterable[tuple[str, Tensor]]:
     if isinstance(owner, Tensor):
-        yield owner
+        yield "input", owner
     elif isinstance(owner, Optimizer):
-        yield from (v for state in owner.state.values() for v in state.values() if isinstance(v, Tensor))
+        yield from (("optimiser state", v) for state in owner.state.values() for v in state.values()
+                    if isinstance(v, Tensor))
     else:
         for parameter in owner.parameters():
-            yield parameter
+            yield "parameters", parameter
             if parameter.grad is not None:
-                yield parameter.grad
-        yield from owner.buffers()
+                yield "gradients", parameter.grad
+        yield from (("parameters", buffer) for buffer in owner.buffers())
+
+
+# ---------------------------------------------------------------------------------------------- fake tensors
+
+_aten = torch.ops.aten
+
+
+def _on_fake(func: Any, args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:
+    """Run an operator of which some arguments are fake; where its result depends on values, see ``PeakMemory``."""
+    if func in (_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default):
+        indices = [part for index in args[1] for part in _whole(index)]
+        return func(args[0], indices, *args[2:], **kwargs)
+    if func is _aten.nonzero.default:
+        return _everywhere(args[0])
+    if func is _aten.masked_select.default:
+        return args[0].expand(torch.broadcast_shapes(args[0].shape, args[1].shape)).reshape(-1)
+    if func is _aten._local_scalar_dense.default:
+        kind = args[0].dtype
+        return False if kind == torch.bool else 0.0 if kind.is_floating_point else 0
+    if func is _aten._unique2.default:
+        one = torch.zeros(1, dtype=torch.int64)
+        return one.to(args[0].dtype), torch.zeros_like(args[0], dtype=torch.int64), one
+    if func.name() == "torchvision::nms":
+        return torch.arange(args[0].shape[0])
+    try:
+        return func(*args, **kwargs)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise NotImplementedError(f"memory cannot be estimated on fake tensors: the result of {func} depends on "
+                                  "values") from error
+
+
+def _whole(index: Tensor | None) -> list[Tensor | None]:
+    """A mask as whole numbers, one tensor per axis: a real mask exactly, a fake one as if it selected everything."""
+    if index is None or index.dtype not in (torch.bool, torch.uint8):
+        return [index]
+    return list((_everywhere(index) if isinstance(index, FakeTensor) else index.nonzero()).unbind(1))
+
+
+def _everywhere(like: Tensor) -> Tensor:
+    """What ``nonzero`` returns where nothing is zero."""
+    if math.prod(like.shape) == 0:
+        return torch.empty(0, like.dim(), dtype=torch.int64)
+    return torch.cartesian_prod(*map(torch.arange, like.shape)).reshape(-1, like.dim())

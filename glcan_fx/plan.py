@@ -1,9 +1,10 @@
 """The Plan: every decision of the compiler as plain data."""
 
 import dataclasses
+import functools
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
@@ -18,6 +19,7 @@ from .tasks.base import Criterion
 from .trace import Report
 
 if TYPE_CHECKING:
+    from .estimate import Memory, OptimizerLike
     from .local_model import LocalModel
 
 _VERSION = 1
@@ -30,7 +32,7 @@ class LocalModule:
     cut: the split point that it ends with (None: the last, which owns neck and head). units: the natural units it is
     made of. features: V_m, the taps its local loss reads. levels: output levels kept, sigma: their weights (eq. 8);
     both empty where the network has no levels. saved, aux_saved: bytes kept for backward at the example size by the
-    module and by its auxiliary network.
+    module and by its auxiliary network, which takes aux_flops floating-point operations forward.
     """
 
     name: str
@@ -42,6 +44,7 @@ class LocalModule:
     aux_parameters: int
     saved: int
     aux_saved: int
+    aux_flops: int
     features: tuple[Feature, ...]
     levels: tuple[int, ...]
     sigma: tuple[float, ...]
@@ -78,6 +81,27 @@ class Plan:
     report: Report = Report()
     around: Surroundings | Segments | None = None
     task_object: Task | None = dataclasses.field(default=None, compare=False, repr=False)
+    draft: "Draft | None" = dataclasses.field(default=None, compare=False, repr=False)
+
+    @functools.cached_property
+    def memory(self) -> "Memory":
+        """Simulated memory and compute of a training step with SGD and momentum: of this plan, of backpropagation, and
+        of backpropagation with every block recomputed (activation checkpointing). Takes seconds, once.
+
+        Raises PlanError where it cannot be simulated: for a plan read from JSON before it is applied, for a model that
+        runs as Python (rung 5).
+        """
+        return self.estimate()
+
+    def estimate(self, optimizer: "OptimizerLike" = "sgd") -> "Memory":
+        """As ``memory``, with another optimiser: "sgd", "adam", a function of the parameters, or None."""
+        if self.draft is None:
+            reason = "its local modules run as Python" if isinstance(self.around, Segments) else "it was read from JSON"
+            raise PlanError(f"the memory of this plan cannot be simulated: {reason}.")
+        try:
+            return self.draft.memory(self, optimizer)
+        except NotImplementedError as error:
+            raise PlanError(f"the memory of this plan cannot be simulated: {error}") from error
 
     @property
     def k(self) -> int:
@@ -105,7 +129,7 @@ class Plan:
     def to_json(self) -> str:
         """The plan as JSON text (format version 1); ``from_json`` reads it back."""
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del data["task_object"]
+        del data["task_object"], data["draft"]
         return json.dumps({"format": "glcan_fx.plan", "version": _VERSION, **data}, indent=1, default=_plain)
 
     @classmethod
@@ -131,12 +155,21 @@ class Plan:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"this is no plan in JSON: {error!r}") from error
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "draft": None}
+
     def __str__(self) -> str:
         return plan_table(self)
 
     def to_dot(self) -> str:
         """The partition graph in Graphviz's DOT language."""
         return plan_dot(self)
+
+
+class Draft(Protocol):
+    """What planning knows of the model, and a plan does not say."""
+
+    def memory(self, plan: Plan, optimizer: "OptimizerLike") -> "Memory": ...
 
 
 def _plain(value: Any) -> Any:

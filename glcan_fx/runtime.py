@@ -217,7 +217,7 @@ def _owned_gradients(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     owned: list[Tensor | None] = []
     for grad in grads:
         if grad is not None and grad.layout is torch.strided:
-            key = grad.untyped_storage().data_ptr()
+            key = grad.untyped_storage()._cdata
             if key in seen or 0 in grad.stride():
                 grad = grad.clone(memory_format=torch.contiguous_format)
             seen.add(key)

@@ -3,9 +3,12 @@
 Taps that are still to come are synthesised from the module's output: along the trunk, a region that keeps the shape is
 dropped (or, with ``depth``, sampled evenly, as in AugLocal, arXiv 2402.17318, section 3.2), a region that changes the
 shape leaves one convolution with the source's own kind of norm and activation (GLCAN, arXiv 2406.00446, section 4.1).
-The tail (neck and head) is copied with fresh parameters; ``head="light"`` leaves out its shape-keeping towers.
+The tail (neck and head) is copied with fresh parameters; ``head="light"`` leaves out its shape-keeping towers,
+``head="lean"`` all but the layers that predict: maps are then predicted from the module's own output, detectors make
+one prediction at each place.
 """
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +16,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import skip_init
 from torch.utils._pytree import tree_map_only
@@ -21,8 +25,10 @@ from .analyze import Structure, ancestors, input_dependent, tensor_of
 from .errors import PlanError
 from .graphs import Network
 from .layers import (
+    Cost,
     Moments,
     channel_axis,
+    cost_of,
     fit,
     fits,
     freshen,
@@ -31,7 +37,6 @@ from .layers import (
     narrowed,
     not_in_place,
     predictors,
-    saved_bytes,
     scale_gradient,
     set_width,
     unhooked_copy,
@@ -39,16 +44,21 @@ from .layers import (
 from .rules import Feature
 from .trace import hasattr_path, is_float, quiet, shadow
 
-Head = Literal["full", "light"]
+Head = Literal["full", "light", "lean"]
 
 
 @dataclass(frozen=True)
 class Options:
-    """How auxiliary networks are built. depth: trunk blocks kept; width: relative channels; head: see above."""
+    """How auxiliary networks are built.
+
+    depth: trunk blocks kept; width: relative channels; head: see above; stride: output levels of smaller strides are
+    left out, where there are others.
+    """
 
     depth: int = 0
     width: float = 1.0
     head: Head = "light"
+    stride: int = 1
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ class Auxiliary:
     network: Network
     inputs: list[fx.Node]
     outputs: Any  # fake values of the network's outputs, at the example size
-    saved: int  # bytes that it keeps for backward at the example size
+    cost: Cost  # at the example size
 
 
 @dataclass
@@ -175,8 +185,12 @@ def synthesize(
             missing.append(tap.node)
         else:
             build.input(tap.node)
-    _synthesise_taps(build, cut, own, missing, options, outputs_are_predictions)
-    _copy_tail(build, tail, options.head == "light")
+    direct = _direct(structure, cut, tail) if options.head == "lean" and outputs_are_predictions else None
+    if direct is None:
+        _synthesise_taps(build, cut, own, missing, options, outputs_are_predictions)
+        _copy_tail(build, tail, options.head != "full")
+    else:
+        _predict_directly(build, cut, own, tail, direct)
     results = fx.map_arg(outputs, lambda node: build.values[node])
     if sigma:
         results = {key: build.graph.call_function(scale_gradient, (value, sigma[key])) if sigma[key] != 1 else value
@@ -189,12 +203,12 @@ def synthesize(
     _fit(network, build, examples, options, outputs_are_predictions)
     with structure.trace.mode:
         sizes = shadow(network, structure.trace.mode)
-        saved, shapes = saved_bytes(sizes, lambda: sizes.forward(*examples))
+        cost, shapes = cost_of(sizes, lambda: sizes.forward(*examples))
     if not build.draft:
         for name in build.fresh:
             _initialise(network.get_submodule(name))
         freshen(network, build.moments)
-    return Auxiliary(network, build.inputs, shapes, saved)
+    return Auxiliary(network, build.inputs, shapes, cost)
 
 
 # ---------------------------------------------------------------------------------------------- tail
@@ -273,6 +287,84 @@ def input_nodes(structure: Structure) -> set[fx.Node]:
 
 def _is_map(node: fx.Node) -> bool:
     return isinstance(node.meta["value"], Tensor) and is_float(node.meta["value"])
+
+
+def _direct(structure: Structure, cut: fx.Node, tail: Tail) -> list[fx.Node] | None:
+    """The layers that make the network's maps, where all of them can be made from the module's own output instead.
+
+    That is so where each is a map of the cut's rank, and what follows needs no other layer with weights.
+    """
+    interface = predictors(structure.trace.shadow, structure.trace.output.meta["value"])
+    made = [node for node in tail.nodes if structure.trace.module(node) in interface]
+    rank = len(structure.shape(cut))
+    if not made or cut in structure.channels_last or rank < 3 or structure.positions(cut) <= 1:
+        return None
+    if any(not _is_map(node) or len(structure.shape(node)) != rank or structure.positions(node) <= 1 for node in made):
+        return None
+    needed = _behind(structure, tail, made)
+    if any(structure.trace.parameters(node) for node in needed) or any(
+            node in tail.taps for node in needed for node in node.all_input_nodes):
+        return None
+    return made
+
+
+def _behind(structure: Structure, tail: Tail, made: list[fx.Node]) -> list[fx.Node]:
+    """What of the tail is computed from the layers that make the maps, and what it needs beside them."""
+    reached: set[fx.Node] = set()
+    for node in tail.nodes:
+        if node in made or any(source in reached for source in node.all_input_nodes):
+            reached.add(node)
+    inside = set(tail.nodes)
+    beside = ancestors(reached - set(made), set(made)) & inside
+    return [node for node in tail.nodes if node in (reached | beside) - set(made)]
+
+
+def _predict_directly(build: _Builder, cut: fx.Node, own: fx.Node, tail: Tail, made: list[fx.Node]) -> None:
+    """One convolution on the module's own output for each of the network's maps, at the output's resolution.
+
+    Focal features of the output's shape are added to it (the long skip of a residual network).
+    """
+    structure, value = build.structure, own
+    for tap in [node for node in build.inputs if node is not cut and _is_map(node)]:
+        if structure.shape(tap) == structure.shape(cut) and tap.op != "placeholder":
+            value = build.graph.call_function(operator.add, (value, build.values[tap]))
+        else:
+            build.inputs.remove(tap)
+            build.graph.erase_node(build.values.pop(tap))
+    for index, node in enumerate(made):
+        build.values[node] = _prediction(build, cut, node, value, f"predict{index}")
+    for node in _behind(structure, tail, made):
+        if node not in build.values:
+            build.copy(node, "tail")
+
+
+def _prediction(build: _Builder, cut: fx.Node, node: fx.Node, value: fx.Node, name: str) -> fx.Node:
+    """A map of the shape of ``node`` from ``value``, which has the shape of ``cut``."""
+    structure, target = build.structure, build.structure.trace.module(node)
+    assert target is not None
+    small, large = structure.spatial(cut), structure.spatial(node)
+    channels, inputs = structure.channels(node), structure.channels(cut)
+    factor = large[0] // small[0]
+    shuffled = len(large) == 2 and factor > 1 and channels * factor**2 <= inputs and all(
+        a * factor == b for a, b in zip(small, large, strict=True))
+    stride = tuple(max(1, round(a / b)) for a, b in zip(small, large, strict=True))
+    kernel = getattr(target, "kernel_size", 3) if max(stride) == 1 else tuple(2 * (s // 2) + 1 for s in stride)
+    kernel = (kernel,) * len(large) if isinstance(kernel, int) else kernel
+    conv = _conv(build, len(large), tensor_of(node).dtype, True, inputs, channels * (factor**2 if shuffled else 1),
+                 kernel_size=kernel, stride=stride, padding=tuple(k // 2 for k in kernel))
+    build.full.add(name)
+    out = build.add(f"{name}.conv", conv, value, fresh=True)
+    if not build.draft:  # as large as the source's, at its mean (class priors)
+        own = moments(target)
+        build.moments.update({f"{name}.conv.{k}": v for k, v in own.items() if k in ("weight", "bias")})
+    if shuffled:
+        return build.add(f"{name}.shuffle", nn.PixelShuffle(factor), out)
+    made = tuple((a + 2 * (k // 2) - k) // s + 1 for a, k, s in zip(small, kernel, stride, strict=True))
+    if made == large:
+        return out
+    scale = tuple(b / a for a, b in zip(made, large, strict=True))
+    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(large)]
+    return build.graph.call_function(F.interpolate, (out,), {"scale_factor": scale, "mode": mode})
 
 
 # ---------------------------------------------------------------------------------------------- analog features

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .analyze import Structure
+from .analyze import Structure, multiply_adds
 from .copies import kept_python_random, replicate
 from .errors import TraceError
 from .nested import tensors_in
@@ -56,17 +56,6 @@ def _run_both(structure: Structure, model: nn.Module, inputs: Any, path: str, de
             found = captured(*args, **kwargs)
         _compare(list(tensors_in(expected)), list(tensors_in(found)), "outputs", batch + extra)
         _compare(list(plain.buffers()), list(graph.buffers()), "buffers", batch + extra)
-
-
-def multiply_adds(structure: Structure) -> float:
-    """Of one forward pass at the example's size, from the layers' weights and the places that they are applied to."""
-    total = 0.0
-    for node in structure.trace.graph.nodes:
-        for tensor in list(tensors_in(node.meta.get("value")))[:1]:
-            weights = sum(p.numel() for p in structure.trace.parameters(node) if p.dim() > 1)
-            places = structure.positions(node) if isinstance(node.meta["value"], Tensor) else 1
-            total += weights * places * (tensor.shape[0] if tensor.dim() else 1)
-    return total
 
 
 def _specs(inputs: Any) -> list[Spec]:

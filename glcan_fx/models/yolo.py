@@ -189,6 +189,17 @@ class YOLO(nn.Module):
         self.anchors = self.anchors[indices]
         self.strides = tuple(self.strides[index] for index in indices)
 
+    def select_anchor(self) -> None:
+        """Keeps only the middle anchor of each level and its predictions, in place; objects are assigned to those."""
+        keep, outputs = self.anchors.shape[1] // 2, 5 + self.num_classes
+        for level in self.head:
+            last = cast(nn.Conv2d, cast(nn.Sequential, level)[-1])
+            last.out_channels = outputs
+            rows = slice(keep * outputs, (keep + 1) * outputs)
+            last.weight = nn.Parameter(last.weight.detach()[rows].clone())
+            last.bias = nn.Parameter(cast(Tensor, last.bias).detach()[rows].clone())
+        self.anchors = self.anchors[:, keep : keep + 1]
+
     def forward(
         self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ..layers import weights_in
+from ..layers import Cost, weights_in
 from ..replay import Entry, Rest, Segment, Segments, Surroundings, detach_record
 from .base import Task
 
@@ -74,9 +74,9 @@ class Around(_Wrapped):
     def head(self, model: nn.Module, *_: Any, **__: Any) -> nn.Module:
         return _AroundHead(self.task, Rest(model, self.around, fresh=True))
 
-    def head_size(self, model: nn.Module, *_: Any, **__: Any) -> tuple[int, int]:
-        return 0, sum(weights_in(model.get_submodule(path)) for path in self.around.behind
-                      if not any(path.startswith(other + ".") for other in self.around.behind))
+    def head_cost(self, model: nn.Module, *_: Any, **__: Any) -> Cost:
+        return Cost(sum(weights_in(model.get_submodule(path)) for path in self.around.behind
+                      if not any(path.startswith(other + ".") for other in self.around.behind)))
 
 
 class _AroundHead(nn.Module):

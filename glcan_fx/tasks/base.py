@@ -12,6 +12,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from ..errors import CriterionError, PlanError, TargetError
+from ..layers import Cost
+from ..nested import tensors_in
 from ..rules import Rules
 
 Criterion = Callable[[Any, Any], Tensor | dict[str, Tensor]]
@@ -61,6 +63,13 @@ class Task(ABC):
             )
         return given if isinstance(given, dict) else tuple(given) if isinstance(given, tuple | list) else (given,)
 
+    def example_targets(self, model: nn.Module, inputs: Any, outputs: Any) -> Any:
+        """Targets to simulate a step with; None where they are not known.
+
+        inputs: ``Spec``s of the model's example inputs; outputs: fake example values of the compiled part's outputs.
+        """
+        return None
+
     def modules(self) -> dict[str, nn.Module]:
         """Modules that belong to the task and have parameters of their own (a learned criterion)."""
         return {}
@@ -90,12 +99,12 @@ class Task(ABC):
         """
         return LossHead(self)
 
-    def head_size(
+    def head_cost(
         self, model: nn.Module, outputs: Any, source: Any, levels: Sequence[int], style: str, width: float,
         image: tuple[int, int],
-    ) -> tuple[int, int]:
-        """Bytes that ``head`` keeps for backward at the example size, and its parameters; 0 where it has none."""
-        return 0, 0
+    ) -> Cost:
+        """What ``head`` costs at the example size."""
+        return Cost()
 
     def last_head(self, model: nn.Module) -> nn.Module:
         """The module (outputs, *context) -> loss of the last local module, on the model's own head."""
@@ -155,6 +164,9 @@ class Classification(Task):
 
     name = "classification"
 
+    def example_targets(self, model: nn.Module, inputs: Any, outputs: Any) -> Any:
+        return torch.zeros(next(tensors_in(outputs)).shape[0], dtype=torch.int64)
+
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         if isinstance(outputs, Tensor):
             return F.cross_entropy(outputs, targets)
@@ -173,6 +185,10 @@ class Segmentation(Task):
 
     name = "segmentation"
 
+    def example_targets(self, model: nn.Module, inputs: Any, outputs: Any) -> Any:
+        first = next(tensors_in(outputs))
+        return first.new_zeros((first.shape[0], *first.shape[2:]), dtype=torch.int64)
+
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         if isinstance(outputs, Tensor):
             return F.cross_entropy(outputs, targets, ignore_index=255)
@@ -186,6 +202,9 @@ class SuperResolution(Task):
     """L1 distance of (N, C, sH, sW) images (Lim et al. 2017, section 3.2)."""
 
     name = "super_resolution"
+
+    def example_targets(self, model: nn.Module, inputs: Any, outputs: Any) -> Any:
+        return torch.empty_like(next(tensors_in(outputs)), requires_grad=False)
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         return F.l1_loss(outputs, targets)

@@ -7,7 +7,7 @@ values is the self-prediction head of GLCAN (section 4.1), with the detector's o
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,14 +21,16 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from ..errors import PlanError, TargetError
 from ..layers import (
+    Cost,
     Moments,
+    cost_of,
     fit,
     freshen,
     moments,
     not_in_place,
     predictors,
     replace,
-    saved_bytes,
+    set_width,
     towers,
     unhooked_copy,
 )
@@ -78,6 +80,11 @@ class Detection(Task):
         height, width = (-(-size // divisor) * divisor for size in sizes[1:])
         return (torch.empty(len(images), sizes[0], height, width, dtype=dtype, device="meta"),)
 
+    def example_targets(self, model: nn.Module, inputs: Any, outputs: Any) -> Any:
+        """Eight objects per image, of sizes from a sixteenth to a half of it."""
+        count, _, height, width = inputs[0].shape
+        return [_objects(model, height, width, torch.linspace(1 / 16, 1 / 2, 8)) for _ in range(count)]
+
     def prepare(self, graph: fx.Graph, placeholders: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
         images = graph.placeholder("images")
         targets = graph.placeholder("targets", default_value=None)
@@ -118,15 +125,18 @@ class Detection(Task):
         freshen(new, template.moments)
         return DetectorHead(new)
 
-    def head_size(
+    def head_cost(
         self, model: nn.Module, outputs: Any, source: Any, levels: Sequence[int], style: str, width: float,
         image: tuple[int, int],
-    ) -> tuple[int, int]:
+    ) -> Cost:
         template = self._template(model, outputs, source, levels, style, width, image)
-        parameters = {id(p): p.numel() for p in template.detector.parameters()}
-        images = next(iter(outputs.values())).shape[0]
-        saved = images * template.saved_per_image + _places(outputs) * template.saved_per_place
-        return round(saved), sum(parameters.values())
+        images, places = next(iter(outputs.values())).shape[0], _places(outputs)
+
+        def total(attribute: str) -> int:
+            return round(images * getattr(template.per_image, attribute)
+                         + places * template.per_place[attribute])
+
+        return Cost(template.per_image.parameters, total("saved"), total("flops"))
 
     def _template(self, model: nn.Module, outputs: Any, *request: Any) -> "_Template":
         made = self._templates.setdefault(model, {})
@@ -202,12 +212,12 @@ _item.__name__ = "getitem"
 
 @dataclass(frozen=True)
 class _Template:
-    """The detector behind its backbone, made lighter; what its copies are drawn from; bytes that it keeps."""
+    """The detector behind its backbone, made lighter; what its copies are drawn from; what they cost."""
 
     detector: nn.Module
     moments: Moments
-    saved_per_image: float
-    saved_per_place: float
+    per_image: Cost
+    per_place: dict[str, float]  # saved, flops
 
 
 def _make_template(
@@ -228,20 +238,44 @@ def _make_template(
     images, targets, scale = _example(model, outputs, image)
     with torch.random.fork_rng(devices=[]):
         full, narrow = _features(source, scale), _features(outputs, scale)
-        if style == "light" or width < 1:
+        if style != "full" or width < 1:
+            if style == "lean":
+                _one_prediction_a_place(detector, predictors(detector, head(full, images, targets)))
             keep = predictors(detector, head(full, images, targets))
-            if style == "light":
+            if style != "full":
                 for path in towers(detector, lambda: head(full, images, targets)):
                     if not any(part in keep for part in detector.get_submodule(path).modules()):
                         replace(detector, path, nn.Identity())
             fit(detector, lambda: head(narrow, images, targets), width, keep)
         # a part grows with the places, a part (sampled regions) only with the images: two sizes tell them apart
-        saved, _ = saved_bytes(detector, lambda: head(narrow, images, targets))
+        large, _ = cost_of(detector, lambda: head(narrow, images, targets))
         smaller = _features(outputs, 2 * scale)
         images, targets, _ = _example(model, outputs, image, 2 * scale)
-        less, _ = saved_bytes(detector, lambda: head(smaller, images, targets))
-    per_place = max(0.0, (saved - less) / max(1, _places(narrow) - _places(smaller)))
-    return _Template(detector, source_moments, max(0.0, saved - per_place * _places(narrow)) / 2, per_place)
+        small, _ = cost_of(detector, lambda: head(smaller, images, targets))
+    places, fewer = _places(narrow), _places(smaller)
+    per_place = {name: max(0.0, (getattr(large, name) - getattr(small, name)) / max(1, places - fewer))
+                 for name in ("saved", "flops")}
+    rest = {name: round(max(0.0, getattr(large, name) - per_place[name] * places) / 2) for name in per_place}
+    return _Template(detector, source_moments, Cost(large.parameters, **rest), per_place)
+
+
+def _one_prediction_a_place(detector: nn.Module, predictors: Set[nn.Module]) -> None:
+    """Leave one anchor at each place, of middle size and nearest to a square, and its share of the predictions."""
+    own: Any = getattr(detector, "select_anchor", None)
+    if callable(own):
+        own()
+        return
+    dense = set(getattr(detector, "rpn", detector).modules())  # region-based heads predict for regions, not places
+    for part in detector.modules():
+        if isinstance(part, AnchorGenerator):
+            count = part.num_anchors_per_location()[0]
+            sizes = tuple((sorted(level)[len(level) // 2],) for level in part.sizes)
+            ratios = tuple((min(level, key=lambda ratio: abs(math.log(ratio))),) for level in part.aspect_ratios)
+            part.sizes, part.aspect_ratios = sizes, ratios
+            part.cell_anchors = [part.generate_anchors(*pair) for pair in zip(sizes, ratios, strict=True)]
+            for layer in dense & predictors if count > 1 else ():
+                if isinstance(layer, nn.Conv2d) and layer.out_channels % count == 0:
+                    set_width(layer, layer.in_channels, layer.out_channels // count)
 
 
 def _places(features: dict[str, Tensor]) -> int:
@@ -259,17 +293,25 @@ def _example(
     """Two images with one object each, smaller than the example's by the returned factor (at least 1)."""
     scale = scale or max(1, max(max(value.shape[2:]) for value in outputs.values()) // 20)
     height, width = (-(-size // scale) for size in image)
+    dtype = next(iter(outputs.values())).dtype
+    targets = [_objects(model, height, width, torch.tensor([0.5]), dtype) for _ in range(2)]
+    return ImageList(torch.zeros(2, 3, height, width, dtype=dtype), [(height, width)] * 2), targets, scale
+
+
+def _objects(
+    model: nn.Module, height: int, width: int, sides: Tensor, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """A target with objects in the middle of an image, of the given sizes relative to it."""
     predictor = getattr(getattr(model, "roi_heads", None), "keypoint_predictor", None)
     keypoints = getattr(getattr(predictor, "kps_score_lowres", None), "out_channels", 17)
-    dtype = next(iter(outputs.values())).dtype
-    box = torch.tensor([[width / 4, height / 4, 3 * width / 4, 3 * height / 4]], dtype=dtype)
-    mask = torch.zeros(1, height, width, dtype=torch.uint8)
-    mask[:, height // 4: 3 * height // 4, width // 4: 3 * width // 4] = 1
-    points = torch.tensor([width / 2, height / 2, 1.0]).expand(1, keypoints, 3).clone()
+    size = torch.tensor([width, height], dtype=dtype)
+    corners = (1 - sides[:, None].to(dtype)) / 2 * size
+    masks = torch.zeros(len(sides), height, width, dtype=torch.uint8)
+    masks[:, height // 4: 3 * height // 4, width // 4: 3 * width // 4] = 1
+    points = torch.tensor([width / 2, height / 2, 1.0]).expand(len(sides), keypoints, 3).clone()
     label = 1 if hasattr(model, "roi_heads") else 0  # region-based detectors count the background as class 0
-    target = {"boxes": box, "labels": torch.tensor([label]), "masks": mask, "keypoints": points}
-    images = ImageList(torch.zeros(2, 3, height, width, dtype=dtype), [(height, width)] * 2)
-    return images, [dict(target), dict(target)], scale
+    return {"boxes": torch.cat([corners, size - corners], 1), "labels": torch.full((len(sides),), label),
+            "masks": masks, "keypoints": points}
 
 
 def _select_levels(detector: nn.Module, levels: Sequence[int], names: list[str]) -> None:

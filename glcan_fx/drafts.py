@@ -1,0 +1,211 @@
+"""Passes 4 and 5 for one local module: select its features, draft or build its auxiliary network, say what it costs."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from .analyze import Structure, Tap, Unit, multiply_adds
+from .emit import assign
+from .errors import PlanError
+from .layers import Cost
+from .plan import LocalModule
+from .rules import Feature, Place, State
+from .synthesize import Auxiliary, Options, synthesize, tail_of
+from .tasks import Task
+
+
+class Drafts:
+    """What local modules would be, and would cost; the same draft is not made twice."""
+
+    def __init__(self, structure: Structure, model: nn.Module, task: Task) -> None:
+        self.structure, self.model, self.task = structure, model, task
+        self._costs: dict[Any, Cost] = {}
+        self._units: dict[tuple[str, Options], Cost] = {}
+
+    def module(self, unit: Unit, cuts: Sequence[Unit], options: Options) -> LocalModule:
+        """The local module that ends with ``unit``, one of ``cuts``."""
+        return local_module(self.structure, self.model, self.task, options, unit, cuts, sizes=self._costs)[0]
+
+    def last(self, cuts: Sequence[Unit]) -> LocalModule:
+        """The last local module."""
+        return last_module(self.structure, self.model, self.task, cuts, self.tail)
+
+    def cost(self, unit: Unit, options: Options) -> Cost:
+        """What the auxiliary network of a module that ends with ``unit`` costs."""
+        key = unit.name, options
+        if key not in self._units:
+            cuts = self.structure.units[:-1]
+            made = self.module(unit, cuts if unit in cuts else [unit], options)
+            self._units[key] = Cost(made.aux_parameters, made.aux_saved, made.aux_flops)
+        return self._units[key]
+
+    @cached_property
+    def tail(self) -> Cost:
+        """What the task's head costs the last module."""
+        return tail_cost(self.structure, self.model, self.task)
+
+    @cached_property
+    def flops(self) -> float:
+        """Floating-point operations of the model's own forward pass."""
+        return max(1.0, 2 * multiply_adds(self.structure) + self.tail.flops)
+
+    def refused(self, options: Options) -> dict[str, PlanError]:
+        """Units behind which no auxiliary network can be built, and why."""
+        refused: dict[str, PlanError] = {}
+        for unit in self.structure.units[:-1]:
+            try:
+                self.cost(unit, options)
+            except PlanError as error:
+                refused[unit.name] = error
+        return refused
+
+
+def _place(structure: Structure, node: fx.Node, name: str) -> Place:
+    return Place(name, structure.stride(node), structure.channels(node))
+
+
+def levels_of(structure: Structure, task: Task) -> dict[Any, fx.Node] | None:
+    """The network's output levels by key, where the task's head reads levels."""
+    outputs = structure.trace.output.args[0]
+    if not task.outputs_are_levels:
+        return None
+    if isinstance(outputs, fx.Node):
+        outputs = {"0": outputs}
+    if not isinstance(outputs, dict):
+        raise PlanError(f"task '{task.name}' expects a dict of feature maps from the backbone")
+    return dict(outputs)
+
+
+def local_module(
+    structure: Structure, model: nn.Module, task: Task, options: Options, unit: Unit, cuts: Sequence[Unit],
+    real: LocalModule | None = None, sizes: dict[Any, Cost] | None = None, draft: bool = False,
+) -> tuple[LocalModule, Auxiliary | None, dict[str, Any]]:
+    """Select the features of the module that ends with ``unit`` and build its auxiliary network: real, or a draft.
+
+    ``real`` is the module as planned; without it the module is planned, with a draft.
+    ``sizes`` remembers what drafts cost, by what that depends on; a known one is not built again. ``draft``: build the
+    planned module's on fake tensors.
+    """
+    index = [cut.end for cut in cuts].index(unit.end)
+    owner = assign(structure, [cut.end for cut in cuts])
+    place = _place(structure, unit.end, unit.name)
+    levels = levels_of(structure, task)
+    keys, sigma = list(levels or {}), {}
+    if levels is not None:
+        places = [_place(structure, node, str(key)) for key, node in levels.items()]
+        kept = real.levels if real else tuple(task.rules.levels(place, places))
+        if not kept or any(not 0 <= i < len(keys) for i in kept):
+            raise PlanError(f"rules.levels must keep some of {len(keys)} levels, not {kept!r} (module '{unit.name}')")
+        if not real:
+            coarse = tuple(i for i in kept if places[i].stride >= options.stride)
+            kept = coarse or kept[-1:]
+        weights = real.sigma if real else tuple(task.rules.sigma(place, places[i]) for i in kept)
+        sigma = {keys[i]: weight for i, weight in zip(kept, weights, strict=True)}
+        keys = [keys[i] for i in kept]
+    else:
+        kept = weights = ()
+
+    def select(outputs: Any) -> Any:
+        return outputs if levels is None else {key: levels[key] for key in keys}
+
+    taps = tail_of(structure, select(structure.trace.output.args[0])).taps
+    if real and (real.stride, real.channels) != (place.stride, place.channels):
+        raise PlanError(f"the plan's module '{real.name}' ends with {real.channels} channels at stride {real.stride}, "
+                        f"but in this {type(model).__name__} it has {place.channels} at stride {place.stride}: the "
+                        "plan was made for another model. Plan again.")
+    if real:
+        features: tuple[Feature, ...] = real.features
+        if {feature.tap for feature in features} != {tap.name for tap in structure.taps if tap.node in taps}:
+            raise PlanError(f"the plan's module '{real.name}' reads {', '.join(f.tap for f in features)}, but this "
+                            f"{type(model).__name__} has other features: it was made for another model. Plan again.")
+    else:
+        features = tuple(_feature(structure, task, tap, place, owner, index) for tap in structure.taps
+                         if tap.node in taps)
+    key = (structure.shape(unit.end), unit.end in structure.channels_last, features, kept)
+    known = sizes.get(key) if sizes is not None and options.depth == 0 else None
+    auxiliary = None if known else synthesize(
+        structure, None if draft or not real else model, unit.end, features, options, select=select, sigma=sigma,
+        outputs_are_predictions=not task.outputs_are_levels,
+    )
+    request: dict[str, Any] = {}
+    if auxiliary is not None:
+        source = {name: node.meta["value"] for name, node in select(None).items()} if levels is not None else None
+        request = {"outputs": auxiliary.outputs, "source": source, "levels": kept, "style": options.head,
+                   "width": options.width, "image": _image(structure)}
+        if real:
+            return real, auxiliary, request
+        known = auxiliary.cost + task.head_cost(model, **request)
+        if sizes is not None:
+            sizes[key] = known
+    assert known is not None
+    units = _units_of(structure, cuts, index)
+    own = [node for node, module in owner.items() if module == index]
+    info = LocalModule(
+        name=_span(units), cut=unit.name, units=units, stride=place.stride, channels=place.channels,
+        parameters=_parameters(structure, own),
+        aux_parameters=known.parameters, saved=sum(node.meta["saved"] for node in own), aux_saved=known.saved,
+        aux_flops=known.flops, features=features, levels=tuple(kept), sigma=tuple(weights),
+    )
+    return info, auxiliary, request
+
+
+def _feature(
+    structure: Structure, task: Task, tap: Tap, place: Place, owner: dict[fx.Node, int], index: int
+) -> Feature:
+    module = -1 if tap.node.op == "placeholder" else owner[tap.node]
+    state: State = "past" if module < index else "own" if module == index else "future"
+    if tap.node.op == "placeholder" or not isinstance(tap.node.meta["value"], Tensor):
+        return Feature(tap.name, "cache")
+    source = task.rules.source(_place(structure, tap.node, tap.name), place, state)
+    if state == "future" and source != "synthesised":
+        raise PlanError(f"rules.source: '{tap.name}' does not exist yet at '{place.name}', so it can only be "
+                        f"'synthesised', not {source!r}")
+    return Feature(tap.name, source)
+
+
+def _image(structure: Structure) -> tuple[int, int]:
+    """Height and width of the example images."""
+    *_, height, width = (1, 1, *structure.spatial(structure.chain[0]))
+    return height, width
+
+
+def tail_cost(structure: Structure, model: nn.Module, task: Task) -> Cost:
+    """Of the head that the task puts on the last module."""
+    levels = levels_of(structure, task)
+    if levels is None:
+        return Cost()
+    values = {key: node.meta["value"] for key, node in levels.items()}
+    return task.head_cost(model, values, values, tuple(range(len(values))), "full", 1.0, _image(structure))
+
+
+def last_module(structure: Structure, model: nn.Module, task: Task, cuts: Sequence[Unit], tail: Cost) -> LocalModule:
+    """The last local module, with the model's own neck and head."""
+    owner = assign(structure, [cut.end for cut in cuts])
+    own = [node for node, module in owner.items() if module == len(cuts)]
+    end = structure.chain[-1]
+    units = _units_of(structure, cuts, len(cuts))
+    traced = {id(p) for node in structure.trace.graph.nodes for p in structure.trace.parameters(node)}
+    rest = sum(p.numel() for p in structure.trace.shadow.parameters() if id(p) not in traced)
+    return LocalModule(
+        name=_span(units), cut=None, units=units, stride=structure.stride(end), channels=structure.channels(end),
+        parameters=_parameters(structure, own) + rest, aux_parameters=0,
+        saved=sum(node.meta["saved"] for node in own) + tail.saved, aux_saved=0,
+        aux_flops=0, features=(), levels=(), sigma=(),
+    )
+
+
+def _units_of(structure: Structure, cuts: Sequence[Unit], index: int) -> tuple[str, ...]:
+    order = {node: position for position, node in enumerate(structure.chain)}
+    ends = [-1, *(order[cut.end] for cut in cuts), len(structure.chain)]
+    names = tuple(u.name for u in structure.units if ends[index] < order[u.end] <= ends[index + 1])
+    return names or (cuts[index].name if index < len(cuts) else "tail",)
+
+
+def _span(units: Sequence[str]) -> str:
+    return units[0] if len(units) == 1 else f"{units[0]} … {units[-1]}"
+
+
+def _parameters(structure: Structure, nodes: Sequence[fx.Node]) -> int:
+    return sum(p.numel() for p in {id(p): p for n in nodes for p in structure.trace.parameters(n)}.values())

@@ -1,0 +1,181 @@
+"""Estimate: simulate a training step on fake tensors, and say what its memory is made of.
+
+A simulated step runs the real code (the model's forward, autograd, the losses, the optimiser) without memory or
+arithmetic, so it needs no GPU and a second or two. It is the second step: the optimiser's state exists, gradients do
+not (``zero_grad(set_to_none=True)``).
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
+
+from .copies import kept_python_random
+from .local_model import LocalModel
+from .memory import Log, PeakMemory
+from .nested import tensors_in
+from .runtime import LocalOutput, total
+from .trace import quiet
+
+OptimizerLike = str | Callable[[Iterable[nn.Parameter]], Optimizer] | None
+
+OPTIMIZERS: Mapping[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
+    "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+    "adam": partial(torch.optim.Adam, lr=0.1),
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Memory and compute of one training step.
+
+    peak: bytes of live tensors at most, without library workspaces. when: what ran then. parts: what the peak is made
+    of, in bytes; they add up to it. timeline: (what ran, most bytes live meanwhile) in order. flops: floating-point
+    operations of convolutions, matrix products and attention, forward and backward.
+    """
+
+    peak: int
+    when: str
+    parts: dict[str, int]
+    timeline: tuple[tuple[str, int], ...]
+    flops: int
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in self.parts.items())
+        return f"{self.peak / 2**20:.1f} MiB, during {self.when} ({parts}), {self.flops / 1e9:.1f} GFLOP"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A plan beside what it replaces: backpropagation, plain and with every block recomputed in backward."""
+
+    plan: Estimate
+    backpropagation: Estimate
+    checkpointing: Estimate | None
+
+
+def simulate(
+    model: nn.Module, inputs: Sequence[Any], step: Callable[[], Tensor], optimizer: OptimizerLike = "sgd",
+    names: Sequence[str] = (), watch: Callable[[PeakMemory], None] = lambda memory: None,
+) -> Estimate:
+    """Run one training step of a model of fake tensors and account for its memory.
+
+    step: returns the loss to minimise. names: of the local modules. watch: tells the memory's phases, by hooks.
+    """
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    make = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
+    made = [make(parameters)] if make is not None and parameters else []
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    for one in made:
+        one.step()
+        one.zero_grad()
+    model.zero_grad()
+    memory = PeakMemory(model, *made, *tensors_in(inputs))
+    with torch.random.fork_rng(devices=[]), kept_python_random(), quiet(), torch.enable_grad(), memory:
+        watch(memory)
+        loss = step()
+        memory.enter_phase("backward")
+        loss.backward()
+        memory.retag((p.grad for p in parameters if p.grad is not None), "gradients")
+        memory.enter_phase("optimiser step")
+        for one in made:
+            one.step()
+        del loss
+        model.zero_grad()
+    return _account(memory.log, memory.flops, names)
+
+
+def simulate_local(
+    local: LocalModel, inputs: Sequence[Any], targets: Any, optimizer: OptimizerLike = "sgd"
+) -> Estimate:
+    """``simulate`` for a compiled model of fake tensors."""
+    last = local.plan.k - 1
+
+    def watch(memory: PeakMemory) -> None:
+        def enter(name: str) -> Callable[..., None]:
+            return lambda *_: memory.enter_phase(name)
+
+        memory.enter_phase("0 forward")
+        for index in range(last):
+            part = local.aux.get_submodule(str(index))
+            for child, phase in (("network", "auxiliary"), ("head", "loss"), ("backward", "backward")):
+                if child in part._modules:
+                    part.get_submodule(child).register_forward_pre_hook(enter(f"{index} {phase}"))
+            part.get_submodule("backward").register_forward_hook(enter(f"{index + 1} forward"))
+        local.aux.get_submodule("last.head").register_forward_pre_hook(enter(f"{last} loss"))
+
+    def step() -> Tensor:
+        return minimised(local(*inputs, targets))
+
+    return simulate(local, inputs, step, optimizer, [module.name for module in local.plan.modules], watch)
+
+
+def simulate_plain(
+    model: nn.Module, inputs: Sequence[Any], forward: Callable[[nn.Module], Any], optimizer: OptimizerLike = "sgd",
+    units: Mapping[str, str] | None = None, recomputed: Sequence[str] = (),
+) -> Estimate:
+    """``simulate`` for backpropagation. units: of every layer's path, the block it belongs to; recomputed: paths of the
+    modules under activation checkpointing."""
+    for path in recomputed:
+        module = model.get_submodule(path)
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+
+    def watch(memory: PeakMemory) -> None:
+        def enter(name: str) -> Callable[..., None]:
+            return lambda *_: memory.enter_phase(name)
+
+        memory.enter_phase("forward")
+        for path, unit in ({} if recomputed else units or {}).items():
+            model.get_submodule(path).register_forward_pre_hook(enter(unit))
+
+    return simulate(model, inputs, lambda: minimised(forward(model)), optimizer, (), watch)
+
+
+def minimised(result: Any) -> Tensor:
+    """The loss that a training loop minimises: of a LocalOutput, a dict of losses, or a scalar."""
+    return result.loss if isinstance(result, LocalOutput) else total(result)
+
+
+_KINDS = {"forward": "activations", "auxiliary": "auxiliary network", "loss": "loss", "backward": "temporaries"}
+
+
+def _account(log: Log, flops: int, names: Sequence[str]) -> Estimate:
+    live = log.live()
+    peak = max(live, default=0)
+    at = live.index(peak) if live else 0
+    when = log.phase_at(at)
+    parts: dict[str, int] = {}
+    for tag, size in log.at(at).items():
+        name = _part(tag, when, bool(names))
+        parts[name] = parts.get(name, 0) + size
+    timeline: list[tuple[str, int]] = []
+    for (start, phase), (end, _) in zip(log.phases, [*log.phases[1:], (len(live), "")], strict=True):
+        if end > start:
+            timeline.append((_readable(phase, names), max(live[start:end])))
+    return Estimate(peak, _readable(when, names), parts, tuple(timeline), flops)
+
+
+def _part(tag: str, when: str, local: bool) -> str:
+    """What a block of memory is for, seen from the moment of the peak."""
+    if tag in ("backward", "optimiser step"):
+        return "temporaries"
+    if not local:
+        own = tag in ("parameters", "optimiser state", "input", "gradients")
+        return tag if own else "activations" if tag == "forward" else f"activations of {tag}"
+    owner, _, kind = tag.partition(" ")
+    now = when.partition(" ")[0]
+    if not owner.isdecimal():
+        return tag
+    return "cache" if now.isdecimal() and int(owner) < int(now) and kind != "backward" else _KINDS[kind]
+
+
+def _readable(phase: str, names: Sequence[str]) -> str:
+    owner, _, kind = phase.partition(" ")
+    return f"{kind} of {names[int(owner)]}" if names and owner.isdecimal() else phase
