@@ -123,7 +123,7 @@ def local_module(
     else:
         features = tuple(_feature(structure, task, tap, place, owner, index) for tap in structure.taps
                          if tap.node in taps)
-    key = (structure.shape(unit.end), unit.end in structure.channels_last, features, kept)
+    key = (structure.shape(unit.end), unit.end in structure.channels_last, features, kept, options)
     known = sizes.get(key) if sizes is not None and options.depth == 0 else None
     auxiliary = None if known else synthesize(
         structure, None if draft or not real else model, unit.end, features, options, select=select, sigma=sigma,

@@ -178,7 +178,7 @@ _RESERVED = ("aux", "plan", "task", "original", "graph", "code", "meta")
 def assemble(model: nn.Module, aux: nn.Module, graph: fx.Graph, plan: "Plan", task: "Task") -> LocalModel:
     """Connect graph, model and auxiliary networks: resolve what each local loss trains, and the last head."""
     aux.add_module("last", nn.Module())
-    aux.get_submodule("last").add_module("head", task.last_head(model))
+    aux.get_submodule("last").add_module("head", task.last_head(model, plan.options.fused))
     for name, part in task.parts(model).items():
         aux.add_module(name, part)
     scale = aux._modules.get("scale") or LossScale()

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+_aten = torch.ops.aten
 _GRANULE = 512  # the CUDA caching allocator rounds every block up to 512 bytes
 
 
@@ -155,8 +156,16 @@ class PeakMemory(TorchDispatchMode):
 
 def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     """Floating-point operations of one operator, where it is a convolution, a matrix product or attention."""
-    count = flop_registry.get(getattr(func, "overloadpacket", None))
-    return 0 if count is None else int(count(*args, **kwargs, out_val=out))
+    packet = getattr(func, "overloadpacket", None)
+    count = flop_registry.get(packet)
+    if count is None:
+        return 0
+    if packet is _aten.convolution_backward and args[9] > 1:  # torch counts a grouped weight's gradient as a dense one
+        *before, (inputs, weight, bias) = args
+        parts = [int(count(*before, mask, **kwargs, out_val=out)) for mask in
+                 ((inputs, False, False), (False, weight, bias))]
+        return parts[0] + parts[1] // args[9]
+    return int(count(*args, **kwargs, out_val=out))
 
 
 class Flops(TorchDispatchMode):
@@ -187,8 +196,6 @@ def _tensors(owner: nn.Module | Optimizer | Tensor) -> Iterable[tuple[str, Tenso
 
 
 # ---------------------------------------------------------------------------------------------- fake tensors
-
-_aten = torch.ops.aten
 
 
 def _on_fake(func: Any, args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:

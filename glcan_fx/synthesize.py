@@ -52,13 +52,15 @@ class Options:
     """How auxiliary networks are built.
 
     depth: trunk blocks kept; width: relative channels; head: see above; stride: output levels of smaller strides are
-    left out, where there are others.
+    left out, where there are others. fused: the last module, too, computes losses in the memory-saving way that the
+    copies do.
     """
 
     depth: int = 0
     width: float = 1.0
     head: Head = "light"
     stride: int = 1
+    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -392,7 +394,7 @@ def _synthesise_taps(
         elif not same:
             final = any(structure.trace.module(node) in interface for node in _region(structure, start, end))
             width = 1.0 if final else options.width
-            value = _stage(build, start, end, value, present, f"stage{index}", width)
+            value = _stage(build, start, end, value, present, f"stage{index}", width, options.head == "lean")
             present = end
             narrow = narrowed(structure.channels(end), width) < structure.channels(end)
         if end in missing:
@@ -406,7 +408,7 @@ def _synthesise_taps(
             origin = start if order.get(start, -1) > order[cut] and start in build.values else cut
             same = structure.shape(origin) == structure.shape(tap)
             build.values[tap] = base if same else _stage(
-                build, origin, tap, base, origin, f"tap_{tap.name}", options.width)
+                build, origin, tap, base, origin, f"tap_{tap.name}", options.width, options.head == "lean")
 
 
 def _sampled_blocks(structure: Structure, cut: fx.Node, ahead: list[fx.Node], depth: int) -> set[fx.Node]:
@@ -457,12 +459,12 @@ def _copy_region(
 
 
 def _stage(
-    build: _Builder, start: fx.Node, end: fx.Node, value: fx.Node, present: fx.Node, name: str, width: float
+    build: _Builder, start: fx.Node, end: fx.Node, value: fx.Node, present: fx.Node, name: str, width: float, lean: bool
 ) -> fx.Node:
     """One convolution (+ norm + activation) that takes the shape of ``start`` to that of ``end``.
 
     The geometry (kernel, stride, padding) is that of the source's own down-sampling layers, so that odd sizes round
-    as they do in the source.
+    as they do in the source. ``lean``: depthwise and pointwise (Howard et al. 2017, arXiv 1704.04861, section 3.1).
     """
     structure = build.structure
     build.full.add(name)  # made at its final width
@@ -488,11 +490,15 @@ def _stage(
             value = _reduce(build, node, module, value, f"{name}.pool")
             continue
         geometry = _geometry(module, structure, before, node)
+        if lean:
+            spatial = _conv(build, rank, dtype, False, channels, channels, groups=channels, **geometry)
+            value = build.add(f"{name}.depthwise", spatial, value, fresh=True)
+            geometry = {"kernel_size": 1}
         value = build.add(f"{name}.conv", conv(channels, target, **geometry), value, fresh=True)
         made = True
     pooled = any(_shrinks(structure, a, b) for a, b in pairwise([start, *path])) and not made
     if not made and not (pooled and structure.channels(start) == structure.channels(end)):
-        kernel = 3 if pooled else 1
+        kernel = 3 if pooled and not lean else 1
         value = build.add(f"{name}.conv", conv(channels, target, kernel_size=kernel, padding=kernel // 2), value,
                           fresh=True)
     if last_out:

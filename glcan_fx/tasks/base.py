@@ -106,8 +106,9 @@ class Task(ABC):
         """What ``head`` costs at the example size."""
         return Cost()
 
-    def last_head(self, model: nn.Module) -> nn.Module:
-        """The module (outputs, *context) -> loss of the last local module, on the model's own head."""
+    def last_head(self, model: nn.Module, fused: bool = False) -> nn.Module:
+        """The module (outputs, *context) -> loss of the last local module, on the model's own head; ``fused``: with
+        losses that compute the same in less memory, where the task has some."""
         return LossHead(self)
 
     def finish(self, graph: fx.Graph, result: Any, context: list[fx.Node]) -> tuple[Any, list[fx.Node]]:

@@ -9,13 +9,16 @@ import copy
 import math
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.ssd import SSDScoringHead
 from torchvision.ops import MultiScaleRoIAlign
 
@@ -34,7 +37,10 @@ from ..layers import (
     towers,
     unhooked_copy,
 )
+from ..losses import focal_loss
 from .base import Task
+
+_Targets = list[dict[str, Tensor]]
 
 _EXAMPLE = 320  # pixels: large enough for every torchvision detector's coarsest level
 
@@ -145,8 +151,8 @@ class Detection(Task):
             made[key] = _make_template(model, outputs, *request)
         return made[key]
 
-    def last_head(self, model: nn.Module) -> nn.Module:
-        return DetectorHead(model, register=False)
+    def last_head(self, model: nn.Module, fused: bool = False) -> nn.Module:
+        return DetectorHead(model, register=False, fused=fused)
 
     def result(self) -> str:
         return "dict"
@@ -171,22 +177,73 @@ def _check_target(index: int, target: Any) -> None:
 
 
 class DetectorHead(nn.Module):
-    """(features, image list, targets) -> dict of losses, by the detector's own forward behind its backbone."""
+    """(features, image list, targets) -> dict of losses, by the detector's own forward behind its backbone.
 
-    def __init__(self, detector: nn.Module, *, register: bool = True) -> None:
+    fused: a dense focal loss is computed from class ids (``losses.focal_loss``): the same value and gradient.
+    """
+
+    def __init__(self, detector: nn.Module, *, register: bool = True, fused: bool = True) -> None:
         super().__init__()
+        self.fused = fused
         if register:
             self.detector = detector
         else:  # the model's own head: its parameters belong to the model
             self.__dict__["detector"] = detector
 
     def forward(self, features: Any, images: ImageList, targets: list[dict[str, Tensor]] | None) -> dict[str, Tensor]:
-        detector = copy.copy(self.detector)
-        detector.__dict__["_modules"] = {**detector._modules, "transform": _Given((images, targets)),
-                                         "backbone": _Given(features)}
+        parts: dict[str, nn.Module] = {"transform": _Given((images, targets)), "backbone": _Given(features)}
+        head = self.detector._modules.get("head")
+        if self.fused and isinstance(head, RetinaNetHead | FCOSHead):
+            parts["head"] = _with_focal_loss(head)
+        detector = _view(self.detector, **parts)
         detector.__dict__["training"] = True
         losses: dict[str, Tensor] = detector.forward(list(images.tensors), targets)
         return losses
+
+
+def _view(module: nn.Module, **parts: nn.Module) -> nn.Module:
+    """The same module with other parts; the module itself is left as it is."""
+    view = copy.copy(module)
+    view.__dict__["_modules"] = {**module._modules, **parts}
+    return view
+
+
+def _with_focal_loss(head: nn.Module) -> nn.Module:
+    """A dense head whose classification loss is computed from class ids."""
+    if isinstance(head, FCOSHead):
+        view = _view(head)
+        view.__dict__["compute_loss"] = partial(_fcos_loss, head)
+        return view
+    classification = _view(head.get_submodule("classification_head"))
+    classification.__dict__["compute_loss"] = _retinanet_classification
+    return _view(head, classification_head=classification)
+
+
+def _retinanet_classification(targets: _Targets, outputs: dict[str, Tensor], matched: list[Tensor]) -> Tensor:
+    """torchvision's: per image, the sum over anchors by the number of matched ones; the mean over images."""
+    classes = _classes(targets, matched)
+    count = (classes >= 0).sum(1, keepdim=True).clamp(min=1)
+    return focal_loss(outputs["cls_logits"], classes, weight=1 / (count * len(targets)))
+
+
+def _fcos_loss(
+    head: nn.Module, targets: _Targets, outputs: dict[str, Tensor], anchors: list[Tensor], matched: list[Tensor]
+) -> dict[str, Tensor]:
+    """torchvision's: sums over the batch by the number of matched places in it."""
+    own: Any = head
+    losses: dict[str, Tensor] = own.compute_loss(
+        targets, {**outputs, "cls_logits": outputs["cls_logits"].detach()}, anchors, matched)
+    classes = _classes(targets, matched)
+    count = (classes >= 0).sum().clamp(min=1)
+    weight = (1 / count).expand(len(targets), 1)
+    return {**losses, "classification": focal_loss(outputs["cls_logits"], classes, weight=weight)}
+
+
+def _classes(targets: _Targets, matched: list[Tensor]) -> Tensor:
+    """(images, anchors) class ids; torchvision's matcher marks background and ignored as ``losses`` does."""
+    return torch.stack([
+        torch.where(index >= 0, target["labels"][index.clamp(min=0)], index) if len(target["labels"]) else index
+        for target, index in zip(targets, matched, strict=True)])
 
 
 class _Given(nn.Module):
