@@ -5,6 +5,7 @@ auxiliary networks, the local losses and their backward passes. fx's generated c
 use, which is what frees a module's activations, and a cached feature after its last reader.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
@@ -86,15 +87,18 @@ class _Emitter:
 
 def emit(
     structure: Structure, cuts: Sequence[fx.Node], auxiliaries: Sequence[Auxiliary], task: Task,
-    comments: Sequence[str], outputs: Callable[[Any], Any],
+    comments: Sequence[str], outputs: Callable[[Any], Any], slices: int = 1,
 ) -> fx.Graph:
-    """The graph of a training step. ``outputs`` maps the traced output to what the last head is given."""
+    """The graph of a training step. ``outputs`` maps the traced output to what the last head is given; ``slices``: the
+    tail and the last loss run in so many slices of the batch."""
     out = _Emitter(structure, cuts)
     graph = out.graph
     inputs, context = task.prepare(graph, structure.trace.placeholders)
     out.raw.update(zip(structure.trace.placeholders, inputs, strict=True))
     nodes = [n for n in structure.trace.graph.nodes if n.op not in ("placeholder", "output") and n in out.dependent]
-    readers = _readers(out, nodes, auxiliaries)
+    tail = sliced_tail(structure, task) if slices > 1 else []
+    nodes = [node for node in nodes if node not in set(tail)]
+    readers = _readers(out, nodes, tail, auxiliaries)
     losses: list[fx.Node] = []
     for module in range(len(cuts) + 1):
         before = len(graph.nodes)
@@ -112,10 +116,15 @@ def emit(
                 name=f"local_loss_{module}"))
             _hand_on(out, module, nodes, readers)
         else:
-            views = {node: out.view(node, module) for node in structure.trace.output.all_input_nodes}
-            result = outputs(fx.map_arg(structure.trace.output.args[0], views.__getitem__))
-            result, context = task.finish(graph, result, context)
+            result: Any = tuple(out.view(node, module) for node in tail_inputs(tail))
+            if not tail:
+                views = {node: out.view(node, module) for node in structure.trace.output.all_input_nodes}
+                result = outputs(fx.map_arg(structure.trace.output.args[0], views.__getitem__))
+                result, context = task.finish(graph, result, context)
             loss = graph.create_node("call_module", "aux.last.head", (result, *context), name=f"loss_{module}")
+            if slices > 1:
+                pair, loss = loss, graph.create_node("call_function", operator.getitem, (loss, 0), name=f"sum_{module}")
+                result = graph.create_node("call_function", operator.getitem, (pair, 1), name="outputs")
         next(islice(graph.nodes, before, None)).meta["headline"] = comments[module]
     if task.result() == "dict":
         final = graph.create_node("call_function", runtime.merge, (losses, loss), name="losses")
@@ -127,13 +136,44 @@ def emit(
     return graph
 
 
-def _readers(out: _Emitter, nodes: list[fx.Node], auxiliaries: Sequence[Auxiliary]) -> dict[fx.Node, set[int]]:
+def sliced_tail(structure: Structure, task: Task) -> list[fx.Node]:
+    """The nodes behind the trunk, which run slice by slice; none where the task has a head of its own for that."""
+    if task.outputs_are_levels:
+        return []
+    dependent = input_dependent(structure.trace.graph)
+    return [node for node in structure.trace.graph.nodes if node.op not in ("placeholder", "output")
+            and node not in structure.trunk and node in dependent]
+
+
+def tail_inputs(tail: Sequence[fx.Node]) -> list[fx.Node]:
+    """What the tail reads and does not make."""
+    inside = set(tail)
+    return list(dict.fromkeys(source for node in tail for source in node.all_input_nodes if source not in inside))
+
+
+def tail_graph(structure: Structure, task: Task) -> fx.Graph | None:
+    """What runs slice by slice as a graph of its own, on the model's own layers."""
+    tail = sliced_tail(structure, task)
+    if not tail:
+        return None
+    graph = fx.Graph()
+    made = {node: graph.placeholder(node.name) for node in tail_inputs(tail)}
+    for node in tail:
+        made[node] = graph.node_copy(node, made.__getitem__)
+        made[node].meta = {}
+    graph.output(fx.map_arg(structure.trace.output.args[0], made.__getitem__))
+    return graph
+
+
+def _readers(
+    out: _Emitter, nodes: list[fx.Node], tail: Sequence[fx.Node], auxiliaries: Sequence[Auxiliary]
+) -> dict[fx.Node, set[int]]:
     """The local modules, other than its own, that read each value."""
     readers: dict[fx.Node, set[int]] = {}
     for node in nodes:
         for source in node.all_input_nodes:
             readers.setdefault(source, set()).add(out.owner[node])
-    for source in out.structure.trace.output.all_input_nodes:
+    for source in [*out.structure.trace.output.all_input_nodes, *tail_inputs(tail)]:
         readers.setdefault(source, set()).add(len(out.cuts))
     for module, auxiliary in enumerate(auxiliaries):
         for source in auxiliary.inputs:

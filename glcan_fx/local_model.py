@@ -3,7 +3,9 @@
 import copy
 import sys
 import warnings
+from collections.abc import Iterable
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +14,7 @@ from torch.fx.graph import PythonCode
 
 from .errors import PlanError, UnsupportedError, UnusedGradientsWarning
 from .graphs import Packed, pack, unpack
-from .runtime import LocalBackward, LocalOutput, LossScale, private_graph
+from .runtime import LocalBackward, LocalOutput, LossScale, SlicedHead, private_graph
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -32,7 +34,9 @@ class LocalModel(fx.GraphModule):
     aux: nn.Module
     _training_step: Any
 
-    def __init__(self, model: nn.Module, aux: nn.Module, graph: fx.Graph, plan: "Plan", task: "Task") -> None:
+    def __init__(
+        self, model: nn.Module, aux: nn.Module, graph: fx.Graph, plan: "Plan", task: "Task", tail: fx.Graph | None
+    ) -> None:
         taken = [name for name in model._modules | model._parameters | model._buffers if name in _RESERVED]
         if taken:
             raise PlanError(
@@ -43,7 +47,7 @@ class LocalModel(fx.GraphModule):
         _share(root, model, aux)
         super().__init__(root, graph, class_name="LocalModel")
         _share(self, model, aux)
-        self.__dict__.update(_original=model, plan=plan, task=task, _last_reached=[])
+        self.__dict__.update(_original=model, plan=plan, task=task, _last_reached=[], _tail=tail)
         self.__dict__["training"] = model.training
         for name, part in aux.named_children():
             if name != "task":
@@ -144,7 +148,7 @@ class LocalModel(fx.GraphModule):
                 self.original._modules.pop(name, None)
 
     def __copy__(self) -> "LocalModel":
-        new = assemble(self.original, self.aux, copy.deepcopy(self.graph), self.plan, self.task)
+        new = assemble(self.original, self.aux, copy.deepcopy(self.graph), self.plan, self.task, self.__dict__["_tail"])
         new.__dict__["training"] = self.training
         return new
 
@@ -164,21 +168,27 @@ class LocalModel(fx.GraphModule):
         model = copy.deepcopy(self.original, memo)
         task = copy.deepcopy(self.task, memo)  # may hold a criterion with parameters
         aux = copy.deepcopy(self.aux, memo)
-        new = assemble(model, aux, copy.deepcopy(self.graph), self.plan, task)
+        new = assemble(model, aux, copy.deepcopy(self.graph), self.plan, task, self.__dict__["_tail"])
         memo[id(self)] = new
         return _with_modes(new, _modes(self))
 
     def __reduce__(self) -> Any:
-        return _rebuild, (self.original, self.aux, pack(self.graph), self.plan, self.task, _modes(self))
+        tail = self.__dict__["_tail"]
+        return _rebuild, (self.original, self.aux, pack(self.graph), self.plan, self.task, _modes(self),
+                          None if tail is None else pack(tail))
 
 
 _RESERVED = ("aux", "plan", "task", "original", "graph", "code", "meta")
 
 
-def assemble(model: nn.Module, aux: nn.Module, graph: fx.Graph, plan: "Plan", task: "Task") -> LocalModel:
-    """Connect graph, model and auxiliary networks: resolve what each local loss trains, and the last head."""
+def assemble(
+    model: nn.Module, aux: nn.Module, graph: fx.Graph, plan: "Plan", task: "Task", tail: fx.Graph | None = None
+) -> LocalModel:
+    """Connect graph, model and auxiliary networks: resolve what each local loss trains, and the last head, which runs
+    ``tail`` in slices where the plan says so."""
     aux.add_module("last", nn.Module())
-    aux.get_submodule("last").add_module("head", task.last_head(model, plan.options.fused))
+    head = task.last_head(model, plan.options.fused)
+    aux.get_submodule("last").add_module("head", head)
     for name, part in task.parts(model).items():
         aux.add_module(name, part)
     scale = aux._modules.get("scale") or LossScale()
@@ -189,15 +199,24 @@ def assemble(model: nn.Module, aux: nn.Module, graph: fx.Graph, plan: "Plan", ta
         if "task" in aux._modules:
             trains.append((aux, "task"))
         part.add_module("backward", LocalBackward(trains, scale, info.name))
-    return LocalModel(model, aux, graph, plan, task)
+    if plan.options.slices > 1:
+        behind = _called(tail.nodes) if tail is not None else [
+            name for name in model._modules if name not in (task.network(model), "transform")]
+        run = None if tail is None else partial(type(fx.GraphModule(model, tail, "Tail")).forward, model)
+        aux.get_submodule("last").add_module(
+            "head", SlicedHead(run, head, plan.options.slices, task.part, model, behind, scale))
+    return LocalModel(model, aux, graph, plan, task, tail)
 
 
 def _targets(graph: fx.Graph, index: int) -> list[str]:
     """Paths of the modules and parameters that local module ``index`` uses."""
     own = [node for node in graph.nodes if node.meta.get("local_module") == index]
-    called = [str(node.target) for node in own if node.op in ("call_module", "get_attr")]
     named = [path for node in own for path in node.meta.get("trains", ())]
-    return list(dict.fromkeys([path for path in called if not path.startswith("aux.")] + named))
+    return list(dict.fromkeys([path for path in _called(own) if not path.startswith("aux.")] + named))
+
+
+def _called(nodes: Iterable[fx.Node]) -> list[str]:
+    return list(dict.fromkeys(str(node.target) for node in nodes if node.op in ("call_module", "get_attr")))
 
 
 def _share(target: nn.Module, model: nn.Module, aux: nn.Module) -> None:
@@ -216,9 +235,11 @@ def _accept_plain_checkpoint(module: LocalModel, state: dict[str, Any], prefix: 
 
 
 def _rebuild(
-    model: nn.Module, aux: nn.Module, graph: Packed, plan: "Plan", task: "Task", modes: dict[str, bool]
+    model: nn.Module, aux: nn.Module, graph: Packed, plan: "Plan", task: "Task", modes: dict[str, bool],
+    tail: Packed | None,
 ) -> LocalModel:
-    return _with_modes(assemble(model, aux, unpack(graph), plan, task), modes)
+    made = assemble(model, aux, unpack(graph), plan, task, None if tail is None else unpack(tail))
+    return _with_modes(made, modes)
 
 
 def _modes(local: LocalModel) -> dict[str, bool]:

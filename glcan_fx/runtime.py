@@ -6,17 +6,17 @@ arrives (1 / accumulation steps, a GradScaler's scale, a weight) and hands them 
 ``.grad``, hooks, DistributedDataParallel and clipping see what they would see after a summed loss.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .errors import CriterionError, UnsupportedError
-from .nested import map_tensors
+from .nested import map_tensors, tensors_in
 
 
 class LocalOutput(NamedTuple):
@@ -184,6 +184,136 @@ class LocalBackward(nn.Module):
 
     def extra_repr(self) -> str:
         return self.name
+
+
+class SlicedHead(nn.Module):
+    """(values, *context) -> (loss, outputs): the end of the last module, run and differentiated slice by slice.
+
+    For what treats every image alone and averages its losses: the gradients are those of the whole batch, and only a
+    slice's activations are alive at a time. ``tail`` (*values) -> outputs is what follows the values in the network,
+    ``head`` (outputs, *context) -> loss; ``part`` takes images from a context. behind: paths of the ``model``'s modules
+    and parameters that both use. The first step compares the whole batch's loss with that of the slices.
+    """
+
+    def __init__(
+        self, tail: Callable[..., Any] | None, head: nn.Module, slices: int,
+        part: Callable[[Any, int, int, int], Any], model: nn.Module, behind: Sequence[str], scale: nn.Module,
+    ) -> None:
+        super().__init__()
+        self.slices = slices
+        self.checked = False
+        self.__dict__.update(tail=tail, head=head, part=part, model=model, behind=tuple(behind), scaler=scale)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, values: Any, *context: Any) -> Any:
+        images = next(tensors_in(values)).shape[0]
+        if not self.checked:
+            self._check(values, context, images)
+        given = [t for t in tensors_in(values) if t.requires_grad]
+        behind = [(self.__dict__["model"], path) for path in self.__dict__["behind"]]
+        trained = {id(p): p for p in _parameters(behind) if p.requires_grad}
+        sources = [*given, *trained.values()] if torch.is_grad_enabled() else []
+        stashes: dict[str, list[Tensor | None]] = {}
+        losses: dict[str, Tensor] = {}
+        outputs = []
+        single = True
+        for start, stop in self._bounds(images):
+            piece = _fresh(self._slice(values, start, stop, images))
+            with torch.enable_grad() if sources else nullcontext():
+                loss, out = self._run(piece, self._slice(context, start, stop, images))
+            single = not isinstance(loss, dict)
+            terms = {"": total(loss)} if single else {key: total(term) for key, term in loss.items()}
+            outputs.append(detach(out))
+            own = [t for t in tensors_in(piece) if t.requires_grad]
+            share = (stop - start) / images
+            for index, (name, term) in enumerate(terms.items()):
+                losses[name] = losses.get(name, 0) + term.detach() * share
+                if sources and term.requires_grad:
+                    stash = stashes.setdefault(name, [None] * len(sources))
+                    self._add(stash, term * share, own, given, list(trained.values()), start, stop,
+                              index < len(terms) - 1)
+        made = {name: _Replay.apply(value, stashes[name], [], *sources) if name in stashes else value
+                for name, value in losses.items()}
+        return made[""] if single else made, _joined(outputs)
+
+    def _run(self, values: Any, context: Any) -> tuple[Any, Any]:
+        tail, head = self.__dict__["tail"], self.__dict__["head"]
+        outputs = values if tail is None else tail(*values)
+        return head(outputs, *context), outputs
+
+    def _bounds(self, images: int) -> list[tuple[int, int]]:
+        size = -(-images // min(self.slices, images))
+        return [(start, min(start + size, images)) for start in range(0, images, size)]
+
+    def _slice(self, value: Any, start: int, stop: int, images: int) -> Any:
+        return self.__dict__["part"](value, start, stop, images)
+
+    def _add(
+        self, stash: list[Tensor | None], loss: Tensor, own: Sequence[Tensor], given: Sequence[Tensor],
+        trained: Sequence[Tensor], start: int, stop: int, retain: bool,
+    ) -> None:
+        """Differentiate a slice's loss and add to the stash: rows of the values' gradients, the parameters'."""
+        device = loss.device.type
+        half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+        scaler: LossScale = self.__dict__["scaler"]
+        with _without_hooks(trained):
+            grads = list(torch.autograd.grad(loss * scaler.scale if half else loss, [*own, *trained],
+                                             allow_unused=True, retain_graph=retain))
+        if half:
+            grads = [None if grad is None else grad.float() for grad in grads]
+            scaler.unscale(grads)
+        for index, grad in enumerate(grads):
+            if grad is None:
+                continue
+            if index >= len(given):
+                before = stash[index]
+                stash[index] = grad if before is None else before.add_(grad)
+                continue
+            whole = stash[index]
+            if whole is None:
+                whole = stash[index] = grad.new_zeros(given[index].shape)
+            if whole.shape == grad.shape:
+                whole.add_(grad)
+            else:
+                whole[start:stop].copy_(grad)
+
+    @torch.no_grad()
+    def _check(self, values: Any, context: Any, images: int) -> None:
+        """Raise UnsupportedError unless the loss of a batch is the mean of its images' losses."""
+        self.checked = True
+        modules = dict(self.__dict__["model"].named_modules())
+        layers = [part for path in self.__dict__["behind"] if path in modules for part in modules[path].modules()]
+        modes = [(part, part.training) for part in layers]
+        statistics = next((part for part in layers if part.training and "running_mean" in part._buffers), None)
+        if statistics is not None:
+            raise UnsupportedError(f"slices={self.slices}: behind the last block stands a {type(statistics).__name__}, "
+                                   "whose statistics are those of the whole batch. Use slices=1.")
+        for part in layers:
+            part.training = False
+        try:
+            whole = total(self._run(values, context)[0])
+            parts = [total(self._run(self._slice(values, a, b, images), self._slice(context, a, b, images))[0])
+                     * ((b - a) / images) for a, b in self._bounds(images)]
+        finally:
+            for part, mode in modes:
+                part.training = mode
+        if not torch.allclose(torch.stack(parts).sum(), whole, rtol=1e-3, atol=1e-5):
+            raise UnsupportedError(
+                f"slices={self.slices}: the loss of a batch ({whole.item():.6g}) is not the mean of its slices' losses "
+                f"({torch.stack(parts).sum().item():.6g}): it counts over the whole batch. Use slices=1.")
+
+
+def _fresh(value: Any) -> Any:
+    """The same tensors as leaves."""
+    return map_tensors(value, lambda t: t.detach().requires_grad_() if t.requires_grad else t)
+
+
+def _joined(outputs: Sequence[Any]) -> Any:
+    """The outputs of all slices as those of one batch."""
+    leaves = [tree_flatten(part) for part in outputs]
+    columns = zip(*(values for values, _ in leaves), strict=True)
+    return tree_unflatten([torch.cat(column) if isinstance(column[0], Tensor) and column[0].dim() else column[0]
+                           for column in columns], leaves[0][1])
 
 
 def _parameters(trains: Sequence[tuple[nn.Module, str]]) -> Iterator[Tensor]:

@@ -52,8 +52,8 @@ class Options:
     """How auxiliary networks are built.
 
     depth: trunk blocks kept; width: relative channels; head: see above; stride: output levels of smaller strides are
-    left out, where there are others. fused: the last module, too, computes losses in the memory-saving way that the
-    copies do.
+    left out, where there are others. Of the last module: fused: it computes losses in the memory-saving way that the
+    copies do; slices: its end and its loss run in so many slices of the batch.
     """
 
     depth: int = 0
@@ -61,6 +61,7 @@ class Options:
     head: Head = "light"
     stride: int = 1
     fused: bool = False
+    slices: int = 1
 
 
 @dataclass(frozen=True)

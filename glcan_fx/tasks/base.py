@@ -111,6 +111,20 @@ class Task(ABC):
         losses that compute the same in less memory, where the task has some."""
         return LossHead(self)
 
+    def part(self, value: Any, start: int, stop: int, images: int) -> Any:
+        """Images ``start`` to ``stop`` of a batch's nested value: rows of tensors, items of lists, of that length."""
+        if isinstance(value, Tensor):
+            return value[start:stop] if value.dim() and value.shape[0] == images else value
+        if isinstance(value, list) and len(value) == images and not any(
+                isinstance(item, Tensor) and item.dim() and item.shape[0] == images for item in value):
+            return value[start:stop]
+        if isinstance(value, list | tuple):
+            made = [self.part(item, start, stop, images) for item in value]
+            return type(value)(*made) if hasattr(value, "_fields") else type(value)(made)
+        if isinstance(value, dict):
+            return {key: self.part(item, start, stop, images) for key, item in value.items()}
+        return value
+
     def finish(self, graph: fx.Graph, result: Any, context: list[fx.Node]) -> tuple[Any, list[fx.Node]]:
         """Emit what follows the compiled part: returns the model's outputs and the context of the last loss."""
         return result, context

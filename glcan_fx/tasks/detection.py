@@ -98,7 +98,8 @@ class Detection(Task):
         batch = graph.create_node("call_function", _item, (prepared, 0), name="image_list")
         boxes = graph.create_node("call_function", _item, (prepared, 1), name="prepared_targets")
         pixels = graph.create_node("call_function", getattr, (batch, "tensors"), name="pixels")
-        return [pixels], [batch, boxes]
+        sizes = graph.create_node("call_function", sizes_only, (batch,), name="image_sizes")
+        return [pixels], [sizes, boxes]
 
     def check(self, inputs: Any, targets: Any) -> None:
         if targets is None:
@@ -153,6 +154,11 @@ class Detection(Task):
 
     def last_head(self, model: nn.Module, fused: bool = False) -> nn.Module:
         return DetectorHead(model, register=False, fused=fused)
+
+    def part(self, value: Any, start: int, stop: int, images: int) -> Any:
+        if isinstance(value, ImageList):
+            return ImageList(value.tensors[start:stop], value.image_sizes[start:stop])
+        return super().part(value, start, stop, images)
 
     def result(self) -> str:
         return "dict"
@@ -260,6 +266,11 @@ class _Given(nn.Module):
         return detections  # R-CNNs call it while training, on empty detections
 
 
+def sizes_only(images: ImageList) -> ImageList:
+    """The same sizes without the pixels, which heads do not read, so that these are freed with the first module."""
+    return ImageList(images.tensors.new_zeros(()).expand(images.tensors.shape), images.image_sizes)
+
+
 def _item(pair: Any, index: int) -> Any:
     return pair[index]
 
@@ -363,12 +374,15 @@ def _objects(
     keypoints = getattr(getattr(predictor, "kps_score_lowres", None), "out_channels", 17)
     size = torch.tensor([width, height], dtype=dtype)
     corners = (1 - sides[:, None].to(dtype)) / 2 * size
-    masks = torch.zeros(len(sides), height, width, dtype=torch.uint8)
-    masks[:, height // 4: 3 * height // 4, width // 4: 3 * width // 4] = 1
-    points = torch.tensor([width / 2, height / 2, 1.0]).expand(len(sides), keypoints, 3).clone()
     label = 1 if hasattr(model, "roi_heads") else 0  # region-based detectors count the background as class 0
-    return {"boxes": torch.cat([corners, size - corners], 1), "labels": torch.full((len(sides),), label),
-            "masks": masks, "keypoints": points}
+    target = {"boxes": torch.cat([corners, size - corners], 1), "labels": torch.full((len(sides),), label)}
+    if getattr(getattr(model, "roi_heads", None), "mask_predictor", None) is not None:
+        target["masks"] = torch.zeros(len(sides), height, width, dtype=torch.uint8)
+        target["masks"][:, height // 4: 3 * height // 4, width // 4: 3 * width // 4] = 1
+    if predictor is not None:
+        points = torch.tensor([width / 2, height / 2, 1.0])
+        target["keypoints"] = points.expand(len(sides), keypoints, 3).clone()
+    return target
 
 
 def _select_levels(detector: nn.Module, levels: Sequence[int], names: list[str]) -> None:
