@@ -2,6 +2,7 @@
 
 import logging
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -216,7 +217,7 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
         report=structure.trace.report,
         around=made.around if isinstance(made, Around) else None,
         task_object=made.task if isinstance(made, Around) else made,
-        draft=_Draft(structure, model, made, whole, request.example_targets),
+        draft=_Draft(structure, weakref.ref(model), made, whole, request.example_targets),
     )
     log.info("planned %s: %d local modules of %d possible", chosen.model, chosen.k, len(structure.units))
     return chosen, lambda verified: _build(chosen, structure, model, made, verified)
@@ -380,13 +381,16 @@ class _Draft:
     """What planning knows, and a plan does not say: enough to simulate a step."""
 
     structure: Structure
-    model: nn.Module  # the user's
+    model: "weakref.ref[nn.Module]"  # the user's
     task: Task
     inputs: Any  # sizes of the whole model's inputs
     targets: Any  # the user's example targets
 
     def memory(self, plan: Plan, optimizer: OptimizerLike) -> Memory:
         """Simulate a step of the plan, of backpropagation, and of backpropagation with recomputed blocks."""
+        model = self.model()
+        if model is None:
+            raise PlanError("the memory of this plan cannot be simulated: its model is gone.")
         fake = fake_copy(self.structure.trace.mode)
 
         def shadow() -> nn.Module:
@@ -394,8 +398,7 @@ class _Draft:
 
         example = tree_map_only(Spec, lambda spec: fake(spec.empty()), self.inputs)
         outputs = self.structure.trace.output.meta["value"]
-        targets = self.targets if self.targets is not None else self.task.example_targets(
-            self.model, self.inputs, outputs)
+        targets = self.targets if self.targets is not None else self.task.example_targets(model, self.inputs, outputs)
         task = self.task if targets is not None else _AnyLoss()
         arguments = [list(example[0])] if self.task.result() == "dict" else list(
             example.values() if isinstance(example, dict) else example)
@@ -413,7 +416,7 @@ class _Draft:
         if plan.k == 1:
             return Memory(plain, plain, checkpointed)
         wrapped = Around(task, self.task.around) if isinstance(self.task, Around) else task
-        local = _connect(plan, self.structure, self.model, wrapped, shadow())
+        local = _connect(plan, self.structure, model, wrapped, shadow())
         return Memory(simulate_local(local, arguments, targets, optimizer), plain, checkpointed)
 
 

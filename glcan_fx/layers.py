@@ -122,6 +122,14 @@ def set_width(module: Any, inputs: int, outputs: int | None = None) -> None:
         raise PlanError(f"a layer of class {type(module).__name__} cannot be made narrower: use aux_width=1")
 
 
+def keep_outputs(conv: nn.Conv2d, rows: slice) -> None:
+    """Leave only some of a convolution's outputs, in place."""
+    conv.out_channels = len(range(conv.out_channels)[rows])
+    conv.weight = nn.Parameter(conv.weight.detach()[rows].clone(), requires_grad=conv.weight.requires_grad)
+    if conv.bias is not None:
+        conv.bias = nn.Parameter(conv.bias.detach()[rows].clone(), requires_grad=conv.bias.requires_grad)
+
+
 def _replace(module: nn.Module, name: str, shape: Sequence[int]) -> None:
     old = getattr(module, name, None)
     if old is None or old.shape == tuple(shape):

@@ -358,7 +358,7 @@ def _prediction(build: _Builder, cut: fx.Node, node: fx.Node, value: fx.Node, na
     build.full.add(name)
     out = build.add(f"{name}.conv", conv, value, fresh=True)
     if not build.draft:  # as large as the source's, at its mean (class priors)
-        own = moments(target)
+        own = moments(build.model.get_submodule(str(node.target)))
         build.moments.update({f"{name}.conv.{k}": v for k, v in own.items() if k in ("weight", "bias")})
     if shuffled:
         return build.add(f"{name}.shuffle", nn.PixelShuffle(factor), out)

@@ -274,8 +274,8 @@ def test_example_inputs_of_another_type_than_the_model():
     ({"aux_depth": -1}, "aux_depth=-1.*0 or more"),
     ({"aux_depth": 0.5}, "aux_depth=0.5"),
     ({"aux_depth": True}, "aux_depth=True"),
-    ({"head": "heavy"}, "head='heavy'.*'full' or 'light'"),
-    ({"head": None}, "head=None"),
+    ({"head": "heavy"}, "head='heavy'.*'full', 'light' or 'lean'"),
+    ({"aux_stride": 0}, "aux_stride=0.*1 or more"),
     ({"rules": "all"}, "rules.*Rules"),
 ])
 def test_bad_options(options, match):

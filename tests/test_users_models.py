@@ -154,7 +154,7 @@ def test_priors_in_biases_are_copied(width: float) -> None:
 def test_what_is_frozen_keeps_its_values() -> None:
     model = Net()
     model.fc.requires_grad_(False)
-    tail = compiled(model).aux.get_submodule("0.network.tail.fc")
+    tail = compiled(model, aux_width=1.0).aux.get_submodule("0.network.tail.fc")
     assert torch.equal(tail.weight, model.fc.weight) and not tail.weight.requires_grad
     narrow = compiled(model, aux_width=0.5).aux.get_submodule("0.network.tail.fc")
     assert narrow.weight.requires_grad
@@ -327,7 +327,7 @@ def test_synthesised_maps_have_the_sources_places() -> None:
     """The pooling of a squeeze-excitation, however many weights it has, is beside the main path."""
     model = Net()
     model.b, model.d = SqueezeExcitation(8, 16, 2), SqueezeExcitation(16, 32, 2)
-    local, seen = compiled(model), []
+    local, seen = compiled(model, aux_width=1.0), []
     for index in range(local.plan.k - 1):
         network = local.aux.get_submodule(f"{index}.network")
         assert not any(isinstance(part, nn.AdaptiveAvgPool2d) for part in network.modules())

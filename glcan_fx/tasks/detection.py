@@ -29,11 +29,11 @@ from ..layers import (
     cost_of,
     fit,
     freshen,
+    keep_outputs,
     moments,
     not_in_place,
     predictors,
     replace,
-    set_width,
     towers,
     unhooked_copy,
 )
@@ -309,6 +309,7 @@ def _make_template(
         if style != "full" or width < 1:
             if style == "lean":
                 _one_prediction_a_place(detector, predictors(detector, head(full, images, targets)))
+                source_moments = moments(detector)
             keep = predictors(detector, head(full, images, targets))
             if style != "full":
                 for path in towers(detector, lambda: head(full, images, targets)):
@@ -343,7 +344,8 @@ def _one_prediction_a_place(detector: nn.Module, predictors: Set[nn.Module]) -> 
             part.cell_anchors = [part.generate_anchors(*pair) for pair in zip(sizes, ratios, strict=True)]
             for layer in dense & predictors if count > 1 else ():
                 if isinstance(layer, nn.Conv2d) and layer.out_channels % count == 0:
-                    set_width(layer, layer.in_channels, layer.out_channels // count)
+                    share = layer.out_channels // count
+                    keep_outputs(layer, slice(count // 2 * share, (count // 2 + 1) * share))
 
 
 def _places(features: dict[str, Tensor]) -> int:
