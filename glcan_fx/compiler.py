@@ -2,7 +2,6 @@
 
 import logging
 import math
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -217,7 +216,7 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
         report=structure.trace.report,
         around=made.around if isinstance(made, Around) else None,
         task_object=made.task if isinstance(made, Around) else made,
-        draft=_Draft(structure, weakref.ref(model), made, whole, request.example_targets),
+        draft=_Draft(structure, model, made, whole, request.example_targets),
     )
     log.info("planned %s: %d local modules of %d possible", chosen.model, chosen.k, len(structure.units))
     return chosen, lambda verified: _build(chosen, structure, model, made, verified)
@@ -381,16 +380,14 @@ class _Draft:
     """What planning knows, and a plan does not say: enough to simulate a step."""
 
     structure: Structure
-    model: "weakref.ref[nn.Module]"  # the user's
+    model: nn.Module  # the user's
     task: Task
     inputs: Any  # sizes of the whole model's inputs
     targets: Any  # the user's example targets
 
     def memory(self, plan: Plan, optimizer: OptimizerLike) -> Memory:
         """Simulate a step of the plan, of backpropagation, and of backpropagation with recomputed blocks."""
-        model = self.model()
-        if model is None:
-            raise PlanError("the memory of this plan cannot be simulated: its model is gone.")
+        model = self.model
         fake = fake_copy(self.structure.trace.mode)
 
         def shadow() -> nn.Module:

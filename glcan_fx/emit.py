@@ -41,6 +41,7 @@ class _Emitter:
         self.cuts = list(cuts)
         self.owner = assign(structure, cuts)
         self.dependent = input_dependent(structure.trace.graph)
+        self.pooled = pooled_activations(structure)
         self.raw: dict[fx.Node, fx.Node] = {}
         self.constant: dict[tuple[fx.Node, int], fx.Node] = {}
         self.cut: dict[fx.Node, fx.Node] = {}
@@ -67,7 +68,16 @@ class _Emitter:
         return self.read[node, module]
 
     def emit(self, node: fx.Node, module: int, read_later: bool) -> None:
-        self.raw[node] = self._copy(node, module)
+        if node in self.pooled.values():
+            return
+        activation = self.pooled.get(node)
+        if activation is None:
+            self.raw[node] = self._copy(node, module)
+        else:
+            [source] = activation.all_input_nodes
+            self.raw[activation] = self.view(source, module)
+            self.raw[activation] = self._copy(node, module)
+            self.raw[node] = self._copy(activation, module, self.raw.pop(activation))
         if read_later and node.meta["overwritten"] and is_float(node.meta["value"]):
             self.cache(node, keep=True)  # before the operation that overwrites it
 
@@ -76,8 +86,8 @@ class _Emitter:
             self.cached[node] = self.graph.create_node(
                 "call_function", runtime.cache_write, (self.raw[node],), options, name=f"cache_{node.name}")
 
-    def _copy(self, node: fx.Node, module: int) -> fx.Node:
-        sources = {source: self.view(source, module) for source in node.all_input_nodes}
+    def _copy(self, node: fx.Node, module: int, given: fx.Node | None = None) -> fx.Node:
+        sources = {source: given or self.view(source, module) for source in node.all_input_nodes}
         new = self.graph.node_copy(node, lambda source: sources[source])
         if node.op == "get_attr" and str(node.target).rpartition(".")[2] in self.structure.trace.constants:
             new.target = f"aux.constants.{str(node.target).rpartition('.')[2]}"
@@ -134,6 +144,21 @@ def emit(
     with_headlines(graph)
     graph.lint()
     return graph
+
+
+def pooled_activations(structure: Structure) -> dict[fx.Node, fx.Node]:
+    """Max-pooling layers and the ReLU that only they read: pooled first, autograd keeps and makes no map of the ReLU's
+    size. Values and gradients are the same, bit for bit: a window's largest value stays its largest, and where all are
+    negative the gradient is 0 either way."""
+    found = {}
+    for node in structure.trace.graph.nodes:
+        pool = structure.trace.module(node)
+        if isinstance(pool, nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d) and not pool.return_indices:
+            source = node.all_input_nodes[0]
+            if isinstance(structure.trace.module(source), nn.ReLU) and len(source.users) == 1 and (
+                    len(source.all_input_nodes[0].users) == 1):
+                found[node] = source
+    return found
 
 
 def sliced_tail(structure: Structure, task: Task) -> list[fx.Node]:
