@@ -290,7 +290,7 @@ def _is_exit(node: fx.Node) -> bool:
 
 def _holds_half(trace: Trace, region: set[fx.Node], end: fx.Node) -> bool:
     """Whether the module that closes a region holds half of the layers, so that it is the network and no block."""
-    home = _common_path([*region, end])
+    home = common_path([*region, end])
     layers = trace.layers
     return not home or 2 * sum(within(node.meta["module"], home) for node in layers) >= len(layers)
 
@@ -298,7 +298,7 @@ def _holds_half(trace: Trace, region: set[fx.Node], end: fx.Node) -> bool:
 def _holds_most_layers(trace: Trace, start: fx.Node, end: fx.Node, region: set[fx.Node]) -> bool:
     """Whether the model itself, not one of its blocks, closes a branch around most of its layers."""
     layers = trace.layers
-    home = _common_path(layers)
+    home = common_path(layers)
     inside = sum(node in region for node in layers)
     outermost = not end.meta["module"] or within(home, end.meta["module"])
     return outermost and inside > 2 and 2 * inside > len(layers)
@@ -316,8 +316,8 @@ def _holds_repeated_blocks(
     for a, b in pairwise(_dominators(inner, end)):
         inside = _between(inner, a, b)
         if inside and a is not start:
-            path = _common_path([*inside, b])
-            if path != _common_path([*region, end]):
+            path = common_path([*inside, b])
+            if path != common_path([*region, end]):
                 kinds.setdefault(type(_module_at(trace, path)), set()).add(path)
     return any(len(paths) > 1 for paths in kinds.values())
 
@@ -408,7 +408,7 @@ def _units(trace: Trace, graph: nx.DiGraph, chain: list[fx.Node]) -> list[Unit]:
     regions = {end: _between(graph, start, end) for start, end in pairwise(chain)}
     kinds = set()
     for end, region in regions.items():
-        path = _common_path([*region, end]) if region else ""
+        path = common_path([*region, end]) if region else ""
         if path and not all(within(node.meta["module"], path) for node in chain[1:]):
             kinds.add(type(_module_at(trace, path)))
     ends: list[fx.Node] = []
@@ -501,7 +501,7 @@ def _target(node: fx.Node) -> str:
     return str(node.target) if node.op == "call_module" else ""
 
 
-def _common_path(nodes: Iterable[fx.Node]) -> str:
+def common_path(nodes: Iterable[fx.Node]) -> str:
     """The innermost module that all of these nodes lie in."""
     common: list[str] | None = None
     for node in nodes:

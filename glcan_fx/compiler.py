@@ -15,7 +15,7 @@ from .boundaries import build_segments, plan_segments
 from .capture import argument_names
 from .copies import cuda_devices, fake_copy, replicate
 from .drafts import Drafts, levels_of, local_module
-from .emit import assign, emit, register, tail_graph
+from .emit import assign, emit, register
 from .errors import GlcanFxError, PlanError, TraceError
 from .estimate import Memory, OptimizerLike, simulate_local, simulate_plain
 from .layers import weights_in
@@ -363,13 +363,14 @@ def _connect(
             return {keys[0]: values}
         return values
 
-    graph = emit(structure, [cut.end for cut in cuts], auxiliaries, task,
-                 [m.headline(i) for i, m in enumerate(chosen.modules)], outputs, chosen.options.slices)
-    tail = tail_graph(structure, task) if chosen.options.slices > 1 else None
+    again = {index for index, module in enumerate(chosen.modules) if module.recompute}
+    graph, parts = emit(structure, [cut.end for cut in cuts], auxiliaries, task,
+                        [m.headline(i) for i, m in enumerate(chosen.modules)], outputs, slices=chosen.options.slices,
+                        recomputed=again)
     example = next((p for p in model.parameters()), None)
     if shadow is None and example is not None:
         aux.to(device=example.device)
-    return assemble(model if shadow is None else shadow, aux, graph, chosen, task, tail)
+    return assemble(model if shadow is None else shadow, aux, graph, chosen, task, parts)
 
 
 # ---------------------------------------------------------------------------------------------- memory

@@ -6,15 +6,15 @@ use, which is what frees a module's activations, and a cached feature after its 
 """
 
 import operator
-from collections.abc import Callable, Sequence
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence, Set
+from itertools import groupby, islice
 from typing import Any
 
 from torch import fx, nn
 
 from . import runtime
-from .analyze import Structure, ancestors, input_dependent
-from .graphs import with_headlines
+from .analyze import Structure, ancestors, common_path, input_dependent
+from .graphs import Parts, with_headlines
 from .synthesize import Auxiliary
 from .tasks import Task
 from .trace import is_float
@@ -47,6 +47,7 @@ class _Emitter:
         self.cut: dict[fx.Node, fx.Node] = {}
         self.cached: dict[fx.Node, fx.Node] = {}
         self.read: dict[tuple[fx.Node, int], fx.Node] = {}
+        self.parts: Parts = {}
 
     def view(self, node: fx.Node, module: int) -> fx.Node:
         """A traced value as local module ``module`` sees it: its own, or detached."""
@@ -81,6 +82,28 @@ class _Emitter:
         if read_later and node.meta["overwritten"] and is_float(node.meta["value"]):
             self.cache(node, keep=True)  # before the operation that overwrites it
 
+    def may_run_again(self, group: Sequence[fx.Node], readers: Mapping[fx.Node, Set[int]]) -> bool:
+        """Whether a block keeps something for backward, and changes nothing that others see."""
+        inside = set(group)
+        return sum(node.meta["saved"] for node in group) > 0 and not any(
+            not node.meta["mutates"] <= inside or node in self.pooled
+            or node.meta["overwritten"] and (readers.get(node) or not inside.issuperset(node.users)) for node in group)
+
+    def emit_again(self, group: Sequence[fx.Node], module: int, readers: Mapping[fx.Node, Set[int]]) -> None:
+        """One call for a block, which runs again in backward."""
+        inside = set(group)
+        inputs = list(dict.fromkeys(s for node in group for s in node.all_input_nodes if s not in inside))
+        ends = [node for node in group if readers.get(node) or not inside.issuperset(node.users)]
+        name = f"block_{module}_{sum(part.startswith(f'block_{module}_') for part in self.parts)}"
+        self.parts[name] = _subgraph(group, inputs, tuple(ends))
+        called = self.graph.create_node(
+            "call_module", f"aux.{name}", tuple(self.view(node, module) for node in inputs), name=name)
+        trains = [str(node.target) for node in group if node.op in ("call_module", "get_attr")]
+        called.meta = {"local_module": module, "traced": ends[-1].name, "trains": trains}
+        for index, node in enumerate(ends):
+            self.raw[node] = self.graph.create_node("call_function", operator.getitem, (called, index), name=node.name)
+            self.raw[node].meta = {"local_module": module, "traced": node.name}
+
     def cache(self, node: fx.Node, **options: Any) -> None:
         if node not in self.cached:
             self.cached[node] = self.graph.create_node(
@@ -97,10 +120,13 @@ class _Emitter:
 
 def emit(
     structure: Structure, cuts: Sequence[fx.Node], auxiliaries: Sequence[Auxiliary], task: Task,
-    comments: Sequence[str], outputs: Callable[[Any], Any], slices: int = 1,
-) -> fx.Graph:
-    """The graph of a training step. ``outputs`` maps the traced output to what the last head is given; ``slices``: the
-    tail and the last loss run in so many slices of the batch."""
+    comments: Sequence[str], outputs: Callable[[Any], Any], *, slices: int = 1, recomputed: Set[int] = frozenset(),
+) -> tuple[fx.Graph, Parts]:
+    """The graph of a training step, and what it calls as modules of their own on the model's layers.
+
+    ``outputs`` maps the traced output to what the last head is given; ``slices``: the tail and the last loss run in so
+    many slices of the batch; ``recomputed``: local modules whose blocks run again in backward.
+    """
     out = _Emitter(structure, cuts)
     graph = out.graph
     inputs, context = task.prepare(graph, structure.trace.placeholders)
@@ -112,8 +138,12 @@ def emit(
     losses: list[fx.Node] = []
     for module in range(len(cuts) + 1):
         before = len(graph.nodes)
-        for node in nodes:
-            if out.owner[node] == module:
+        own = [node for node in nodes if out.owner[node] == module]
+        for group in blocks_of(structure, own) if module in recomputed else [[node] for node in own]:
+            if module in recomputed and out.may_run_again(group, readers):
+                out.emit_again(group, module, readers)
+                continue
+            for node in group:
                 out.emit(node, module, bool(readers.get(node)))
         if module < len(cuts):
             auxiliary = auxiliaries[module]
@@ -143,7 +173,32 @@ def emit(
     graph.output(final)
     with_headlines(graph)
     graph.lint()
+    if tail:
+        out.parts["tail"] = _subgraph(tail, tail_inputs(tail), structure.trace.output.args[0])
+    return graph, out.parts
+
+
+def _subgraph(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Any) -> fx.Graph:
+    """Some nodes as a graph of their own: ``inputs`` -> ``outputs`` (nested nodes)."""
+    graph = fx.Graph()
+    made = {node: graph.placeholder(node.name) for node in inputs}
+    for node in nodes:
+        made[node] = graph.node_copy(node, made.__getitem__)
+        made[node].meta = {}
+    graph.output(fx.map_arg(outputs, made.__getitem__))
     return graph
+
+
+def blocks_of(structure: Structure, nodes: Sequence[fx.Node]) -> list[list[fx.Node]]:
+    """Neighbouring nodes of one unit of the trunk, or of one part of the neck and head."""
+    owner = assign(structure, [unit.end for unit in structure.units])
+    home = common_path(node for node in nodes if node not in structure.trunk).split(".")
+
+    def key(node: fx.Node) -> Any:
+        path = node.meta["module"].split(".")
+        return owner[node] if node in structure.trunk else path[: len(home) + 1] if path[: len(home)] == home else path
+
+    return [list(group) for _, group in groupby(nodes, key)]
 
 
 def pooled_activations(structure: Structure) -> dict[fx.Node, fx.Node]:
@@ -174,20 +229,6 @@ def tail_inputs(tail: Sequence[fx.Node]) -> list[fx.Node]:
     """What the tail reads and does not make."""
     inside = set(tail)
     return list(dict.fromkeys(source for node in tail for source in node.all_input_nodes if source not in inside))
-
-
-def tail_graph(structure: Structure, task: Task) -> fx.Graph | None:
-    """What runs slice by slice as a graph of its own, on the model's own layers."""
-    tail = sliced_tail(structure, task)
-    if not tail:
-        return None
-    graph = fx.Graph()
-    made = {node: graph.placeholder(node.name) for node in tail_inputs(tail)}
-    for node in tail:
-        made[node] = graph.node_copy(node, made.__getitem__)
-        made[node].meta = {}
-    graph.output(fx.map_arg(structure.trace.output.args[0], made.__getitem__))
-    return graph
 
 
 def _readers(

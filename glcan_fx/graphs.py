@@ -26,6 +26,7 @@ class _Named:
     path: str
 
 
+Parts = dict[str, fx.Graph]  # parts of a model that a graph calls as modules, by name
 Packed = list[tuple[str, str, Any, Any, Any, dict[str, Any]]]
 
 

@@ -13,8 +13,8 @@ from torch import fx, nn
 from torch.fx.graph import PythonCode
 
 from .errors import PlanError, UnsupportedError, UnusedGradientsWarning
-from .graphs import Packed, pack, unpack
-from .runtime import LocalBackward, LocalOutput, LossScale, SlicedHead, private_graph
+from .graphs import Packed, Parts, pack, unpack
+from .runtime import LocalBackward, LocalOutput, LossScale, Recomputed, SlicedHead, private_graph
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -35,7 +35,7 @@ class LocalModel(fx.GraphModule):
     _training_step: Any
 
     def __init__(
-        self, model: nn.Module, aux: nn.Module, graph: fx.Graph, plan: "Plan", task: "Task", tail: fx.Graph | None
+        self, model: nn.Module, aux: nn.Module, graph: fx.Graph, plan: "Plan", task: "Task", parts: Parts
     ) -> None:
         taken = [name for name in model._modules | model._parameters | model._buffers if name in _RESERVED]
         if taken:
@@ -47,7 +47,7 @@ class LocalModel(fx.GraphModule):
         _share(root, model, aux)
         super().__init__(root, graph, class_name="LocalModel")
         _share(self, model, aux)
-        self.__dict__.update(_original=model, plan=plan, task=task, _last_reached=[], _tail=tail)
+        self.__dict__.update(_original=model, plan=plan, task=task, _last_reached=[], _parts=parts)
         self.__dict__["training"] = model.training
         for name, part in aux.named_children():
             if name != "task":
@@ -148,7 +148,8 @@ class LocalModel(fx.GraphModule):
                 self.original._modules.pop(name, None)
 
     def __copy__(self) -> "LocalModel":
-        new = assemble(self.original, self.aux, copy.deepcopy(self.graph), self.plan, self.task, self.__dict__["_tail"])
+        parts = self.__dict__["_parts"]
+        new = assemble(self.original, self.aux, copy.deepcopy(self.graph), self.plan, self.task, parts)
         new.__dict__["training"] = self.training
         return new
 
@@ -168,24 +169,23 @@ class LocalModel(fx.GraphModule):
         model = copy.deepcopy(self.original, memo)
         task = copy.deepcopy(self.task, memo)  # may hold a criterion with parameters
         aux = copy.deepcopy(self.aux, memo)
-        new = assemble(model, aux, copy.deepcopy(self.graph), self.plan, task, self.__dict__["_tail"])
+        new = assemble(model, aux, copy.deepcopy(self.graph), self.plan, task, self.__dict__["_parts"])
         memo[id(self)] = new
         return _with_modes(new, _modes(self))
 
     def __reduce__(self) -> Any:
-        tail = self.__dict__["_tail"]
-        return _rebuild, (self.original, self.aux, pack(self.graph), self.plan, self.task, _modes(self),
-                          None if tail is None else pack(tail))
+        parts = {name: pack(part) for name, part in self.__dict__["_parts"].items()}
+        return _rebuild, (self.original, self.aux, pack(self.graph), self.plan, self.task, _modes(self), parts)
 
 
 _RESERVED = ("aux", "plan", "task", "original", "graph", "code", "meta")
 
 
 def assemble(
-    model: nn.Module, aux: nn.Module, graph: fx.Graph, plan: "Plan", task: "Task", tail: fx.Graph | None = None
+    model: nn.Module, aux: nn.Module, graph: fx.Graph, plan: "Plan", task: "Task", parts: Parts | None = None
 ) -> LocalModel:
-    """Connect graph, model and auxiliary networks: resolve what each local loss trains, and the last head, which runs
-    ``tail`` in slices where the plan says so."""
+    """Connect graph, model and auxiliary networks: resolve what each local loss trains, the last head, and the
+    ``parts`` of the model that the graph calls as modules of their own: its tail, blocks that run again in backward."""
     aux.add_module("last", nn.Module())
     head = task.last_head(model, plan.options.fused)
     aux.get_submodule("last").add_module("head", head)
@@ -199,13 +199,16 @@ def assemble(
         if "task" in aux._modules:
             trains.append((aux, "task"))
         part.add_module("backward", LocalBackward(trains, scale, info.name))
+    bound = {name: (partial(type(fx.GraphModule(model, part, "Part")).forward, model), _called(part.nodes))
+             for name, part in (parts or {}).items()}
     if plan.options.slices > 1:
-        behind = _called(tail.nodes) if tail is not None else [
-            name for name in model._modules if name not in (task.network(model), "transform")]
-        run = None if tail is None else partial(type(fx.GraphModule(model, tail, "Tail")).forward, model)
+        others = [name for name in model._modules if name not in (task.network(model), "transform")]
+        tail, behind = bound.pop("tail", (None, others))
         aux.get_submodule("last").add_module(
-            "head", SlicedHead(run, head, plan.options.slices, task.part, model, behind, scale))
-    return LocalModel(model, aux, graph, plan, task, tail)
+            "head", SlicedHead(tail, head, plan.options.slices, task.part, model, behind, scale))
+    for name, (run, called) in bound.items():
+        aux.add_module(name, Recomputed(run, model, called))
+    return LocalModel(model, aux, graph, plan, task, parts or {})
 
 
 def _targets(graph: fx.Graph, index: int) -> list[str]:
@@ -236,9 +239,9 @@ def _accept_plain_checkpoint(module: LocalModel, state: dict[str, Any], prefix: 
 
 def _rebuild(
     model: nn.Module, aux: nn.Module, graph: Packed, plan: "Plan", task: "Task", modes: dict[str, bool],
-    tail: Packed | None,
+    parts: dict[str, Packed],
 ) -> LocalModel:
-    made = assemble(model, aux, unpack(graph), plan, task, None if tail is None else unpack(tail))
+    made = assemble(model, aux, unpack(graph), plan, task, {name: unpack(part) for name, part in parts.items()})
     return _with_modes(made, modes)
 
 

@@ -32,7 +32,8 @@ class LocalModule:
     cut: the split point that it ends with (None: the last, which owns neck and head). units: the natural units it is
     made of. features: V_m, the taps its local loss reads. levels: output levels kept, sigma: their weights (eq. 8);
     both empty where the network has no levels. saved, aux_saved: bytes kept for backward at the example size by the
-    module and by its auxiliary network, which takes aux_flops floating-point operations forward.
+    module and by its auxiliary network, which takes aux_flops floating-point operations forward. recompute: its blocks
+    keep nothing but their inputs and run again in backward.
     """
 
     name: str
@@ -48,6 +49,7 @@ class LocalModule:
     features: tuple[Feature, ...]
     levels: tuple[int, ...]
     sigma: tuple[float, ...]
+    recompute: bool = False
 
     def headline(self, index: int) -> str:
         """What the generated code says above this module's lines."""

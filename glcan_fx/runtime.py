@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.checkpoint import checkpoint
 
 from .errors import CriterionError, UnsupportedError
 from .nested import map_tensors, tensors_in
@@ -186,7 +187,45 @@ class LocalBackward(nn.Module):
         return self.name
 
 
-class SlicedHead(nn.Module):
+class _OfModel(nn.Module):
+    """Runs parts of the model that it does not own; whoever copies or loads the compiled model makes it anew."""
+
+    def __reduce__(self) -> Any:
+        return nn.Identity, ()
+
+
+class Recomputed(_OfModel):
+    """A block of the model that keeps only its inputs, and runs again in backward (activation checkpointing).
+
+    run: the block, on the model's own layers, whose paths are ``layers``. Buffers move once a step.
+    """
+
+    def __init__(self, run: Callable[..., Any], model: nn.Module, layers: Sequence[str]) -> None:
+        super().__init__()
+        self.__dict__.update(run=run, model=model, layers=tuple(layers))
+
+    def forward(self, *values: Any) -> Any:
+        run = self.__dict__["run"]
+        if not torch.is_grad_enabled():
+            return run(*values)
+        return checkpoint(run, *values, use_reentrant=False, context_fn=lambda: (nullcontext(), self._other_buffers()))
+
+    @contextmanager
+    def _other_buffers(self) -> Iterator[None]:
+        """Let what runs inside change copies."""
+        modules = dict(self.__dict__["model"].named_modules())
+        parts = [part for path in self.__dict__["layers"] if path in modules for part in modules[path].modules()]
+        kept = [(part, dict(part._buffers)) for part in parts if part._buffers]
+        try:
+            for part, buffers in kept:
+                part._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
+            yield
+        finally:
+            for part, buffers in kept:
+                part._buffers.update(buffers)
+
+
+class SlicedHead(_OfModel):
     """(values, *context) -> (loss, outputs): the end of the last module, run and differentiated slice by slice.
 
     For what treats every image alone and averages its losses: the gradients are those of the whole batch, and only a

@@ -1,7 +1,7 @@
 """Modules that are hard to capture: each is compiled, trains as the plain model does, and is reported as it is."""
 
-import functools
 import dataclasses
+import functools
 import gc
 import linecache
 import math
