@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,13 +18,13 @@ from .copies import cuda_devices, fake_copy, replicate
 from .drafts import Drafts, levels_of, local_module
 from .emit import assign, emit, register
 from .errors import GlcanFxError, PlanError, TraceError
-from .estimate import Memory, OptimizerLike, simulate_local, simulate_plain
+from .estimate import Estimate, Memory, OptimizerLike, simulate_local, simulate_plain
 from .layers import weights_in
 from .local_model import LocalModel, assemble, is_compiled
 from .nested import tensors_in
 from .partition import K, partition
 from .plan import Plan
-from .planner import candidates, richest
+from .planner import Savings, candidates, in_bytes, richest, within_budget
 from .replay import Call, Segments, arguments_of, calls_of, surroundings
 from .rules import Rules
 from .synthesize import Head, Options
@@ -50,6 +51,8 @@ class _Request:
     aux_width: float | None = None
     aux_stride: int | None = None
     head: Head | None = None
+    memory_budget: int | str | None = None
+    optimizer: OptimizerLike = "sgd"
 
     @property
     def given(self) -> list[str]:
@@ -71,6 +74,8 @@ def plan(
     aux_width: float | None = None,
     aux_stride: int | None = None,
     head: Head | None = None,
+    memory_budget: int | str | None = None,
+    optimizer: OptimizerLike = "sgd",
 ) -> Plan:
     """Decide how ``model`` is cut into local modules and what their auxiliary networks are; changes nothing.
 
@@ -80,7 +85,7 @@ def plan(
     Args:
         model: any module that runs, on any device, in either mode; `plan.report` says how it was captured.
         k: number of local modules, "natural" (one per block), or a list of split points (module paths). 1 is plain
-            backpropagation.
+            backpropagation. With a ``memory_budget`` and no number, the fewest that fit.
         task: "detection", "classification", "segmentation", "super_resolution", or a Task object.
         example_inputs: one batch of the sizes that you train with (values do not matter): a tensor, a tuple of
             positional arguments, or a dict of keyword arguments. Detection: images, 2 x 3 x 320 x 320 when left out.
@@ -92,11 +97,14 @@ def plan(
         aux_stride: a detector's levels of smaller strides are left out of it, where there are others; 1 keeps all.
         head: "full" copies neck and head as they are (the paper's), "light" without their shape-keeping towers, "lean"
             with one prediction at each place, from the module's own output.
+        memory_budget: bytes, or text ("6GiB"), that a training step may take at most, by simulation; the plan's notes
+            say what was tried. optimizer: that the budget is for: "sgd" (with momentum), "adam", or a function of the
+            parameters.
 
     Raises TraceError, PlanError.
     """
     return _plan(model, _Request(k, task, example_inputs, example_targets, criterion, rules, aux_depth, aux_width,
-                                 aux_stride, head))[0]
+                                 aux_stride, head, memory_budget, optimizer))[0]
 
 
 def transform(
@@ -114,6 +122,8 @@ def transform(
     aux_width: float | None = None,
     aux_stride: int | None = None,
     head: Head | None = None,
+    memory_budget: int | str | None = None,
+    optimizer: OptimizerLike = "sgd",
 ) -> LocalModel:
     """Compile ``model`` into gradient-isolated local modules that train in a standard loop.
 
@@ -125,7 +135,7 @@ def transform(
     takes about a second; a difference is a TraceError. Raises TraceError, PlanError.
     """
     request = _Request(k, task, example_inputs, example_targets, criterion, rules, aux_depth, aux_width, aux_stride,
-                       head)
+                       head, memory_budget, optimizer)
     if plan is None:
         chosen, build = _plan(model, request)
         return build(verify)
@@ -194,8 +204,34 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
                 raise first
             return in_segments(_calls(model, inputs), TraceError(str(first)))
 
+    draft = _Draft(structure, model, made, whole, request.example_targets)
+
+    def planned(k: K | None, savings: Savings) -> Plan:
+        return _decide(request, k or request.k, savings, drafts, choices, units, refused, inputs, draft)
+
+    if request.memory_budget is None:
+        chosen = planned(None, Savings())
+    else:
+        chosen = within_budget(
+            in_bytes(request.memory_budget), None if request.k in ("auto", "natural") else 0, len(units),
+            _SLICES if made.averages_images(model, levels_of(structure, made)) else 1, planned,
+            lambda plan: draft.simulate(plan, request.optimizer))
+    log.info("planned %s: %d local modules of %d possible", chosen.model, chosen.k, len(structure.units))
+    return chosen, lambda verified: _build(chosen, structure, model, made, verified)
+
+
+_SLICES = 4  # more would save little: other modules are then the peak
+
+
+def _decide(
+    request: _Request, k: K, savings: Savings, drafts: Drafts, choices: Sequence[Options], units: Sequence[Unit],
+    refused: dict[str, PlanError], inputs: Any, draft: "_Draft",
+) -> Plan:
+    """The plan for a number of local modules."""
+    structure, model, made = drafts.structure, drafts.model, drafts.task
+
     def cuts_for(options: Options) -> list[Unit]:
-        return partition(structure, request.k, units, lambda unit: drafts.cost(unit, options).saved,
+        return partition(structure, k, units, lambda unit: drafts.cost(unit, options).saved,
                          lambda: drafts.tail.saved)
 
     def extra(options: Options) -> float:
@@ -209,17 +245,16 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
     cuts = cuts_for(options)  # 3 partition
     modules = [drafts.module(unit, cuts, options) for unit in cuts]  # 4 select, and 5 synthesize as a draft
     modules.append(drafts.last(cuts))
-    chosen = Plan(
-        model=type(model).__name__, task=made.name, network=made.network(model), modules=tuple(modules),
-        natural=tuple(unit.name for unit in units[:-1]), inputs=inputs, options=options,
+    return Plan(
+        model=type(model).__name__, task=made.name, network=made.network(model),
+        modules=tuple(replace(m, recompute=i in savings.recompute) for i, m in enumerate(modules)),
+        natural=tuple(unit.name for unit in units[:-1]), inputs=inputs,
+        options=replace(options, fused=savings.fused, slices=savings.slices),
         notes=(*_notes(structure, model), *(f"no cut behind '{n}': {str(e)[:200]}" for n, e in refused.items())),
         report=structure.trace.report,
         around=made.around if isinstance(made, Around) else None,
-        task_object=made.task if isinstance(made, Around) else made,
-        draft=_Draft(structure, model, made, whole, request.example_targets),
+        task_object=made.task if isinstance(made, Around) else made, draft=draft,
     )
-    log.info("planned %s: %d local modules of %d possible", chosen.model, chosen.k, len(structure.units))
-    return chosen, lambda verified: _build(chosen, structure, model, made, verified)
 
 
 def _check(model: nn.Module, options: Options) -> None:
@@ -383,39 +418,72 @@ class _Draft:
     structure: Structure
     model: nn.Module  # the user's
     task: Task
-    inputs: Any  # sizes of the whole model's inputs
-    targets: Any  # the user's example targets
+    sizes: Any  # of the whole model's inputs
+    given_targets: Any  # the user's example targets
 
     def memory(self, plan: Plan, optimizer: OptimizerLike) -> Memory:
-        """Simulate a step of the plan, of backpropagation, and of backpropagation with recomputed blocks."""
-        model = self.model
+        """A step of the plan, of backpropagation, and of backpropagation with recomputed blocks."""
+        units, blocks = self.blocks
+        plain = simulate_plain(self.shadow(), self.inputs, self.backpropagated, optimizer, units)
+        again = simulate_plain(
+            self.shadow(), self.inputs, self.backpropagated, optimizer, recomputed=blocks) if blocks else None
+        return Memory(self.simulate(plan, optimizer), plain, again)
+
+    def simulate(self, plan: Plan, optimizer: OptimizerLike) -> Estimate:
+        """A step of the plan."""
+        task = Around(self.loss, self.task.around) if isinstance(self.task, Around) else self.loss
+        local = _connect(plan, self.structure, self.model, task, self.shadow())
+        return simulate_local(local, self.inputs, self.targets, optimizer)
+
+    def shadow(self) -> nn.Module:
+        """A copy of the model with fake tensors."""
+        return replicate(self.structure.trace.shadow, fake_copy(self.structure.trace.mode))
+
+    def backpropagated(self, model: nn.Module) -> Any:
+        """The loss, or losses, of an ordinary training step."""
+        if self.task.result() == "dict":
+            return model(self.inputs[0], self.targets)
+        made = model(**self.arguments) if isinstance(self.arguments, dict) else model(*self.inputs)
+        return self.loss.loss(made, self.targets)
+
+    @cached_property
+    def arguments(self) -> Any:
+        """Fake example inputs of the whole model."""
         fake = fake_copy(self.structure.trace.mode)
+        return tree_map_only(Spec, lambda spec: fake(spec.empty()), self.sizes)
 
-        def shadow() -> nn.Module:
-            return replicate(self.structure.trace.shadow, fake)
+    @cached_property
+    def inputs(self) -> list[Any]:
+        """The same, as a training step of the compiled model takes them."""
+        if self.task.result() == "dict":
+            return [list(self.arguments[0])]
+        return list(self.arguments.values() if isinstance(self.arguments, dict) else self.arguments)
 
-        example = tree_map_only(Spec, lambda spec: fake(spec.empty()), self.inputs)
-        outputs = self.structure.trace.output.meta["value"]
-        targets = self.targets if self.targets is not None else self.task.example_targets(model, self.inputs, outputs)
-        task = self.task if targets is not None else _AnyLoss()
-        arguments = [list(example[0])] if self.task.result() == "dict" else list(
-            example.values() if isinstance(example, dict) else example)
+    @cached_property
+    def targets(self) -> Any:
+        if self.given_targets is not None:
+            return self.given_targets
+        return self.task.example_targets(self.model, self.sizes, self.structure.trace.output.meta["value"])
 
-        def backpropagated(model: nn.Module) -> Any:
-            if self.task.result() == "dict":
-                return model(arguments[0], targets)
-            made = model(**example) if isinstance(example, dict) else model(*arguments)
-            return task.loss(made, targets)
+    @cached_property
+    def loss(self) -> Task:
+        """The task, or what stands for it where its targets are not known."""
+        return self.task if self.targets is not None else _AnyLoss()
 
-        units, blocks = _blocks(self.structure)
-        plain = simulate_plain(shadow(), arguments, backpropagated, optimizer, units)
-        checkpointed = simulate_plain(
-            shadow(), arguments, backpropagated, optimizer, recomputed=blocks) if blocks else None
-        if plan.k == 1:
-            return Memory(plain, plain, checkpointed)
-        wrapped = Around(task, self.task.around) if isinstance(self.task, Around) else task
-        local = _connect(plan, self.structure, model, wrapped, shadow())
-        return Memory(simulate_local(local, arguments, targets, optimizer), plain, checkpointed)
+    @cached_property
+    def blocks(self) -> tuple[dict[str, str], list[str]]:
+        """Of every layer's path the unit it belongs to; and the units that are one call of a module with parts."""
+        ends = [unit.end for unit in self.structure.units]
+        owner = assign(self.structure, ends)
+        names = [*(unit.name for unit in self.structure.units), "neck, head, loss"]
+        units: dict[str, str] = {}
+        for node, index in owner.items():
+            if node.op == "call_module":
+                units.setdefault(str(node.target), names[index])
+        shadow = self.structure.trace.shadow
+        return units, [
+            unit.name for unit in self.structure.units if ":" not in unit.name and hasattr_path(shadow, unit.name)
+            and any(True for _ in shadow.get_submodule(unit.name).children())]
 
 
 class _AnyLoss(Task):
@@ -427,17 +495,3 @@ class _AnyLoss(Task):
 
     def check(self, inputs: Any, targets: Any) -> None:
         """Anything goes."""
-
-
-def _blocks(structure: Structure) -> tuple[dict[str, str], list[str]]:
-    """Of every layer's path the unit it belongs to; and the units that are one call of a module with parts."""
-    ends = [unit.end for unit in structure.units]
-    owner, names = assign(structure, ends), [*(unit.name for unit in structure.units), "neck, head, loss"]
-    units: dict[str, str] = {}
-    for node, index in owner.items():
-        if node.op == "call_module":
-            units.setdefault(str(node.target), names[index])
-    shadow = structure.trace.shadow
-    blocks = [unit.name for unit in structure.units if ":" not in unit.name and hasattr_path(shadow, unit.name)
-              and any(True for _ in shadow.get_submodule(unit.name).children())]
-    return units, blocks

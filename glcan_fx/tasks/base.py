@@ -111,6 +111,13 @@ class Task(ABC):
         losses that compute the same in less memory, where the task has some."""
         return LossHead(self)
 
+    def averages_images(self, model: nn.Module, levels: Any) -> bool:
+        """Whether the loss of a batch is the mean of the losses of its images, so that it may be computed in slices.
+
+        levels: the compiled part's output nodes by level, where it has levels.
+        """
+        return False
+
     def part(self, value: Any, start: int, stop: int, images: int) -> Any:
         """Images ``start`` to ``stop`` of a batch's nested value: rows of tensors, items of lists, of that length."""
         if isinstance(value, Tensor):
@@ -179,6 +186,9 @@ class Classification(Task):
 
     name = "classification"
 
+    def averages_images(self, model: nn.Module, levels: Any) -> bool:
+        return True
+
     def example_targets(self, model: nn.Module, inputs: Any, outputs: Any) -> Any:
         return torch.zeros(next(tensors_in(outputs)).shape[0], dtype=torch.int64)
 
@@ -217,6 +227,9 @@ class SuperResolution(Task):
     """L1 distance of (N, C, sH, sW) images (Lim et al. 2017, section 3.2)."""
 
     name = "super_resolution"
+
+    def averages_images(self, model: nn.Module, levels: Any) -> bool:
+        return True
 
     def example_targets(self, model: nn.Module, inputs: Any, outputs: Any) -> Any:
         return torch.empty_like(next(tensors_in(outputs)), requires_grad=False)

@@ -155,6 +155,24 @@ class Detection(Task):
     def last_head(self, model: nn.Module, fused: bool = False) -> nn.Module:
         return DetectorHead(model, register=False, fused=fused)
 
+    def averages_images(self, model: nn.Module, levels: Any) -> bool:
+        """Found by trying: two images with different objects, on small random features, together and alone."""
+        if any("running_mean" in part._buffers for name, child in model.named_children()
+               if name not in ("transform", "backbone") for part in child.modules()):
+            return False
+        values = {key: node.meta["value"] for key, node in levels.items()}
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            images, targets, scale = _example(model, values, (_EXAMPLE, _EXAMPLE))
+            targets[1] = {key: torch.cat([value, value]) for key, value in targets[1].items()}
+            detector = unhooked_copy(_view(model, transform=nn.Identity(), backbone=nn.Identity())).cpu()
+            head, features = DetectorHead(detector), _features(values, scale)
+
+            def loss(start: int, stop: int) -> Tensor:
+                given = self.part((features, images, targets), start, stop, 2)
+                return torch.stack(list(head(*given).values())).sum()
+
+            return torch.allclose(loss(0, 2), (loss(0, 1) + loss(1, 2)) / 2, rtol=1e-4)
+
     def part(self, value: Any, start: int, stop: int, images: int) -> Any:
         if isinstance(value, ImageList):
             return ImageList(value.tensors[start:stop], value.image_sizes[start:stop])
