@@ -413,8 +413,11 @@ class Recorder(TorchFunctionMode):
         return out
 
     def _returned(self, out: Any, path: str) -> None:
-        if path and isinstance(out, Tensor) and id(out) in self._known and not self._known[id(out)][1]:
-            self._known[id(out)][0].meta["returned_by"].append(path)
+        """Note whose value this is. What a block returns beside it (attention weights, a state) is made before it."""
+        made = [tensor for tensor in tensors_in(out) if id(tensor) in self._known]
+        if path and made:
+            value = max(made, key=lambda tensor: (tensor.is_floating_point(), self._known[id(tensor)][0]))
+            self._node_of(value).meta["returned_by"].append(path)
 
     def _leaf(self, module: nn.Module, path: str, args: Any, kwargs: Any, *, really: bool = False) -> Any:
         with self._pause():
@@ -570,7 +573,7 @@ class Recorder(TorchFunctionMode):
                 if key not in self._parts:
                     above = node if depth == 0 else self._parts[node, way[:depth]]
                     part = self._create("call_function", function, (above, step), {})
-                    part.meta["value"] = above.meta["value"][step]
+                    part.meta.update(value=above.meta["value"][step], derived=True)
                     self._set(self._parts, key, part)
             if way:
                 self._learn(tensor, self._parts[node, way], ())

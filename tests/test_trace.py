@@ -1090,6 +1090,54 @@ def test_parameters_that_the_first_call_makes(kind: type[nn.Module]) -> None:
     assert all(p.grad is not None for p in local.parameters())
 
 
+class HandsOnSizes(Block):
+    """A block that returns its value and something beside it, as attention blocks do that pool their tokens."""
+
+    def forward(self, x: Tensor, beside: Any) -> Any:
+        x = x + self.conv(x)
+        return x + self.conv(x).relu(), beside
+
+
+class HandsOnWeights(Block):
+    def forward(self, x: Tensor, beside: Any) -> Any:
+        gate = self.conv(x).sigmoid()
+        x = x + gate * x
+        return x + self.conv(x), gate
+
+
+class HandsOnStateFirst(Block):
+    def forward(self, x: Tensor, beside: Any) -> Any:
+        state, x = HandsOnWeights.forward(self, x, beside)[::-1]
+        return {"state": state, "x": x}
+
+
+class HandsOnFromOpaque(HandsOnSizes):
+    def forward(self, x: Tensor, beside: Any) -> Any:
+        return super().forward(x * 2 if float(x.sum()) > 1e9 else x, beside)
+
+
+class HandsOn(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.stem, self.fc = layer(3, 8), nn.Linear(8, CLASSES)
+        self.blocks = nn.ModuleList(kind() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, beside = self.stem(x), x.shape[2:]
+        for block in self.blocks:
+            out = block(x, beside)
+            x, beside = (out["x"], out["state"]) if isinstance(out, dict) else out
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", [HandsOnSizes, HandsOnWeights, HandsOnStateFirst, HandsOnFromOpaque])
+def test_blocks_that_return_more_than_their_value_are_units(kind: type[nn.Module]) -> None:
+    local = glcan_fx.transform(HandsOn(kind), criterion=criterion, example_inputs=images(2))
+    assert local.plan.cuts == ("stem", "blocks.0", "blocks.1", "blocks.2")
+    run(local, images(3), labels(3)).loss.backward()
+    assert all(p.grad is not None for p in local.parameters())
+
+
 def test_places_in_libraries_are_named() -> None:
     *_, found = trace(vit_b_32(weights=None, image_size=64), images(2, size=64)).report.specialisations
     path, _, line = found.where.rpartition(":")
