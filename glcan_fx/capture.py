@@ -29,6 +29,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from .copies import fake_like, kept_python_random, random_like, real_copy, replicate
+from .layers import is_norm
 from .nested import map_tensors, parts_of, plain_data, tensors_in
 
 _OWN_FILES = (torch.__path__[0] + os.sep, __file__, __file__.replace("capture.py", "trace.py"))
@@ -199,6 +200,7 @@ class Recorder(TorchFunctionMode):
         self.lost: dict[str, None] = {}
         self._paused = False
         self._paths = {id(module): path for path, module in reversed(list(root.named_modules(remove_duplicate=False)))}
+        self._whole = {id(module) for module in root.modules() if _is_torch_own(module) or is_norm(module)}
         self._attributes: dict[int, str] = {}
         for path, tensor in [*root.named_parameters(remove_duplicate=False),
                              *root.named_buffers(remove_duplicate=False)]:
@@ -380,7 +382,7 @@ class Recorder(TorchFunctionMode):
         if path in self.forced:
             return self._as_opaque(module, path, args, kwargs, self.forced[path])
         with_children = any(True for _ in module.children())
-        if _is_torch_own(module) or not with_children and not _holds_containers(args, kwargs):
+        if id(module) in self._whole or not with_children and not _holds_containers(args, kwargs):
             try:
                 return self._leaf(module, path, args, kwargs)
             except Exception as error:  # noqa: BLE001

@@ -21,11 +21,14 @@ from .analyze import Structure, ancestors, input_dependent, tensor_of
 from .errors import PlanError
 from .graphs import Network
 from .layers import (
+    ACTIVATIONS,
     Moments,
     channel_axis,
     fit,
     fits,
     freshen,
+    inner_activation,
+    is_activation,
     is_norm,
     moments,
     narrowed,
@@ -498,42 +501,38 @@ def _move_axis(build: _Builder, value: fx.Node, rank: int, *, to_last: bool) -> 
 
 def _kinds(
     structure: Structure, region: set[fx.Node], path: list[fx.Node], end: fx.Node
-) -> tuple[fx.Node | None, fx.Node | None]:
-    """The last norm layer and activation on the way, or beside it: the source's own kinds."""
-    norm = activation = None
+) -> tuple[fx.Node | None, fx.Node | str | None]:
+    """The last norm layer and activation (a module's path, or the node of a function) on the way, or beside it: the
+    source's own kinds. No activation where the norm layer holds one."""
+    norm: fx.Node | None = None
+    activation: fx.Node | str | None = None
     beside = [node for node in structure.trace.graph.nodes if node in region and node not in path]
     for node in [*beside, *path]:
         module = structure.trace.module(node)
         if module is not None and is_norm(module) and _is_map(node):
             last = channel_axis(module, tensor_of(node)) == -1
             norm = node if last == (end in structure.channels_last) else norm
+            inner = inner_activation(module)
+            activation = f"{node.target}.{inner}" if inner else activation
         elif _is_map(node) and _is_activation(node, module):
-            activation = node
+            activation = str(node.target) if module is not None else node
+    if norm is not None and inner_activation(structure.trace.shadow.get_submodule(str(norm.target))):
+        activation = None
     return norm, activation
-
-
-_ACTIVATIONS = {name.lower() for name, kind in vars(nn.modules.activation).items()
-                if isinstance(kind, type) and issubclass(kind, nn.Module)
-                and not issubclass(kind, nn.Softmax | nn.Softmin | nn.LogSoftmax | nn.MultiheadAttention)}
-_GATES = {"sigmoid", "hardsigmoid", "softmax", "logsoftmax"}
 
 
 def _is_activation(node: fx.Node, module: nn.Module | None) -> bool:
     """A torch.nn activation that keeps the shape, called as a module, a function or a method; gates do not count."""
-    if module is not None:
-        name = type(module).__name__ if type(module).__module__ == nn.modules.activation.__name__ else ""
-    else:
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    name = str(name).replace("_", "").lower()
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    found = str(name).replace("_", "").lower() in ACTIVATIONS if module is None else is_activation(module)
     sources = [source for source in node.all_input_nodes if _is_map(source)]
-    return name in _ACTIVATIONS - _GATES and len(sources) == 1 and (
-        tensor_of(sources[0]).shape == tensor_of(node).shape)
+    return found and len(sources) == 1 and tensor_of(sources[0]).shape == tensor_of(node).shape
 
 
-def _activate(build: _Builder, node: fx.Node, value: fx.Node, name: str) -> fx.Node:
-    """The activation of ``node``, with its own arguments, applied to ``value``."""
-    if node.op == "call_module":
-        return build.add(name, build.clone(str(node.target)), value)
+def _activate(build: _Builder, node: fx.Node | str, value: fx.Node, name: str) -> fx.Node:
+    """The activation of ``node``, with its own arguments, or the module at that path, applied to ``value``."""
+    if isinstance(node, str):
+        return build.add(name, build.clone(node), value)
     fresh = build.graph.call_function(torch.clone, (value,))  # it may work in place
     return build.graph.node_copy(node, lambda _: fresh)
 

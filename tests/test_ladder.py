@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from test_users_models import IMAGES, LABELS, Block
+from test_users_models import IMAGES, LABELS, Block, NormAct, NormsAct
 from torch import Tensor, nn
 
 import glcan_fx
@@ -133,6 +133,15 @@ def test_fewer_modules_without_a_graph(k: object) -> None:
     assert isinstance(k, int) or list(plan.cuts) == k
     with pytest.raises(glcan_fx.PlanError, match="offers 1 to 6"):
         glcan_fx.plan(InLoop(), k=7, criterion=F.cross_entropy, example_inputs=IMAGES)
+
+
+@pytest.mark.parametrize("last", [nn.Hardswish, nn.Identity])
+def test_a_norm_layer_brings_its_activation(last: type[nn.Module]) -> None:
+    model = InLoop()
+    model.blocks[1] = NormsAct(NormAct, last(), 8, 16, 2)
+    model.blocks[1].norm = NormAct(16, last())
+    _, norm, *rest = compiled(model).aux.get_submodule("0.head.network.parts")[1]
+    assert isinstance(norm, NormAct) and [type(part) for part in rest] == ([nn.ReLU] if last is nn.Identity else [])
 
 
 def test_activations_die_with_their_module() -> None:

@@ -114,6 +114,64 @@ def test_the_stages_norm_is_a_norm(act: nn.Module | None) -> None:
     assert isinstance(stage.norm, nn.BatchNorm2d)
 
 
+class NormAct(nn.BatchNorm2d):
+    """A norm layer that holds its activation, and asks for its mode itself."""
+
+    def __init__(self, channels: int, act: nn.Module) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        mean, var = (self.running_mean, self.running_var)
+        return self.act(self.drop(F.batch_norm(x, mean, var, self.weight, self.bias, self.training, 0.1, self.eps)))
+
+
+class GroupNormAct(nn.GroupNorm):
+    """The same in every mode."""
+
+    def __init__(self, channels: int, act: nn.Module) -> None:
+        super().__init__(4, channels)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps))
+
+
+class NormsAct(Block):
+    """Two convolutions, each with a norm layer; the second one's activation may be none."""
+
+    def __init__(self, norm: type[nn.Module], last: nn.Module, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__(inputs, outputs, stride)
+        self.norm, self.norm2 = norm(outputs, nn.SiLU(inplace=True)), norm(outputs, last)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm2(self.conv2(self.norm(self.conv(x)))) + self.skip(x)
+
+
+@pytest.mark.parametrize("width", [1.0, 0.5])
+@pytest.mark.parametrize("last", [nn.Hardswish, nn.Identity])
+@pytest.mark.parametrize("norm", [NormAct, GroupNormAct])
+def test_a_norm_layer_that_holds_an_activation(norm: type[nn.Module], last: type[nn.Module], width: float) -> None:
+    model = Net()
+    for name, block in [("a", (8, 8)), ("b", (8, 16, 2)), ("c", (16, 16)), ("d", (16, 32, 2))]:
+        setattr(model, name, NormsAct(norm, last(), *block))
+    local = compiled(model, aux_width=width)
+    assert local.plan.cuts == ("stem", "a", "b", "c")
+    assert local.plan.report.rung == 1
+    stage = local.aux.get_submodule("0.network.stage1")
+    assert isinstance(stage.norm, norm) and isinstance(stage.norm.act, last)
+    assert stage.norm.weight.shape == (stage.conv.out_channels,) == (16 * width,)
+    if last is nn.Identity:
+        assert isinstance(stage.activation, nn.SiLU) and not stage.activation.inplace
+    else:
+        assert not hasattr(stage, "activation")
+    step(local)
+    assert all(p.grad is not None for p in local.parameters())
+
+
 class Leaky(Block):
     def forward(self, x: Tensor) -> Tensor:
         return F.leaky_relu(self.norm(self.conv(x)), 0.3)
