@@ -673,6 +673,22 @@ def _holds_containers(args: Any, kwargs: Any) -> bool:
     return any(isinstance(value, list | tuple | dict) for value in [*args, *kwargs.values()])
 
 
+def _with_hooks(module: nn.Module, args: Any, kwargs: Any, call: Callable[[nn.Module, Any, Any], Any]) -> Any:
+    """Call a module of the shadow, and the hooks on it: a shadow has none but those that the model's forward registers
+    while it runs, to collect what its layers return."""
+    for key, before in list(module._forward_pre_hooks.items()):
+        if key in module._forward_pre_hooks_with_kwargs:
+            args, kwargs = before(module, args, kwargs) or (args, kwargs)
+        elif (changed := before(module, args)) is not None:
+            args = changed if isinstance(changed, tuple) else (changed,)
+    out = call(module, args, kwargs)
+    for key, after in list(module._forward_hooks.items()):
+        with_kwargs = key in module._forward_hooks_with_kwargs
+        changed = after(module, args, kwargs, out) if with_kwargs else after(module, args, out)
+        out = out if changed is None else changed
+    return out
+
+
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 
@@ -741,7 +757,7 @@ def _patched(recorder: Recorder) -> Iterator[None]:
 
     def module_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if id(module) in recorder._paths:
-            return recorder.call(module, args, kwargs)
+            return _with_hooks(module, args, kwargs, recorder.call)
         return call(module, *args, **kwargs)
 
     def function_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import skip_init
 from torch.utils._pytree import tree_map_only
 
-from .analyze import Structure, ancestors, input_dependent, tensor_of
+from .analyze import Structure, ancestors, input_dependent, is_size, known_by, tensor_of
 from .errors import PlanError
 from .graphs import Network
 from .layers import (
@@ -290,10 +290,11 @@ def _synthesise_taps(
     order = {node: index for index, node in enumerate(structure.chain)}
     ahead = [node for node in structure.chain[order[cut] + 1:] if node in ends or node in missing]
     ahead = ahead[: max((i + 1 for i, node in enumerate(ahead) if node in missing), default=0)]
-    keep = _sampled_blocks(structure, cut, ahead, options.depth)
+    way = _way(structure, cut, ahead, missing)
+    keep = _sampled_blocks(structure, way, options.depth)
     interface = predictors(structure.trace.shadow, structure.trace.output.meta["value"]) if predictions else set()
     value, present, narrow = own, cut, False
-    for index, (start, end) in enumerate(pairwise([cut, *ahead])):
+    for index, (start, end) in enumerate(pairwise(way)):
         same = structure.shape(start) == structure.shape(end)
         if (same and end in keep) or not _can_shorten(structure, start, end):
             value = _copy_region(build, cut, start, end, value, f"block{index}")
@@ -320,9 +321,29 @@ def _synthesise_taps(
                 build, origin, tap, base, origin, f"tap_{tap.name}", options.width)
 
 
-def _sampled_blocks(structure: Structure, cut: fx.Node, ahead: list[fx.Node], depth: int) -> set[fx.Node]:
+def _way(structure: Structure, cut: fx.Node, ahead: list[fx.Node], missing: list[fx.Node]) -> list[fx.Node]:
+    """The values of the trunk that are made one after the other. Where tokens become a map by the sizes of another
+    that is not made, the new map is made from what was before the tokens."""
+    known, dependent = known_by(structure.trace, cut), input_nodes(structure)
+    way = [cut]
+
+    def asks_for_what_is_not_made(start: fx.Node, end: fx.Node) -> bool:
+        region = _region(structure, start, end)
+        made = known | {start, *region}
+        return any(source in dependent and source not in made and (is_size(node) or is_size(source))
+                   for node in region for source in node.all_input_nodes)
+
+    for end in ahead:
+        while len(way) > 1 and way[-1] not in missing and not _can_shorten(structure, way[-1], end) and (
+                asks_for_what_is_not_made(way[-1], end)):
+            way.pop()
+        way.append(end)
+    return way
+
+
+def _sampled_blocks(structure: Structure, way: list[fx.Node], depth: int) -> set[fx.Node]:
     """``depth`` of the shape-keeping blocks ahead, sampled evenly (AugLocal's rule)."""
-    blocks = [end for start, end in pairwise([cut, *ahead]) if structure.shape(start) == structure.shape(end)]
+    blocks = [end for start, end in pairwise(way) if structure.shape(start) == structure.shape(end)]
     if depth >= len(blocks):
         return set(blocks) if depth else set()
     return {blocks[round((j + 1) * (len(blocks) - 1) / depth)] if depth > 1 else blocks[len(blocks) // 2]
@@ -343,14 +364,14 @@ def _copy_region(
     build: _Builder, cut: fx.Node, start: fx.Node, end: fx.Node, value: fx.Node, prefix: str
 ) -> fx.Node:
     """A fresh copy of a trunk region, applied to ``value``."""
-    region = _region(build.structure, start, end)
-    dependent = input_nodes(build.structure)
+    known, dependent = known_by(build.structure.trace, cut), input_nodes(build.structure)
+    region = [node for node in _region(build.structure, start, end) if node not in known]
     saved = dict(build.values)
     build.values[start] = value
     for node in region:
         for source in node.all_input_nodes:
             if source not in build.values and source not in region:
-                if source in dependent and not is_float(source.meta["value"]) and source in ancestors([cut]):
+                if source in dependent and not is_float(source.meta["value"]) and source in known:
                     build.input(source)  # a size that is known by then
                     continue
                 if source in dependent:
@@ -392,7 +413,7 @@ def _stage(
     conv = partial(_conv, build, rank, dtype, norm is None)
     made = False
     for before, node in pairwise([start, *path]):
-        if not _shrinks(structure, before, node):
+        if not _shrinks(structure, before, node, start, end):
             continue
         module = build.structure.trace.module(node)
         if made or _is_pool(module):
@@ -401,7 +422,7 @@ def _stage(
         geometry = _geometry(module, structure, before, node)
         value = build.add(f"{name}.conv", conv(channels, target, **geometry), value, fresh=True)
         made = True
-    pooled = any(_shrinks(structure, a, b) for a, b in pairwise([start, *path])) and not made
+    pooled = any(_shrinks(structure, a, b, start, end) for a, b in pairwise([start, *path])) and not made
     if not made and not (pooled and structure.channels(start) == structure.channels(end)):
         kernel = 3 if pooled else 1
         value = build.add(f"{name}.conv", conv(channels, target, kernel_size=kernel, padding=kernel // 2), value,
@@ -443,10 +464,15 @@ def _heaviest_path(structure: Structure, region: set[fx.Node], start: fx.Node, e
     return path[::-1]
 
 
-def _shrinks(structure: Structure, before: fx.Node, node: fx.Node) -> bool:
-    a, b = structure.spatial(before), structure.spatial(node)
-    return len(a) == len(b) and any(y < x for x, y in zip(a, b, strict=True)) and all(
-        y <= x for x, y in zip(a, b, strict=True))
+def _shrinks(structure: Structure, before: fx.Node, node: fx.Node, start: fx.Node, end: fx.Node) -> bool:
+    """Whether places are lost on the way from ``start`` to ``end``; attention's heads and scores have none to lose."""
+    a, b, first, last = (structure.spatial(value) for value in (before, node, start, end))
+    swapped = node.op != "call_module" and sorted(structure.shape(before)) == sorted(structure.shape(node))
+    if swapped or not len(a) == len(b) == len(last):
+        return False
+    between = all(y >= z for y, z in zip(b, last, strict=True)) and (
+        len(first) != len(b) or all(y <= x for x, y in zip(first, b, strict=True)))
+    return between and a != b and all(y <= x for x, y in zip(a, b, strict=True))
 
 
 def _is_pool(module: nn.Module | None) -> bool:

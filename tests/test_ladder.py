@@ -126,6 +126,42 @@ def test_saved_copied_and_planned_again(kind: type[nn.Module], rung: int, k: int
         assert all(p.grad is not None for p in other.parameters())
 
 
+class HooksItself(InLoop):
+    """Registers hooks on its own layers at its first call, to collect what they return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Stage(8, 8), Stage(8, 16, 2), Stage(16, 16), Stage(16, 32, 2), Stage(32, 32)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "found" not in vars(self):
+            for part in (*self.blocks, self.stem):
+                part.register_forward_hook(lambda _, args, out: self.found.append(out.mean()))
+        self.found = []
+        return super().forward(x) + sum(self.found)
+
+
+class Stage(nn.Module):
+    def __init__(self, *channels: int) -> None:
+        super().__init__()
+        self.a, self.b = Block(*channels), Block(channels[1], channels[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x))
+
+
+def test_hooks_that_a_model_registers_itself_run_without_a_graph() -> None:
+    model = HooksItself()
+    plain = copy.deepcopy(model).train()
+    local = compiled(model)
+    assert local.plan.report.rung == 5
+    for _ in range(2):
+        out = local(IMAGES, LABELS)
+        assert torch.equal(out.output, plain(IMAGES))
+    out.loss.backward()
+    assert not [name for name, part in model.named_modules() if part._forward_hooks]
+
+
 @pytest.mark.parametrize("k", [2, 4, ["blocks.1"], ["stem", "blocks.3"]])
 def test_fewer_modules_without_a_graph(k: object) -> None:
     plan = glcan_fx.plan(InLoop(), k=k, criterion=F.cross_entropy, example_inputs=IMAGES)

@@ -859,6 +859,35 @@ def labels(batch: int) -> Tensor:
     return torch.arange(batch) % CLASSES
 
 
+@case()
+class CollectsByHooks(Net):
+    """Registers hooks on its own layers while it runs, and reads what they saw."""
+
+    def forward(self, x: Tensor) -> Any:
+        found: list[Tensor] = []
+        handles = [block.register_forward_hook(lambda _, args, out: found.append(out)) for block in self.blocks]
+        x = self.blocks(self.stem(x))
+        for handle in handles:
+            handle.remove()
+        return self.fc(torch.cat([part.mean((2, 3)) for part in (*found, x)], 1)[:, -12:]) + found[0].mean()
+
+
+@case()
+class ChangesByHooks(Net):
+    def forward(self, x: Tensor) -> Any:
+        block = self.blocks[1]
+        handles = [
+            block.register_forward_pre_hook(lambda _, args: args[0] * 2),
+            block.register_forward_pre_hook(lambda _, args, kwargs: ((args[0] + 1,), kwargs), with_kwargs=True),
+            block[0].register_forward_hook(lambda _, args, out: out * 3),
+            block.register_forward_hook(lambda _, args, kwargs, out: out - 1, with_kwargs=True)]
+        try:
+            return super().forward(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
 def assert_same(found: Any, expected: Any) -> None:
     """The same classes and structure, and bit-equal tensors."""
     assert type(found) is type(expected)

@@ -172,6 +172,71 @@ def test_a_norm_layer_that_holds_an_activation(norm: type[nn.Module], last: type
     assert all(p.grad is not None for p in local.parameters())
 
 
+class PooledAttention(nn.Module):
+    """Queries at full resolution, keys and values at half of it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm, self.reduce = nn.LayerNorm(channels), nn.Conv2d(channels, channels, 2, 2)
+        self.q, self.kv, self.mlp = (nn.Linear(channels, n * channels) for n in (1, 2, 1))
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        y = self.norm(x)
+        pooled = self.reduce(y.transpose(1, 2).reshape(x.shape[0], -1, height, width)).flatten(2).transpose(1, 2)
+        k, v = self.kv(pooled).chunk(2, -1)
+        q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in (self.q(y), k, v))
+        x = x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + F.gelu(self.mlp(x))
+
+
+class TokenStage(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Conv2d(inputs, outputs, 3, 2, 1), nn.LayerNorm(outputs)
+        self.blocks = nn.ModuleList(PooledAttention(outputs) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        height, width = x.shape[2:]
+        x = x.flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x, height, width)
+        return self.norm(x).reshape(x.shape[0], height, width, -1).permute(0, 3, 1, 2).contiguous()
+
+
+class TokenPyramid(nn.Module):
+    """Stages that turn maps into tokens and back, all read by the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([TokenStage(3, 8), TokenStage(8, 16), TokenStage(16, 24)])
+        self.lateral = nn.ModuleList(nn.Conv2d(n, 8, 1) for n in (8, 16, 24))
+        self.classifier = nn.Conv2d(24, 10, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = []
+        for stage, lateral in zip(self.stages, self.lateral, strict=True):
+            x = stage(x)
+            maps.append(lateral(x))
+        maps = [F.interpolate(part, size=maps[0].shape[2:]) for part in maps]
+        return self.classifier(torch.cat(maps, 1))
+
+
+@pytest.mark.parametrize("width", [1.0, 0.5])
+def test_stages_of_tokens_between_maps(width: float) -> None:
+    """Attention to fewer places does not open its block; a map is synthesised at any image size."""
+    images, labels = torch.randn(2, 3, 32, 32), torch.randint(10, (2, 16, 16))
+    local = compiled(TokenPyramid(), example_inputs=images, aux_width=width)
+    blocks = [f"stages.{stage}.blocks.{block}" for stage in range(3) for block in range(2)]
+    assert [name for name in local.plan.cuts if "blocks" in name] == blocks
+    assert not local.plan.notes
+    made = dict(local.aux.get_submodule("0.network").named_modules())
+    assert not [name for name in made if "pool" in name]
+    step(local, images, labels)
+    assert all(p.grad is not None for p in local.parameters())
+    step(local, torch.randn(3, 3, 64, 32), torch.randint(10, (3, 32, 16)))
+
+
 class Leaky(Block):
     def forward(self, x: Tensor) -> Tensor:
         return F.leaky_relu(self.norm(self.conv(x)), 0.3)
