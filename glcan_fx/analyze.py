@@ -122,6 +122,22 @@ def ancestors(nodes: Iterable[fx.Node], known: Set[fx.Node] = frozenset()) -> se
     return found
 
 
+def known_by(trace: Trace, cut: fx.Node) -> set[fx.Node]:
+    """What a value of the trunk is computed from, and the sizes of that."""
+    known = ancestors([cut])
+    for node in trace.graph.nodes:
+        if node.all_input_nodes and is_size(node) and all(
+                source in known and source is not cut for source in node.all_input_nodes):
+            known.add(node)
+    return known
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether a node computes a number, or some, from the sizes of a value."""
+    tensors = any(isinstance(leaf, Tensor) for leaf in tree_leaves(node.meta.get("value")))
+    return node.op == "call_function" and not tensors and not node.meta["mutates"]
+
+
 def input_dependent(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that are computed from the network's inputs, not from parameters alone, or that change a buffer."""
     found: set[fx.Node] = set()
@@ -193,9 +209,9 @@ def _channels_last(trace: Trace) -> frozenset[fx.Node]:
 
 
 def _alike(a: Sequence[int], b: Sequence[int]) -> bool:
-    """Same shape, or but for one size (an extra token), or with places swapped."""
+    """Same shape, or but for one size (an extra token), or with places swapped, or in a row (tokens of a map)."""
     if len(a) != len(b):
-        return False
+        return min(len(a), len(b)) > 2 and (a[0], a[-1], math.prod(a)) == (b[0], b[-1], math.prod(b))
     return sum(x != y for x, y in zip(a, b, strict=True)) <= 1 or (sorted(a) == sorted(b) and a[-1] == b[-1])
 
 
@@ -278,9 +294,24 @@ def _hides_network(
     rank = tensor_of(start).dim()  # of another rank are attention's heads and the like
     places = [positions[node] for node in region if node in positions and tensor_of(node).dim() == rank]
     outside = min(positions.get(start, 1), positions.get(end, 1))
-    if places and 1 < min(places) < outside / _GROWS and (opened or _holds_half(trace, region, end)):
+    narrows = places and 1 < min(places) < outside / _GROWS and _grows(graph, start, end, region, positions)
+    if narrows and (opened or _holds_half(trace, region, end)):
         return True
     return _holds_most_layers(trace, start, end, region) or _holds_repeated_blocks(trace, graph, start, end, region)
+
+
+def _grows(
+    graph: nx.DiGraph, start: fx.Node, end: fx.Node, region: set[fx.Node], positions: dict[fx.Node, int]
+) -> bool:
+    """Whether places come back inside a region. Attention to fewer tokens has its places from the queries."""
+    rank, found = tensor_of(start).dim(), {start: positions.get(start, 1)}
+    for node in nx.topological_sort(graph.subgraph(region | {end})):
+        above = max(found.get(source, 1) for source in graph.predecessors(node))
+        same = node in positions and tensor_of(node).dim() == rank
+        if same and positions[node] >= _GROWS * above:
+            return True
+        found[node] = positions[node] if same else above
+    return False
 
 
 def _is_exit(node: fx.Node) -> bool:

@@ -19,7 +19,7 @@ from .copies import cuda_devices
 from .emit import register_task
 from .errors import PlanError, TraceError
 from .graphs import with_headlines
-from .layers import freshen, is_norm, moments, set_width, unhooked_copy, weights_in
+from .layers import freshen, inner_activation, is_norm, moments, set_width, unhooked_copy, weights_in
 from .local_model import LocalModel, assemble
 from .nested import tensors_in
 from .partition import K, merge
@@ -58,7 +58,7 @@ def units_of(model: nn.Module, calls: Sequence[Call]) -> list[CallUnit]:
 
     def is_stage(path: str) -> bool:
         parts = [model.get_submodule(p) for p in inner(path)]
-        blocks = [type(part) for part in parts if any(True for _ in part.children())]
+        blocks = [type(part) for part in parts if any(True for _ in part.children()) and not is_norm(part)]
         weighted = [part for part in parts if _has_weights(part)]
         return (isinstance(model.get_submodule(path), nn.Sequential) and len(weighted) > 1
                 or any(blocks.count(kind) > 1 for kind in blocks) or len(weighted) == 1 == len(blocks))
@@ -271,4 +271,6 @@ def _stage(module: nn.Module, source: Tensor, result: Tensor) -> nn.Module:
         set_width(norm, result.shape[1])
         freshen(norm, before)
         layers.append(norm)
-    return nn.Sequential(*layers, nn.ReLU())
+    if norm is None or inner_activation(norm) is None:
+        layers.append(nn.ReLU())
+    return nn.Sequential(*layers)

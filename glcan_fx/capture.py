@@ -29,6 +29,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from .copies import fake_like, kept_python_random, random_like, real_copy, replicate
+from .layers import is_norm
 from .nested import map_tensors, parts_of, plain_data, tensors_in
 
 _OWN_FILES = (torch.__path__[0] + os.sep, __file__, __file__.replace("capture.py", "trace.py"))
@@ -199,6 +200,7 @@ class Recorder(TorchFunctionMode):
         self.lost: dict[str, None] = {}
         self._paused = False
         self._paths = {id(module): path for path, module in reversed(list(root.named_modules(remove_duplicate=False)))}
+        self._whole = {id(module) for module in root.modules() if _is_torch_own(module) or is_norm(module)}
         self._attributes: dict[int, str] = {}
         for path, tensor in [*root.named_parameters(remove_duplicate=False),
                              *root.named_buffers(remove_duplicate=False)]:
@@ -380,7 +382,7 @@ class Recorder(TorchFunctionMode):
         if path in self.forced:
             return self._as_opaque(module, path, args, kwargs, self.forced[path])
         with_children = any(True for _ in module.children())
-        if _is_torch_own(module) or not with_children and not _holds_containers(args, kwargs):
+        if id(module) in self._whole or not with_children and not _holds_containers(args, kwargs):
             try:
                 return self._leaf(module, path, args, kwargs)
             except Exception as error:  # noqa: BLE001
@@ -413,8 +415,11 @@ class Recorder(TorchFunctionMode):
         return out
 
     def _returned(self, out: Any, path: str) -> None:
-        if path and isinstance(out, Tensor) and id(out) in self._known and not self._known[id(out)][1]:
-            self._known[id(out)][0].meta["returned_by"].append(path)
+        """Note whose value this is. What a block returns beside it (attention weights, a state) is made before it."""
+        made = [tensor for tensor in tensors_in(out) if id(tensor) in self._known]
+        if path and made:
+            value = max(made, key=lambda tensor: (tensor.is_floating_point(), self._known[id(tensor)][0]))
+            self._node_of(value).meta["returned_by"].append(path)
 
     def _leaf(self, module: nn.Module, path: str, args: Any, kwargs: Any, *, really: bool = False) -> Any:
         with self._pause():
@@ -570,7 +575,7 @@ class Recorder(TorchFunctionMode):
                 if key not in self._parts:
                     above = node if depth == 0 else self._parts[node, way[:depth]]
                     part = self._create("call_function", function, (above, step), {})
-                    part.meta["value"] = above.meta["value"][step]
+                    part.meta.update(value=above.meta["value"][step], derived=True)
                     self._set(self._parts, key, part)
             if way:
                 self._learn(tensor, self._parts[node, way], ())
@@ -668,6 +673,22 @@ def _holds_containers(args: Any, kwargs: Any) -> bool:
     return any(isinstance(value, list | tuple | dict) for value in [*args, *kwargs.values()])
 
 
+def _with_hooks(module: nn.Module, args: Any, kwargs: Any, call: Callable[[nn.Module, Any, Any], Any]) -> Any:
+    """Call a module of the shadow, and the hooks on it: a shadow has none but those that the model's forward registers
+    while it runs, to collect what its layers return."""
+    for key, before in list(module._forward_pre_hooks.items()):
+        if key in module._forward_pre_hooks_with_kwargs:
+            args, kwargs = before(module, args, kwargs) or (args, kwargs)
+        elif (changed := before(module, args)) is not None:
+            args = changed if isinstance(changed, tuple) else (changed,)
+    out = call(module, args, kwargs)
+    for key, after in list(module._forward_hooks.items()):
+        with_kwargs = key in module._forward_hooks_with_kwargs
+        changed = after(module, args, kwargs, out) if with_kwargs else after(module, args, out)
+        out = out if changed is None else changed
+    return out
+
+
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 
@@ -736,7 +757,7 @@ def _patched(recorder: Recorder) -> Iterator[None]:
 
     def module_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if id(module) in recorder._paths:
-            return recorder.call(module, args, kwargs)
+            return _with_hooks(module, args, kwargs, recorder.call)
         return call(module, *args, **kwargs)
 
     def function_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:

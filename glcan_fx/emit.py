@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx, nn
 
 from . import runtime
-from .analyze import Structure, ancestors, common_path, input_dependent
+from .analyze import Structure, common_path, input_dependent, known_by
 from .graphs import Parts, with_headlines
 from .synthesize import Auxiliary
 from .tasks import Task
@@ -24,7 +24,7 @@ def assign(structure: Structure, cuts: Sequence[fx.Node]) -> dict[fx.Node, int]:
     """Which local module each node of the traced graph belongs to: the first whose cut it is needed for."""
     owner: dict[fx.Node, int] = {}
     for index, cut in enumerate(cuts):
-        for node in ancestors([cut]):
+        for node in known_by(structure.trace, cut):  # sizes, so that what they are of need not be kept
             owner.setdefault(node, index)
     for node in structure.trace.graph.nodes:
         if node.op != "output":

@@ -36,9 +36,10 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 
 
 def leaves(module: nn.Module) -> Iterable[nn.Module]:
-    """The sub-modules that have parameters, buffers or no children, each once; torch.nn's composites stay whole."""
+    """The sub-modules that have parameters, buffers or no children, each once; torch.nn's composites, and norm layers
+    with an activation in them, stay whole."""
     for path, part in module.named_modules():
-        whole = isinstance(part, nn.MultiheadAttention) or "parametrizations" in part._modules
+        whole = isinstance(part, nn.MultiheadAttention) or "parametrizations" in part._modules or is_norm(part)
         inside = ".parametrizations." in f".{path}."
         if whole or not inside and not any(True for _ in part.children()):
             yield part
@@ -51,12 +52,29 @@ def narrowed(channels: int, width: float) -> int:
 
 def is_norm(module: nn.Module) -> bool:
     """A layer that normalises: it keeps statistics, or has an epsilon to divide by; one value per channel in each
-    tensor."""
+    tensor. It may hold what has no tensors: an activation, a dropout."""
     tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     sizes = {t.numel() for t in tensors if t.dim() == 1}
     normalises = "running_var" in module._buffers or any("eps" in name for name in vars(module))
-    alone = not any(True for _ in module.children())
+    alone = not any(True for child in module.children() for _ in [*child.parameters(), *child.buffers()])
     return normalises and alone and len(sizes) == 1 and all(t.dim() <= 1 for t in tensors)
+
+
+_GATES = nn.Sigmoid | nn.Hardsigmoid | nn.Softmax | nn.Softmin | nn.LogSoftmax
+ACTIVATIONS = {name.lower() for name, kind in vars(nn.modules.activation).items()
+               if isinstance(kind, type) and issubclass(kind, nn.Module)
+               and not issubclass(kind, _GATES | nn.MultiheadAttention)}
+
+
+def is_activation(module: nn.Module) -> bool:
+    """One of torch.nn's; gates do not count."""
+    kind = type(module)
+    return kind.__module__ == nn.modules.activation.__name__ and kind.__name__.lower() in ACTIVATIONS
+
+
+def inner_activation(norm: nn.Module) -> str | None:
+    """The name of the activation that a norm layer holds."""
+    return next((name for name, child in norm.named_children() if is_activation(child)), None)
 
 
 def fits(module: nn.Module, channels: int) -> bool:

@@ -6,7 +6,6 @@ network makes of it). What was called before the trunk is answered from a record
 """
 
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,6 +114,9 @@ def arguments_of(module: nn.Module, call: Call) -> dict[str, Any]:
 def _shallow(module: nn.Module) -> nn.Module:
     new: nn.Module = object.__new__(type(module))
     new.__dict__ = {**vars(module), "_modules": dict(module._modules)}
+    for name, value in vars(module).items():
+        if "_hooks" in name and isinstance(value, dict):  # those that a forward registers while it runs stay here
+            new.__dict__[name] = value.copy()
     return new
 
 
@@ -136,9 +138,9 @@ def substituted(model: nn.Module, answer: Callable[[str, nn.Module], Callable[..
             elif instead is not child:
                 stand_in = _shallow(child)
                 stand_in.__dict__.update(forward=instead, _stands_in=True)
-                for key, value in vars(child).items():
+                for key, value in vars(stand_in).items():
                     if key.endswith("_hooks") and isinstance(value, dict):
-                        stand_in.__dict__[key] = OrderedDict()
+                        value.clear()
                 new._modules[name] = stand_in
         return new
 

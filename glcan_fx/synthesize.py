@@ -21,10 +21,11 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import skip_init
 from torch.utils._pytree import tree_map_only
 
-from .analyze import Structure, ancestors, input_dependent, tensor_of
+from .analyze import Structure, ancestors, input_dependent, is_size, known_by, tensor_of
 from .errors import PlanError
 from .graphs import Network
 from .layers import (
+    ACTIVATIONS,
     Cost,
     Moments,
     channel_axis,
@@ -32,6 +33,8 @@ from .layers import (
     fit,
     fits,
     freshen,
+    inner_activation,
+    is_activation,
     is_norm,
     moments,
     narrowed,
@@ -382,10 +385,11 @@ def _synthesise_taps(
     order = {node: index for index, node in enumerate(structure.chain)}
     ahead = [node for node in structure.chain[order[cut] + 1:] if node in ends or node in missing]
     ahead = ahead[: max((i + 1 for i, node in enumerate(ahead) if node in missing), default=0)]
-    keep = _sampled_blocks(structure, cut, ahead, options.depth)
+    way = _way(structure, cut, ahead, missing)
+    keep = _sampled_blocks(structure, way, options.depth)
     interface = predictors(structure.trace.shadow, structure.trace.output.meta["value"]) if predictions else set()
     value, present, narrow = own, cut, False
-    for index, (start, end) in enumerate(pairwise([cut, *ahead])):
+    for index, (start, end) in enumerate(pairwise(way)):
         same = structure.shape(start) == structure.shape(end)
         if (same and end in keep) or not _can_shorten(structure, start, end):
             value = _copy_region(build, cut, start, end, value, f"block{index}")
@@ -412,9 +416,29 @@ def _synthesise_taps(
                 build, origin, tap, base, origin, f"tap_{tap.name}", options.width, options.head == "lean")
 
 
-def _sampled_blocks(structure: Structure, cut: fx.Node, ahead: list[fx.Node], depth: int) -> set[fx.Node]:
+def _way(structure: Structure, cut: fx.Node, ahead: list[fx.Node], missing: list[fx.Node]) -> list[fx.Node]:
+    """The values of the trunk that are made one after the other. Where tokens become a map by the sizes of another
+    that is not made, the new map is made from what was before the tokens."""
+    known, dependent = known_by(structure.trace, cut), input_nodes(structure)
+    way = [cut]
+
+    def asks_for_what_is_not_made(start: fx.Node, end: fx.Node) -> bool:
+        region = _region(structure, start, end)
+        made = known | {start, *region}
+        return any(source in dependent and source not in made and (is_size(node) or is_size(source))
+                   for node in region for source in node.all_input_nodes)
+
+    for end in ahead:
+        while len(way) > 1 and way[-1] not in missing and not _can_shorten(structure, way[-1], end) and (
+                asks_for_what_is_not_made(way[-1], end)):
+            way.pop()
+        way.append(end)
+    return way
+
+
+def _sampled_blocks(structure: Structure, way: list[fx.Node], depth: int) -> set[fx.Node]:
     """``depth`` of the shape-keeping blocks ahead, sampled evenly (AugLocal's rule)."""
-    blocks = [end for start, end in pairwise([cut, *ahead]) if structure.shape(start) == structure.shape(end)]
+    blocks = [end for start, end in pairwise(way) if structure.shape(start) == structure.shape(end)]
     if depth >= len(blocks):
         return set(blocks) if depth else set()
     return {blocks[round((j + 1) * (len(blocks) - 1) / depth)] if depth > 1 else blocks[len(blocks) // 2]
@@ -435,14 +459,14 @@ def _copy_region(
     build: _Builder, cut: fx.Node, start: fx.Node, end: fx.Node, value: fx.Node, prefix: str
 ) -> fx.Node:
     """A fresh copy of a trunk region, applied to ``value``."""
-    region = _region(build.structure, start, end)
-    dependent = input_nodes(build.structure)
+    known, dependent = known_by(build.structure.trace, cut), input_nodes(build.structure)
+    region = [node for node in _region(build.structure, start, end) if node not in known]
     saved = dict(build.values)
     build.values[start] = value
     for node in region:
         for source in node.all_input_nodes:
             if source not in build.values and source not in region:
-                if source in dependent and not is_float(source.meta["value"]) and source in ancestors([cut]):
+                if source in dependent and not is_float(source.meta["value"]) and source in known:
                     build.input(source)  # a size that is known by then
                     continue
                 if source in dependent:
@@ -484,7 +508,7 @@ def _stage(
     conv = partial(_conv, build, rank, dtype, norm is None)
     made = False
     for before, node in pairwise([start, *path]):
-        if not _shrinks(structure, before, node):
+        if not _shrinks(structure, before, node, start, end):
             continue
         module = build.structure.trace.module(node)
         if made or _is_pool(module):
@@ -497,7 +521,7 @@ def _stage(
             geometry = {"kernel_size": 1}
         value = build.add(f"{name}.conv", conv(channels, target, **geometry), value, fresh=True)
         made = True
-    pooled = any(_shrinks(structure, a, b) for a, b in pairwise([start, *path])) and not made
+    pooled = any(_shrinks(structure, a, b, start, end) for a, b in pairwise([start, *path])) and not made
     if not made and not (pooled and structure.channels(start) == structure.channels(end)):
         kernel = 3 if pooled and not lean else 1
         value = build.add(f"{name}.conv", conv(channels, target, kernel_size=kernel, padding=kernel // 2), value,
@@ -539,10 +563,15 @@ def _heaviest_path(structure: Structure, region: set[fx.Node], start: fx.Node, e
     return path[::-1]
 
 
-def _shrinks(structure: Structure, before: fx.Node, node: fx.Node) -> bool:
-    a, b = structure.spatial(before), structure.spatial(node)
-    return len(a) == len(b) and any(y < x for x, y in zip(a, b, strict=True)) and all(
-        y <= x for x, y in zip(a, b, strict=True))
+def _shrinks(structure: Structure, before: fx.Node, node: fx.Node, start: fx.Node, end: fx.Node) -> bool:
+    """Whether places are lost on the way from ``start`` to ``end``; attention's heads and scores have none to lose."""
+    a, b, first, last = (structure.spatial(value) for value in (before, node, start, end))
+    swapped = node.op != "call_module" and sorted(structure.shape(before)) == sorted(structure.shape(node))
+    if swapped or not len(a) == len(b) == len(last):
+        return False
+    between = all(y >= z for y, z in zip(b, last, strict=True)) and (
+        len(first) != len(b) or all(y <= x for x, y in zip(first, b, strict=True)))
+    return between and a != b and all(y <= x for x, y in zip(a, b, strict=True))
 
 
 def _is_pool(module: nn.Module | None) -> bool:
@@ -597,42 +626,38 @@ def _move_axis(build: _Builder, value: fx.Node, rank: int, *, to_last: bool) -> 
 
 def _kinds(
     structure: Structure, region: set[fx.Node], path: list[fx.Node], end: fx.Node
-) -> tuple[fx.Node | None, fx.Node | None]:
-    """The last norm layer and activation on the way, or beside it: the source's own kinds."""
-    norm = activation = None
+) -> tuple[fx.Node | None, fx.Node | str | None]:
+    """The last norm layer and activation (a module's path, or the node of a function) on the way, or beside it: the
+    source's own kinds. No activation where the norm layer holds one."""
+    norm: fx.Node | None = None
+    activation: fx.Node | str | None = None
     beside = [node for node in structure.trace.graph.nodes if node in region and node not in path]
     for node in [*beside, *path]:
         module = structure.trace.module(node)
         if module is not None and is_norm(module) and _is_map(node):
             last = channel_axis(module, tensor_of(node)) == -1
             norm = node if last == (end in structure.channels_last) else norm
+            inner = inner_activation(module)
+            activation = f"{node.target}.{inner}" if inner else activation
         elif _is_map(node) and _is_activation(node, module):
-            activation = node
+            activation = str(node.target) if module is not None else node
+    if norm is not None and inner_activation(structure.trace.shadow.get_submodule(str(norm.target))):
+        activation = None
     return norm, activation
-
-
-_ACTIVATIONS = {name.lower() for name, kind in vars(nn.modules.activation).items()
-                if isinstance(kind, type) and issubclass(kind, nn.Module)
-                and not issubclass(kind, nn.Softmax | nn.Softmin | nn.LogSoftmax | nn.MultiheadAttention)}
-_GATES = {"sigmoid", "hardsigmoid", "softmax", "logsoftmax"}
 
 
 def _is_activation(node: fx.Node, module: nn.Module | None) -> bool:
     """A torch.nn activation that keeps the shape, called as a module, a function or a method; gates do not count."""
-    if module is not None:
-        name = type(module).__name__ if type(module).__module__ == nn.modules.activation.__name__ else ""
-    else:
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    name = str(name).replace("_", "").lower()
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    found = str(name).replace("_", "").lower() in ACTIVATIONS if module is None else is_activation(module)
     sources = [source for source in node.all_input_nodes if _is_map(source)]
-    return name in _ACTIVATIONS - _GATES and len(sources) == 1 and (
-        tensor_of(sources[0]).shape == tensor_of(node).shape)
+    return found and len(sources) == 1 and tensor_of(sources[0]).shape == tensor_of(node).shape
 
 
-def _activate(build: _Builder, node: fx.Node, value: fx.Node, name: str) -> fx.Node:
-    """The activation of ``node``, with its own arguments, applied to ``value``."""
-    if node.op == "call_module":
-        return build.add(name, build.clone(str(node.target)), value)
+def _activate(build: _Builder, node: fx.Node | str, value: fx.Node, name: str) -> fx.Node:
+    """The activation of ``node``, with its own arguments, or the module at that path, applied to ``value``."""
+    if isinstance(node, str):
+        return build.add(name, build.clone(node), value)
     fresh = build.graph.call_function(torch.clone, (value,))  # it may work in place
     return build.graph.node_copy(node, lambda _: fresh)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from test_users_models import IMAGES, LABELS, Block
+from test_users_models import IMAGES, LABELS, Block, NormAct, NormsAct
 from torch import Tensor, nn
 
 import glcan_fx
@@ -126,6 +126,42 @@ def test_saved_copied_and_planned_again(kind: type[nn.Module], rung: int, k: int
         assert all(p.grad is not None for p in other.parameters())
 
 
+class HooksItself(InLoop):
+    """Registers hooks on its own layers at its first call, to collect what they return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Stage(8, 8), Stage(8, 16, 2), Stage(16, 16), Stage(16, 32, 2), Stage(32, 32)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "found" not in vars(self):
+            for part in (*self.blocks, self.stem):
+                part.register_forward_hook(lambda _, args, out: self.found.append(out.mean()))
+        self.found = []
+        return super().forward(x) + sum(self.found)
+
+
+class Stage(nn.Module):
+    def __init__(self, *channels: int) -> None:
+        super().__init__()
+        self.a, self.b = Block(*channels), Block(channels[1], channels[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x))
+
+
+def test_hooks_that_a_model_registers_itself_run_without_a_graph() -> None:
+    model = HooksItself()
+    plain = copy.deepcopy(model).train()
+    local = compiled(model)
+    assert local.plan.report.rung == 5
+    for _ in range(2):
+        out = local(IMAGES, LABELS)
+        assert torch.equal(out.output, plain(IMAGES))
+    out.loss.backward()
+    assert not [name for name, part in model.named_modules() if part._forward_hooks]
+
+
 @pytest.mark.parametrize("k", [2, 4, ["blocks.1"], ["stem", "blocks.3"]])
 def test_fewer_modules_without_a_graph(k: object) -> None:
     plan = glcan_fx.plan(InLoop(), k=k, criterion=F.cross_entropy, example_inputs=IMAGES)
@@ -133,6 +169,15 @@ def test_fewer_modules_without_a_graph(k: object) -> None:
     assert isinstance(k, int) or list(plan.cuts) == k
     with pytest.raises(glcan_fx.PlanError, match="offers 1 to 6"):
         glcan_fx.plan(InLoop(), k=7, criterion=F.cross_entropy, example_inputs=IMAGES)
+
+
+@pytest.mark.parametrize("last", [nn.Hardswish, nn.Identity])
+def test_a_norm_layer_brings_its_activation(last: type[nn.Module]) -> None:
+    model = InLoop()
+    model.blocks[1] = NormsAct(NormAct, last(), 8, 16, 2)
+    model.blocks[1].norm = NormAct(16, last())
+    _, norm, *rest = compiled(model).aux.get_submodule("0.head.network.parts")[1]
+    assert isinstance(norm, NormAct) and [type(part) for part in rest] == ([nn.ReLU] if last is nn.Identity else [])
 
 
 def test_activations_die_with_their_module() -> None:

@@ -860,6 +860,35 @@ def labels(batch: int) -> Tensor:
     return torch.arange(batch) % CLASSES
 
 
+@case()
+class CollectsByHooks(Net):
+    """Registers hooks on its own layers while it runs, and reads what they saw."""
+
+    def forward(self, x: Tensor) -> Any:
+        found: list[Tensor] = []
+        handles = [block.register_forward_hook(lambda _, args, out: found.append(out)) for block in self.blocks]
+        x = self.blocks(self.stem(x))
+        for handle in handles:
+            handle.remove()
+        return self.fc(torch.cat([part.mean((2, 3)) for part in (*found, x)], 1)[:, -12:]) + found[0].mean()
+
+
+@case()
+class ChangesByHooks(Net):
+    def forward(self, x: Tensor) -> Any:
+        block = self.blocks[1]
+        handles = [
+            block.register_forward_pre_hook(lambda _, args: args[0] * 2),
+            block.register_forward_pre_hook(lambda _, args, kwargs: ((args[0] + 1,), kwargs), with_kwargs=True),
+            block[0].register_forward_hook(lambda _, args, out: out * 3),
+            block.register_forward_hook(lambda _, args, kwargs, out: out - 1, with_kwargs=True)]
+        try:
+            return super().forward(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
 def assert_same(found: Any, expected: Any) -> None:
     """The same classes and structure, and bit-equal tensors."""
     assert type(found) is type(expected)
@@ -1088,6 +1117,54 @@ def test_parameters_that_the_first_call_makes(kind: type[nn.Module]) -> None:
     model(*inputs)
     local = glcan_fx.transform(model, criterion=criterion, example_inputs=inputs)
     run(local, inputs, labels(2)).loss.backward()
+    assert all(p.grad is not None for p in local.parameters())
+
+
+class HandsOnSizes(Block):
+    """A block that returns its value and something beside it, as attention blocks do that pool their tokens."""
+
+    def forward(self, x: Tensor, beside: Any) -> Any:
+        x = x + self.conv(x)
+        return x + self.conv(x).relu(), beside
+
+
+class HandsOnWeights(Block):
+    def forward(self, x: Tensor, beside: Any) -> Any:
+        gate = self.conv(x).sigmoid()
+        x = x + gate * x
+        return x + self.conv(x), gate
+
+
+class HandsOnStateFirst(Block):
+    def forward(self, x: Tensor, beside: Any) -> Any:
+        state, x = HandsOnWeights.forward(self, x, beside)[::-1]
+        return {"state": state, "x": x}
+
+
+class HandsOnFromOpaque(HandsOnSizes):
+    def forward(self, x: Tensor, beside: Any) -> Any:
+        return super().forward(x * 2 if float(x.sum()) > 1e9 else x, beside)
+
+
+class HandsOn(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.stem, self.fc = layer(3, 8), nn.Linear(8, CLASSES)
+        self.blocks = nn.ModuleList(kind() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, beside = self.stem(x), x.shape[2:]
+        for block in self.blocks:
+            out = block(x, beside)
+            x, beside = (out["x"], out["state"]) if isinstance(out, dict) else out
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", [HandsOnSizes, HandsOnWeights, HandsOnStateFirst, HandsOnFromOpaque])
+def test_blocks_that_return_more_than_their_value_are_units(kind: type[nn.Module]) -> None:
+    local = glcan_fx.transform(HandsOn(kind), criterion=criterion, example_inputs=images(2))
+    assert local.plan.cuts == ("stem", "blocks.0", "blocks.1", "blocks.2")
+    run(local, images(3), labels(3)).loss.backward()
     assert all(p.grad is not None for p in local.parameters())
 
 

@@ -114,6 +114,129 @@ def test_the_stages_norm_is_a_norm(act: nn.Module | None) -> None:
     assert isinstance(stage.norm, nn.BatchNorm2d)
 
 
+class NormAct(nn.BatchNorm2d):
+    """A norm layer that holds its activation, and asks for its mode itself."""
+
+    def __init__(self, channels: int, act: nn.Module) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        mean, var = (self.running_mean, self.running_var)
+        return self.act(self.drop(F.batch_norm(x, mean, var, self.weight, self.bias, self.training, 0.1, self.eps)))
+
+
+class GroupNormAct(nn.GroupNorm):
+    """The same in every mode."""
+
+    def __init__(self, channels: int, act: nn.Module) -> None:
+        super().__init__(4, channels)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps))
+
+
+class NormsAct(Block):
+    """Two convolutions, each with a norm layer; the second one's activation may be none."""
+
+    def __init__(self, norm: type[nn.Module], last: nn.Module, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__(inputs, outputs, stride)
+        self.norm, self.norm2 = norm(outputs, nn.SiLU(inplace=True)), norm(outputs, last)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm2(self.conv2(self.norm(self.conv(x)))) + self.skip(x)
+
+
+@pytest.mark.parametrize("width", [1.0, 0.5])
+@pytest.mark.parametrize("last", [nn.Hardswish, nn.Identity])
+@pytest.mark.parametrize("norm", [NormAct, GroupNormAct])
+def test_a_norm_layer_that_holds_an_activation(norm: type[nn.Module], last: type[nn.Module], width: float) -> None:
+    model = Net()
+    for name, block in [("a", (8, 8)), ("b", (8, 16, 2)), ("c", (16, 16)), ("d", (16, 32, 2))]:
+        setattr(model, name, NormsAct(norm, last(), *block))
+    local = compiled(model, aux_width=width)
+    assert local.plan.cuts == ("stem", "a", "b", "c")
+    assert local.plan.report.rung == 1
+    stage = local.aux.get_submodule("0.network.stage1")
+    assert isinstance(stage.norm, norm) and isinstance(stage.norm.act, last)
+    assert stage.norm.weight.shape == (stage.conv.out_channels,) == (16 * width,)
+    if last is nn.Identity:
+        assert isinstance(stage.activation, nn.SiLU) and not stage.activation.inplace
+    else:
+        assert not hasattr(stage, "activation")
+    step(local)
+    assert all(p.grad is not None for p in local.parameters())
+
+
+class PooledAttention(nn.Module):
+    """Queries at full resolution, keys and values at half of it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm, self.reduce = nn.LayerNorm(channels), nn.Conv2d(channels, channels, 2, 2)
+        self.q, self.kv, self.mlp = (nn.Linear(channels, n * channels) for n in (1, 2, 1))
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        y = self.norm(x)
+        pooled = self.reduce(y.transpose(1, 2).reshape(x.shape[0], -1, height, width)).flatten(2).transpose(1, 2)
+        k, v = self.kv(pooled).chunk(2, -1)
+        q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in (self.q(y), k, v))
+        x = x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + F.gelu(self.mlp(x))
+
+
+class TokenStage(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Conv2d(inputs, outputs, 3, 2, 1), nn.LayerNorm(outputs)
+        self.blocks = nn.ModuleList(PooledAttention(outputs) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        height, width = x.shape[2:]
+        x = x.flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x, height, width)
+        return self.norm(x).reshape(x.shape[0], height, width, -1).permute(0, 3, 1, 2).contiguous()
+
+
+class TokenPyramid(nn.Module):
+    """Stages that turn maps into tokens and back, all read by the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([TokenStage(3, 8), TokenStage(8, 16), TokenStage(16, 24)])
+        self.lateral = nn.ModuleList(nn.Conv2d(n, 8, 1) for n in (8, 16, 24))
+        self.classifier = nn.Conv2d(24, 10, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = []
+        for stage, lateral in zip(self.stages, self.lateral, strict=True):
+            x = stage(x)
+            maps.append(lateral(x))
+        maps = [F.interpolate(part, size=maps[0].shape[2:]) for part in maps]
+        return self.classifier(torch.cat(maps, 1))
+
+
+@pytest.mark.parametrize("width", [1.0, 0.5])
+def test_stages_of_tokens_between_maps(width: float) -> None:
+    """Attention to fewer places does not open its block; a map is synthesised at any image size."""
+    images, labels = torch.randn(2, 3, 32, 32), torch.randint(10, (2, 16, 16))
+    local = compiled(TokenPyramid(), example_inputs=images, aux_width=width)
+    blocks = [f"stages.{stage}.blocks.{block}" for stage in range(3) for block in range(2)]
+    assert [name for name in local.plan.cuts if "blocks" in name] == blocks
+    assert not local.plan.notes
+    made = dict(local.aux.get_submodule("0.network").named_modules())
+    assert not [name for name in made if "pool" in name]
+    step(local, images, labels)
+    assert all(p.grad is not None for p in local.parameters())
+    step(local, torch.randn(3, 3, 64, 32), torch.randint(10, (3, 32, 16)))
+
+
 class Leaky(Block):
     def forward(self, x: Tensor) -> Tensor:
         return F.leaky_relu(self.norm(self.conv(x)), 0.3)
