@@ -1,6 +1,6 @@
 """glcan_fx: train vision models in less memory, by gradient-isolated local modules that a compiler builds."""
 
-from .compiler import plan, transform
+from .compiler import estimate_memory, plan, transform
 from .errors import (
     CriterionError,
     GlcanFxError,
@@ -10,6 +10,7 @@ from .errors import (
     UnsupportedError,
     UnusedGradientsWarning,
 )
+from .estimate import Estimate, Memory
 from .local_model import LocalModel
 from .plan import LocalModule, Plan
 from .rules import Feature, Place, Rules
@@ -19,7 +20,8 @@ from .tasks import Classification, CriterionTask, Detection, Segmentation, Super
 __version__ = "0.1.0"
 
 __all__ = [
-    "Classification", "CriterionError", "CriterionTask", "Detection", "Feature", "GlcanFxError", "LocalModel",
-    "LocalModule", "LocalOutput", "Place", "Plan", "PlanError", "Rules", "Segmentation", "SuperResolution",
-    "TargetError", "Task", "TraceError", "UnsupportedError", "UnusedGradientsWarning", "plan", "transform",
+    "Classification", "CriterionError", "CriterionTask", "Detection", "Estimate", "Feature", "GlcanFxError",
+    "LocalModel", "LocalModule", "LocalOutput", "Memory", "Place", "Plan", "PlanError", "Rules", "Segmentation",
+    "SuperResolution", "TargetError", "Task", "TraceError", "UnsupportedError", "UnusedGradientsWarning",
+    "estimate_memory", "plan", "transform",
 ]

@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from .errors import PlanError
+
 _aten = torch.ops.aten
 _GRANULE = 512  # the CUDA caching allocator rounds every block up to 512 bytes
 
@@ -218,8 +220,8 @@ def _on_fake(func: Any, args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:
     try:
         return func(*args, **kwargs)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise NotImplementedError(f"memory cannot be estimated on fake tensors: the result of {func} depends on "
-                                  "values") from error
+        raise PlanError(f"the memory of a step cannot be simulated: the shape of what {func} returns depends on "
+                        "values") from error
 
 
 def _whole(index: Tensor | None) -> list[Tensor | None]:

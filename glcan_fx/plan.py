@@ -10,6 +10,7 @@ from torch import nn
 
 from .capture import Opaque, Specialisation
 from .errors import PlanError
+from .estimate import Estimate, Memory, OptimizerLike
 from .replay import Segments, Surroundings
 from .rules import Feature
 from .show import plan_dot, plan_table
@@ -19,7 +20,6 @@ from .tasks.base import Criterion
 from .trace import Report
 
 if TYPE_CHECKING:
-    from .estimate import Memory, OptimizerLike
     from .local_model import LocalModel
 
 _VERSION = 1
@@ -86,7 +86,7 @@ class Plan:
     draft: "Draft | None" = dataclasses.field(default=None, compare=False, repr=False)
 
     @functools.cached_property
-    def memory(self) -> "Memory":
+    def memory(self) -> Memory:
         """Simulated memory and compute of a training step with SGD and momentum: of this plan, of backpropagation, and
         of backpropagation with every block recomputed (activation checkpointing). Takes seconds, once.
 
@@ -95,15 +95,18 @@ class Plan:
         """
         return self.estimate()
 
-    def estimate(self, optimizer: "OptimizerLike" = "sgd") -> "Memory":
+    def estimate(self, optimizer: OptimizerLike = "sgd") -> Memory:
         """As ``memory``, with another optimiser: "sgd", "adam", a function of the parameters, or None."""
+        return self.known.memory(self, optimizer)
+
+    @property
+    def known(self) -> "Draft":
+        """What planning knows of the model. Raises PlanError where the plan does not have it."""
         if self.draft is None:
-            reason = "its local modules run as Python" if isinstance(self.around, Segments) else "it was read from JSON"
+            reason = ("its local modules run as Python" if isinstance(self.around, Segments) else
+                      "it was read from JSON: apply it, and ask the compiled model's plan")
             raise PlanError(f"the memory of this plan cannot be simulated: {reason}.")
-        try:
-            return self.draft.memory(self, optimizer)
-        except NotImplementedError as error:
-            raise PlanError(f"the memory of this plan cannot be simulated: {error}") from error
+        return self.draft
 
     @property
     def k(self) -> int:
@@ -132,6 +135,7 @@ class Plan:
         """The plan as JSON text (format version 1); ``from_json`` reads it back."""
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del data["task_object"], data["draft"]
+        data["memory"] = vars(self).get("memory")  # where it was simulated
         return json.dumps({"format": "glcan_fx.plan", "version": _VERSION, **data}, indent=1, default=_plain)
 
     @classmethod
@@ -153,7 +157,13 @@ class Plan:
                 kind: Any = Segments if "paths" in data["around"] else Surroundings
                 data["around"] = kind(*map(_tuples, data["around"].values()))
             data["natural"], data["notes"] = tuple(data["natural"]), tuple(data["notes"])
-            return cls(**data)
+            memory = data.pop("memory")
+            made = cls(**data)
+            if memory is not None:
+                estimates: Any = {name: e and Estimate(**{**e, "timeline": _tuples(e["timeline"])})
+                                  for name, e in memory.items()}
+                made.__dict__["memory"] = Memory(**estimates)
+            return made
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"this is no plan in JSON: {error!r}") from error
 
@@ -171,7 +181,7 @@ class Plan:
 class Draft(Protocol):
     """What planning knows of the model, and a plan does not say."""
 
-    def memory(self, plan: Plan, optimizer: "OptimizerLike") -> "Memory": ...
+    def memory(self, plan: Plan, optimizer: OptimizerLike) -> Memory: ...
 
 
 def _plain(value: Any) -> Any:

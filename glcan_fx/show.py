@@ -8,6 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from .errors import GlcanFxError
+
 if TYPE_CHECKING:
     from .plan import LocalModule, Plan
 
@@ -37,13 +39,28 @@ def plan_table(plan: "Plan", *, width: int = 120) -> str:
     text = StringIO()
     console = Console(file=text, width=width, color_system=None)
     console.print(table)
-    state = 16 * sum(m.aux_parameters for m in modules)
-    console.print(f"Backpropagation keeps {_size(sum(m.saved for m in modules))}; the largest module keeps "
-                  f"{_size(max(m.saved + m.aux_saved for m in modules))}, and auxiliary weights, gradients and Adam's "
-                  f"state take {_size(state)} all the time.")
+    console.print(*_memory(plan), sep="\n")
     for note in plan.notes:
         console.print(f"note: {note}")
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def _memory(plan: "Plan") -> list[str]:
+    """What a training step takes, beside backpropagation."""
+    try:
+        memory = plan.memory
+    except GlcanFxError as error:
+        return [f"note: {error}"]
+    plain = memory.backpropagation
+    rows = [("backpropagation", plain), ("with every block recomputed", memory.checkpointing),
+            ("this plan", memory.plan)]
+    lines = ["Peak memory of a training step with SGD and momentum, simulated; compute relative to backpropagation's:"]
+    lines += [f"  {name}: {_size(e.peak)} ({e.peak / plain.peak:.2f}), compute {e.flops / max(plain.flops, 1):.2f}"
+              for name, e in rows if e is not None]
+    parts = sorted(memory.plan.parts.items(), key=lambda item: -item[1])
+    lines.append(f"This plan's peak is during {memory.plan.when}: "
+                 + ", ".join(f"{name} {_size(size)}" for name, size in parts if size >= 0.005 * memory.plan.peak))
+    return lines
 
 
 def _common_prefix(names: list[str]) -> str:

@@ -71,20 +71,21 @@ class Detection(Task):
         return "backbone"
 
     def example_inputs(self, model: nn.Module, given: Any) -> tuple[Any, ...]:
-        """A batch (N, 3, H, W) for the backbone; from a list of images, a batch, or 2 x 3 x 320 x 320 by default."""
+        """The batch (N, 3, H, W) that the detector's transform makes of a list of images, or a batch; of two images of
+        320 x 320 by default."""
         parameters = model.get_submodule("backbone").parameters()
         dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
         if given is None:
-            return (torch.empty(2, 3, _EXAMPLE, _EXAMPLE, dtype=dtype, device="meta"),)
+            given = torch.empty(2, 3, _EXAMPLE, _EXAMPLE, device="meta")
         if isinstance(given, tuple | list) and given and isinstance(given[0], tuple | list):
             given = given[0]  # (images, targets)
         images = list(given) if isinstance(given, tuple | list | Tensor) else []
         if not images or not all(isinstance(image, Tensor) and image.dim() == 3 for image in images):
             raise PlanError("example_inputs= for detection: a list of (3, H, W) images, or one (N, 3, H, W) batch")
-        sizes = [max(image.shape[axis] for image in images) for axis in range(3)]
-        divisor = getattr(model.transform, "size_divisible", 32)
-        height, width = (-(-size // divisor) * divisor for size in sizes[1:])
-        return (torch.empty(len(images), sizes[0], height, width, dtype=dtype, device="meta"),)
+        transform = copy.copy(model.get_submodule("transform"))
+        transform.__dict__["training"] = False  # the largest of several sizes
+        batch, _ = transform([torch.empty(image.shape, dtype=torch.float32, device="meta") for image in images])
+        return (torch.empty(batch.tensors.shape, dtype=dtype, device="meta"),)
 
     def example_targets(self, model: nn.Module, inputs: Any, outputs: Any) -> Any:
         """Eight objects per image, of sizes from a sixteenth to a half of it."""

@@ -1,0 +1,417 @@
+"""Memory: simulated steps beside real ones, budgets, and the savings that change no gradient."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torchvision.models import resnet18
+from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_fpn, fcos_resnet50_fpn
+
+import glcan_fx
+from glcan_fx import PlanError, UnsupportedError
+from glcan_fx.memory import PeakMemory
+from glcan_fx.models import edsr, retinanet, yolo
+from glcan_fx.planner import in_bytes
+from glcan_fx.runtime import SlicedHead
+
+BATCH = 4
+
+
+def boxes(count: int) -> dict[str, Tensor]:
+    corner = torch.arange(count)[:, None] * 9.0 + torch.tensor([[8.0, 12.0]])
+    return {"boxes": torch.cat([corner, corner + 50], 1), "labels": torch.ones(count, dtype=torch.int64)}
+
+
+def detector(build: Callable[[], nn.Module]) -> Callable[[], tuple[nn.Module, dict[str, Any], Any, Any]]:
+    def made() -> tuple[nn.Module, dict[str, Any], Any, Any]:
+        images = [torch.rand(3, 128, 128) for _ in range(BATCH)]
+        return (build(), {"task": "detection", "example_inputs": images}, images,
+                [boxes(count) for count in (8, 8, 8, 8)])
+    return made
+
+
+def classifier() -> tuple[nn.Module, dict[str, Any], Any, Any]:
+    x = torch.randn(BATCH, 3, 64, 64)
+    return resnet18(num_classes=10), {"task": "classification", "example_inputs": x}, x, torch.randint(10, (BATCH,))
+
+
+def super_resolution() -> tuple[nn.Module, dict[str, Any], Any, Any]:
+    x, y = torch.rand(BATCH, 3, 24, 24), torch.rand(BATCH, 3, 48, 48)
+    return edsr(2, blocks=4, channels=16), {"task": "super_resolution", "example_inputs": x}, x, y
+
+
+def small_retinanet() -> nn.Module:
+    return retinanet(18, num_classes=5, min_size=128, max_size=128, fpn_channels=64)
+
+
+CASES = {
+    "classification": classifier,
+    "super-resolution": super_resolution,
+    "RetinaNet": detector(small_retinanet),
+    "YOLO": detector(lambda: yolo(18, num_classes=5, image_size=128, neck_channels=(16, 32, 64))),
+    "FCOS": detector(lambda: fcos_resnet50_fpn(weights=None, weights_backbone=None, num_classes=5, min_size=128,
+                                               max_size=128)),
+    "Faster R-CNN": detector(lambda: fasterrcnn_mobilenet_v3_large_fpn(
+        weights=None, weights_backbone=None, num_classes=5, min_size=128, max_size=128)),
+}
+
+
+def loss_of(result: Any) -> Tensor:
+    return sum(result.values()) if isinstance(result, dict) else result.loss
+
+
+def real_peak(model: nn.Module, step: Callable[[], Tensor], inputs: Any) -> int:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    for _ in range(2):
+        with PeakMemory(model, optimizer, *(inputs if isinstance(inputs, list) else [inputs])) as memory:
+            step().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return memory.bytes
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_simulated_step_needs_what_a_real_one_does(case: str) -> None:
+    model, given, inputs, targets = CASES[case]()
+    plan = glcan_fx.plan(model, **given)
+    local = plan.apply(copy.deepcopy(model)).train()
+    measured = real_peak(local, lambda: loss_of(local(inputs, targets)), inputs)
+    assert plan.memory.plan.peak == pytest.approx(measured, rel=0.02)
+
+    criterion = {"classification": F.cross_entropy, "super_resolution": F.l1_loss}.get(given["task"])
+    model.train()
+
+    def plain() -> Tensor:
+        return sum(model(inputs, targets).values()) if criterion is None else criterion(model(inputs), targets)
+
+    assert plan.memory.backpropagation.peak == pytest.approx(real_peak(model, plain, inputs), rel=0.02)
+    assert plan.memory.checkpointing is None or plan.memory.checkpointing.flops > plan.memory.backpropagation.flops
+
+
+def test_what_the_allocator_says() -> None:
+    """torch's profiler sees every allocation, those inside operators too."""
+    x, y = torch.randn(16, 3, 128, 128), torch.randint(10, (16,))
+    model = resnet18(num_classes=10).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    for measured in (False, True):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=measured) as prof:
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    live = most = 0
+    for event in prof.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    estimate = glcan_fx.estimate_memory(model, x, task="classification")
+    before = sum(estimate.parts[part] for part in ("parameters", "optimiser state", "input"))
+    assert estimate.peak == pytest.approx(before + most, rel=0.02)
+
+
+@pytest.mark.parametrize("case", ["classification", "RetinaNet"])
+def test_parts_add_up_and_the_timeline_holds_the_peak(case: str) -> None:
+    model, given, _, _ = CASES[case]()
+    memory = glcan_fx.plan(model, **given).memory
+    for estimate in (memory.plan, memory.backpropagation, memory.checkpointing):
+        assert estimate is not None and sum(estimate.parts.values()) == estimate.peak
+        assert max(size for _, size in estimate.timeline) == estimate.peak
+    assert {"parameters", "optimiser state", "input", "activations"} <= set(memory.plan.parts)
+
+
+def test_estimates_for_models_plans_and_compiled_models() -> None:
+    model, given, x, _ = classifier()
+    plan = glcan_fx.plan(model, k=3, **given)
+    whole = glcan_fx.estimate_memory(model, x, task="classification")
+    assert whole == plan.memory.backpropagation
+    assert glcan_fx.estimate_memory(model, x, task="classification", recompute=True) == plan.memory.checkpointing
+    assert glcan_fx.estimate_memory(plan) == plan.memory.plan
+    assert glcan_fx.estimate_memory(plan.apply(model)) == plan.memory.plan
+    adam = glcan_fx.estimate_memory(model, x, task="classification", optimizer="adam")
+    assert adam.peak - whole.peak == pytest.approx(whole.parts["optimiser state"], rel=0.01)
+    again = glcan_fx.Plan.from_json(plan.to_json())
+    assert again.memory == plan.memory
+    with pytest.raises(PlanError, match="read from JSON"):
+        glcan_fx.estimate_memory(again)
+
+
+def test_the_plan_prints_what_it_takes() -> None:
+    model, given, _, _ = classifier()
+    text = str(glcan_fx.plan(model, k=3, **given))
+    assert "backpropagation: " in text and "with every block recomputed" in text and "this plan: " in text
+
+
+def test_estimating_changes_nothing() -> None:
+    model, given, x, _ = classifier()
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    model.eval()
+    glcan_fx.plan(model, **given).estimate("adam")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random) and not model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+class Picky(nn.Module):
+    """A loss that looks at values."""
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs[targets > 0], targets[targets > 0])
+
+
+def test_a_criterion_of_ones_own_is_simulated_on_example_targets() -> None:
+    model, given, x, y = classifier()
+    plan = glcan_fx.plan(model, criterion=Picky(), example_inputs=x, example_targets=y)
+    assert plan.memory.plan.peak > 0
+
+
+# ------------------------------------------------------------------------------------------------ exact savings
+
+
+def gradients(plan: glcan_fx.Plan, model: nn.Module, inputs: Any, targets: Any) -> tuple[Any, ...]:
+    torch.manual_seed(0)
+    local = pickle.loads(pickle.dumps(plan.apply(copy.deepcopy(model)).train()))
+    torch.manual_seed(1)
+    result = local(inputs, targets)
+    loss_of(result).backward()
+    return ({name: p.grad for name, p in local.named_parameters() if p.grad is not None},
+            {name: b for name, b in local.named_buffers()}, loss_of(result).detach(),
+            None if isinstance(result, dict) else result.output)
+
+
+def same(plan: glcan_fx.Plan, other: glcan_fx.Plan, model: nn.Module, inputs: Any, targets: Any, rtol: float) -> None:
+    a, b = gradients(plan, model, inputs, targets), gradients(other, model, inputs, targets)
+    assert a[0].keys() == b[0].keys()
+    for name, grad in a[0].items():
+        assert (grad - b[0][name]).norm() <= rtol * grad.norm() + 1e-12, name
+    for name, buffer in a[1].items():
+        torch.testing.assert_close(b[1][name], buffer, rtol=rtol, atol=0)
+    torch.testing.assert_close(b[2], a[2], rtol=1e-5, atol=0)
+    torch.testing.assert_close(b[3], a[3])
+
+
+@pytest.mark.parametrize("case", ["classification", "super-resolution", "RetinaNet", "YOLO"])
+@pytest.mark.parametrize("k", [1, 3])
+def test_blocks_that_run_again_change_no_bit(case: str, k: int) -> None:
+    model, given, inputs, targets = CASES[case]()
+    plan = glcan_fx.plan(model, k=k, **given)
+    again = replace(plan, modules=tuple(replace(module, recompute=True) for module in plan.modules))
+    same(plan, again, model, inputs, targets, 0.0)
+    assert again.memory.plan.flops > plan.memory.plan.flops
+    assert "block_" in again.apply(model).code
+
+
+@pytest.mark.parametrize("case", ["classification", "super-resolution", "RetinaNet"])
+@pytest.mark.parametrize("slices", [2, 3, 9])
+def test_slices_have_the_whole_batchs_gradients(case: str, slices: int) -> None:
+    model, given, inputs, targets = CASES[case]()
+    if case == "RetinaNet":
+        targets = [boxes(count) for count in (0, 1, 2, 5)]
+    plan = glcan_fx.plan(model, k=2, **given)
+    same(plan, replace(plan, options=replace(plan.options, slices=slices)), model, inputs, targets, 1e-4)
+
+
+def test_slices_need_less_memory() -> None:
+    model, given, _, _ = CASES["RetinaNet"]()
+    plan = glcan_fx.plan(model, **given)
+    sliced = replace(plan, options=replace(plan.options, slices=4))
+    assert sliced.memory.plan.peak < plan.memory.plan.peak
+
+
+@pytest.mark.parametrize(("case", "match"), [
+    ("YOLO", "BatchNorm2d, whose statistics"), ("FCOS", "not the mean of its slices'")])
+def test_slices_are_refused_where_they_change_gradients(case: str, match: str) -> None:
+    model, given, inputs, _ = CASES[case]()
+    plan = glcan_fx.plan(model, k=2, **given)
+    local = replace(plan, options=replace(plan.options, slices=2)).apply(model).train()
+    with pytest.raises(UnsupportedError, match=match):
+        local(inputs, [boxes(count) for count in (1, 2, 3, 8)])
+
+
+def test_slices_under_autocast_and_a_scaler() -> None:
+    model, given, inputs, targets = classifier()
+    plan = glcan_fx.plan(model, k=2, **given)
+    found = []
+    for chosen in (plan, replace(plan, options=replace(plan.options, slices=2))):
+        torch.manual_seed(0)
+        local = chosen.apply(copy.deepcopy(model)).train()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = local(inputs, targets).loss
+        (loss * 1024).backward()
+        found.append(local.fc.weight.grad / 1024)
+    torch.testing.assert_close(found[1], found[0], rtol=0.05, atol=1e-3)
+
+
+@pytest.mark.parametrize("case", ["RetinaNet", "FCOS"])
+def test_the_last_modules_loss_from_class_ids(case: str) -> None:
+    model, given, inputs, _ = CASES[case]()
+    targets = [boxes(count) for count in (0, 1, 2, 5)]
+    plan = glcan_fx.plan(model, k=1, **given)
+    fused = replace(plan, options=replace(plan.options, fused=True))
+    same(plan, fused, model, inputs, targets, 1e-4)
+    assert fused.memory.plan.peak < plan.memory.plan.peak
+
+
+def test_pooling_first_changes_no_bit() -> None:
+    model, given, x, y = classifier()
+    local = glcan_fx.transform(copy.deepcopy(model), k=1, **given).train()
+    F.cross_entropy(model.train()(x), y).backward()
+    local(x, y).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, local.get_parameter(name).grad), name
+    assert local.code.index("self.maxpool") < local.code.index("self.relu")
+
+
+class ReadTwice(nn.Module):
+    """The ReLU before the pooling has another reader, so it stays first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.relu, self.pool = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)
+        self.block, self.fc = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.conv(x))
+        z = self.block(self.pool(y)) + F.avg_pool2d(y, 2)
+        return self.fc(z.mean((2, 3)))
+
+
+def test_pooling_first_only_where_nobody_else_reads() -> None:
+    x = torch.randn(2, 3, 16, 16)
+    local = glcan_fx.transform(ReadTwice(), k=1, task="classification", example_inputs=x)
+    assert local.code.index("self.relu") < local.code.index("self.pool")
+
+
+# ------------------------------------------------------------------------------------------------ lean networks
+
+
+@pytest.mark.parametrize("case", ["classification", "super-resolution"])
+def test_auxiliary_networks_stay_within_their_compute(case: str) -> None:
+    model, given, _, _ = CASES[case]()
+    plan = glcan_fx.plan(model, **given)
+    assert plan.memory.plan.flops <= 1.05 * plan.memory.backpropagation.flops
+    full = glcan_fx.plan(model, aux_width=1.0, head="full", **given)
+    assert full.memory.plan.flops > plan.memory.plan.flops
+
+
+def test_fewer_modules_get_richer_networks() -> None:
+    x = torch.empty(2, 3, 128, 128)
+    few, many = (glcan_fx.plan(resnet18(), k=k, task="classification", example_inputs=x) for k in (2, "natural"))
+    assert few.options.width > many.options.width
+
+
+def test_a_lean_super_resolution_network_predicts_from_its_own_output() -> None:
+    model, given, x, y = super_resolution()
+    local = glcan_fx.transform(model, head="lean", **given).train()
+    network = local.aux.get_submodule("1.network")
+    weights = [part for part in network.modules() if isinstance(part, nn.Conv2d)]
+    assert len(weights) == 1 and weights[0].out_channels == 12
+    out = local(x, y)
+    out.loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
+
+
+def test_a_lean_detector_has_one_anchor_at_each_place_of_coarse_levels() -> None:
+    model, given, inputs, targets = CASES["RetinaNet"]()
+    local = glcan_fx.transform(model, k=3, head="lean", aux_stride=16, **given).train()
+    assert all(module.levels == (1, 2, 3, 4) for module in local.plan.modules[:-1])
+    detector = local.aux.get_submodule("0.head.detector")
+    assert detector.anchor_generator.num_anchors_per_location() == [1, 1, 1, 1]
+    assert detector.head.classification_head.cls_logits.out_channels == 5
+    assert model.anchor_generator.num_anchors_per_location() == [9] * 5
+    bias = detector.head.classification_head.cls_logits.bias
+    assert torch.equal(bias, model.head.classification_head.cls_logits.bias[20:25])
+    losses = local(inputs, targets)
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in local.parameters())
+
+
+# ------------------------------------------------------------------------------------------------ budgets
+
+
+def test_budgets() -> None:
+    model, given, _, _ = CASES["RetinaNet"]()
+    memory = glcan_fx.plan(model, k=1, **given).memory
+    least = glcan_fx.plan(model, **given)
+    everything = replace(least, options=replace(least.options, fused=True, slices=4)).memory.plan.peak
+    assert glcan_fx.plan(model, memory_budget=memory.plan.peak, **given).k == 1
+    budgets = [int(everything + share * (memory.plan.peak - everything)) for share in (0.7, 0.4, 0.05)]
+    plans = [glcan_fx.plan(model, memory_budget=budget, **given) for budget in budgets]
+    for budget, plan in zip(budgets, plans, strict=True):
+        assert plan.memory.plan.peak <= budget
+        assert "simulated" in plan.notes[-1]
+    assert [plan.k for plan in plans] == sorted(plan.k for plan in plans)
+    local = plans[-1].apply(model)
+    assert local.plan.options == plans[-1].options
+
+
+def test_the_fewest_modules() -> None:
+    model, given, _, _ = classifier()
+    natural = glcan_fx.plan(model, **given)
+    fits = [glcan_fx.plan(model, k=k, **given) for k in range(1, natural.k + 1)]
+    peaks = [replace(p, options=replace(p.options, fused=True, slices=4)).memory.plan.peak for p in fits]
+    budget = sorted(peaks)[len(peaks) // 2]
+    plan = glcan_fx.plan(model, memory_budget=budget, **given)
+    assert plan.k == next(k for k, peak in enumerate(peaks, 1) if peak <= budget)
+
+
+def test_modules_over_the_budget_run_again() -> None:
+    model, given, inputs, targets = CASES["YOLO"]()
+    natural = glcan_fx.plan(model, k=2, **given)
+    budget = int(0.97 * natural.memory.plan.peak)
+    plan = glcan_fx.plan(model, k=2, memory_budget=budget, **given)
+    assert any(module.recompute for module in plan.modules) and plan.memory.plan.peak <= budget
+    loss_of(plan.apply(model).train()(inputs, targets)).backward()
+
+
+def test_a_budget_that_nothing_fits() -> None:
+    model, given, _, _ = classifier()
+    with pytest.raises(PlanError, match=r"no plan fits memory_budget 10.0 MiB: the least found is .* during .*parameters"):
+        glcan_fx.plan(model, memory_budget="10MiB", **given)
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("6GiB", 6 * 2**30), ("500 MB", 5 * 10**8), (123, 123), ("1.5 gib", 3 * 2**29), ("77", 77)])
+def test_budgets_in_bytes(text: Any, expected: int) -> None:
+    assert in_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["6 apples", "", "-1GiB", 0, True, None, "GiB"])
+def test_budgets_that_are_none(text: Any) -> None:
+    with pytest.raises(PlanError, match="memory_budget="):
+        in_bytes(text)
+
+
+def test_detectors_whose_losses_are_means_over_images() -> None:
+    task = glcan_fx.Detection()
+    for case, expected in (("RetinaNet", True), ("FCOS", False), ("YOLO", False)):
+        model, given, _, _ = CASES[case]()
+        plan = glcan_fx.plan(model, k=1, **given)
+        levels = plan.known.structure.trace.output.args[0]
+        assert task.averages_images(model, levels) is expected, case
+
+
+def test_sliced_heads_are_made_anew_with_every_copy() -> None:
+    model, given, inputs, targets = CASES["RetinaNet"]()
+    plan = glcan_fx.plan(model, k=2, **given)
+    local = replace(plan, options=replace(plan.options, slices=2)).apply(model).train()
+    other = copy.deepcopy(local)
+    loss_of(other(inputs, targets)).backward()
+    assert isinstance(other.aux.get_submodule("last.head"), SlicedHead)
+    assert all(p.grad is None for p in local.parameters())
+
+
+def test_compute_of_grouped_convolutions() -> None:
+    """torch counts their weights' gradient as that of a dense layer."""
+    conv, x = nn.Conv2d(64, 64, 3, padding=1, groups=64), torch.randn(1, 64, 10, 10, requires_grad=True)
+    with PeakMemory(conv) as memory:
+        out = conv(x)
+    forward = memory.flops
+    with PeakMemory(conv) as memory:
+        out.sum().backward()
+    assert memory.flops == 2 * forward
