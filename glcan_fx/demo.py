@@ -75,14 +75,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " residual block, is measured for a few steps and not trained, because its gradients are those of bp",
     )
     methods.add_argument("--k", default="natural", help="local modules: a number, or natural (%(default)s)")
-    methods.add_argument("--head", choices=("full", "light"), help="auxiliary heads (the compiler's choice)")
-    # Full-width auxiliary networks would together have almost as many weights as this small detector.
+    methods.add_argument("--head", choices=("full", "light", "lean"), help="auxiliary heads (the compiler's choice)")
     methods.add_argument(
         "--aux-width",
         type=float,
-        default=0.25,
         metavar="W",
-        help="width of the auxiliary networks, relative to the model's, 0 to 1 (%(default)s)",
+        help="width of the auxiliary networks, relative to the model's, 0 to 1 (the compiler's choice)",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="results go here (%(default)s)"

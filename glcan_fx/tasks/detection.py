@@ -164,7 +164,8 @@ class Detection(Task):
         values = {key: node.meta["value"] for key, node in levels.items()}
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             images, targets, scale = _example(model, values, (_EXAMPLE, _EXAMPLE))
-            targets[1] = {key: torch.cat([value, value]) for key, value in targets[1].items()}
+            height, width = images.image_sizes[0]
+            targets[1] = _objects(model, height, width, torch.tensor([0.3, 0.9]), images.tensors.dtype)
             detector = unhooked_copy(_view(model, transform=nn.Identity(), backbone=nn.Identity())).cpu()
             head, features = DetectorHead(detector), _features(values, scale)
 
