@@ -219,10 +219,11 @@ def _positions(shape: tuple[int, ...], channels_last: bool) -> int:
     return math.prod(shape[1:-1] if channels_last else shape[2:])
 
 
-def multiply_adds(structure: Structure) -> float:
-    """Of one forward pass at the example's size, from the layers' weights and the places that they are applied to."""
+def multiply_adds(structure: Structure, nodes: Iterable[fx.Node] | None = None) -> float:
+    """Of one forward pass at the example's size, or some of its nodes: from the layers' weights and the places that
+    they are applied to."""
     total = 0.0
-    for node in structure.trace.graph.nodes:
+    for node in structure.trace.graph.nodes if nodes is None else nodes:
         for tensor in list(tensors_in(node.meta.get("value")))[:1]:
             weights = sum(p.numel() for p in structure.trace.parameters(node) if p.dim() > 1)
             places = structure.positions(node) if isinstance(node.meta["value"], Tensor) else 1

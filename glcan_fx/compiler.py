@@ -79,8 +79,8 @@ def plan(
 ) -> Plan:
     """Decide how ``model`` is cut into local modules and what their auxiliary networks are; changes nothing.
 
-    What is left out of ``aux_width``, ``aux_stride`` and ``head`` is chosen: the richest auxiliary networks that
-    together take at most 5 % of the model's own compute.
+    What is left out of ``aux_width``, ``aux_stride`` and ``head`` is chosen: the richest auxiliary networks with which
+    a training step takes no more compute than backpropagation's.
 
     Args:
         model: any module that runs, on any device, in either mode; `plan.report` says how it was captured.
@@ -278,7 +278,7 @@ def _decide(
 
     def extra(options: Options) -> float:
         try:
-            return sum(drafts.cost(unit, options).flops for unit in cuts_for(options)) / drafts.flops
+            return drafts.extra(cuts_for(options), options)
         except PlanError as error:  # a layer that cannot be made narrower
             log.debug("%s: %s", options, error)
             return math.inf

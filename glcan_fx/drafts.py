@@ -51,6 +51,13 @@ class Drafts:
         """Floating-point operations of the model's own forward pass."""
         return max(1.0, 2 * multiply_adds(self.structure) + self.tail.flops)
 
+    def extra(self, cuts: Sequence[Unit], options: Options) -> float:
+        """Compute of a training step beyond backpropagation's, relative to it: what auxiliary networks take (backward
+        is twice forward), less the gradients that no longer pass a cut."""
+        auxiliary = sum(self.cost(unit, options).flops for unit in cuts)
+        readers = {user for unit in cuts for user in unit.end.users}
+        return (3 * auxiliary - 2 * multiply_adds(self.structure, readers)) / (3 * self.flops)
+
     def refused(self, options: Options) -> dict[str, PlanError]:
         """Units behind which no auxiliary network can be built, and why."""
         refused: dict[str, PlanError] = {}

@@ -16,8 +16,8 @@ from .estimate import Estimate
 from .plan import Plan
 from .synthesize import Options
 
-EXTRA_COMPUTE = 0.05
-"""Floating-point operations of all auxiliary networks together, relative to the model's own."""
+EXTRA_COMPUTE = 0.0
+"""Floating-point operations of a training step beyond backpropagation's, relative to it."""
 
 # From the richest to the leanest. A narrower network costs less accuracy than fewer predictions or fewer levels.
 _CANDIDATES = (
@@ -34,7 +34,7 @@ def candidates(**given: Any) -> list[Options]:
 
 
 def richest(choices: Sequence[Options], extra: Callable[[Options], float]) -> Options:
-    """The richest options whose extra compute, relative to the model's own, stays within ``EXTRA_COMPUTE``; the
+    """The richest options whose ``extra`` compute stays within ``EXTRA_COMPUTE``; the
     leanest where none does, and the first where those cannot be built."""
     low, high = 0, len(choices) - 1
     while low < high:

@@ -39,6 +39,17 @@ def plan_table(plan: "Plan", *, width: int = 120) -> str:
     text = StringIO()
     console = Console(file=text, width=width, color_system=None)
     console.print(table)
+    options = plan.options
+    if plan.k > 1:
+        kept = f", {options.depth} blocks" if options.depth else ""
+        levels = f", levels of stride {options.stride} and more" if options.stride > 1 and modules[0].levels else ""
+        console.print(f"Auxiliary networks: head {options.head}, width {options.width:g}{kept}{levels}.")
+    savings = ["losses from class ids"] * options.fused + [f"{options.slices} slices"] * (options.slices > 1)
+    if savings:
+        console.print(f"Last module: {', '.join(savings)}.")
+    again = [str(index) for index, module in enumerate(modules) if module.recompute]
+    if again:
+        console.print(f"Blocks run again in backward in modules {', '.join(again)}.")
     console.print(*_memory(plan), sep="\n")
     for note in plan.notes:
         console.print(f"note: {note}")
