@@ -84,6 +84,46 @@ class Structure:
         """Nodes that the trunk's last value is computed from."""
         return frozenset(ancestors([self.chain[-1]]))
 
+    @cached_property
+    def dependent(self) -> frozenset[fx.Node]:
+        """Nodes that are computed from the inputs, or change a buffer."""
+        return frozenset(input_dependent(self.trace.graph))
+
+    @cached_property
+    def _sizes(self) -> list[fx.Node]:
+        return [node for node in self.trace.graph.nodes if node.all_input_nodes and is_size(node)]
+
+    def known_by(self, cut: fx.Node) -> set[fx.Node]:
+        """What a value of the trunk is computed from, and the sizes of that."""
+        return self._with_sizes(ancestors([cut]), cut)
+
+    def _with_sizes(self, known: set[fx.Node], cut: fx.Node) -> set[fx.Node]:
+        for node in self._sizes:
+            if all(source in known and source is not cut for source in node.all_input_nodes):
+                known.add(node)
+        return known
+
+    def assign(self, cuts: Sequence[fx.Node]) -> dict[fx.Node, int]:
+        """Which local module each node of the graph belongs to: the first whose cut it is needed for. Sizes belong to
+        what they are of, so that it need not be kept."""
+        key = tuple(cuts)
+        if key not in self._assigned:
+            owner: dict[fx.Node, int] = {}
+            known: set[fx.Node] = set()
+            for index, cut in enumerate(cuts):
+                known = self._with_sizes(known | ancestors([cut], known), cut)
+                for node in known - owner.keys():
+                    owner[node] = index
+            for node in self.trace.graph.nodes:
+                if node.op != "output":
+                    owner.setdefault(node, len(cuts))
+            self._assigned[key] = owner
+        return self._assigned[key]
+
+    @cached_property
+    def _assigned(self) -> dict[tuple[fx.Node, ...], dict[fx.Node, int]]:
+        return {}
+
 
 def analyze(trace: Trace) -> Structure:
     """Find the structure of a traced network. Raises PlanError where there is no differentiable path."""
@@ -120,16 +160,6 @@ def ancestors(nodes: Iterable[fx.Node], known: Set[fx.Node] = frozenset()) -> se
             found.add(node)
             stack.extend(node.all_input_nodes)
     return found
-
-
-def known_by(trace: Trace, cut: fx.Node) -> set[fx.Node]:
-    """What a value of the trunk is computed from, and the sizes of that."""
-    known = ancestors([cut])
-    for node in trace.graph.nodes:
-        if node.all_input_nodes and is_size(node) and all(
-                source in known and source is not cut for source in node.all_input_nodes):
-            known.add(node)
-    return known
 
 
 def is_size(node: fx.Node) -> bool:

@@ -16,7 +16,7 @@ from .boundaries import build_segments, plan_segments
 from .capture import argument_names
 from .copies import cuda_devices, fake_copy, replicate
 from .drafts import Drafts, levels_of, local_module
-from .emit import assign, emit, register
+from .emit import emit, register
 from .errors import GlcanFxError, PlanError, TraceError
 from .estimate import Estimate, Memory, OptimizerLike, simulate_local, simulate_plain
 from .layers import weights_in
@@ -519,7 +519,7 @@ class _Draft:
     def blocks(self) -> tuple[dict[str, str], list[str]]:
         """Of every layer's path the unit it belongs to; and the units that are one call of a module with parts."""
         ends = [unit.end for unit in self.structure.units]
-        owner = assign(self.structure, ends)
+        owner = self.structure.assign(ends)
         names = [*(unit.name for unit in self.structure.units), "neck, head, loss"]
         units: dict[str, str] = {}
         for node, index in owner.items():

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from .analyze import Structure, Tap, Unit, multiply_adds
-from .emit import assign
 from .errors import PlanError
 from .layers import Cost
 from .plan import LocalModule
@@ -96,7 +95,7 @@ def local_module(
     planned module's on fake tensors.
     """
     index = [cut.end for cut in cuts].index(unit.end)
-    owner = assign(structure, [cut.end for cut in cuts])
+    owner = structure.assign([cut.end for cut in cuts])
     place = _place(structure, unit.end, unit.name)
     levels = levels_of(structure, task)
     keys, sigma = list(levels or {}), {}
@@ -189,7 +188,7 @@ def tail_cost(structure: Structure, model: nn.Module, task: Task) -> Cost:
 
 def last_module(structure: Structure, model: nn.Module, task: Task, cuts: Sequence[Unit], tail: Cost) -> LocalModule:
     """The last local module, with the model's own neck and head."""
-    owner = assign(structure, [cut.end for cut in cuts])
+    owner = structure.assign([cut.end for cut in cuts])
     own = [node for node, module in owner.items() if module == len(cuts)]
     end = structure.chain[-1]
     units = _units_of(structure, cuts, len(cuts))

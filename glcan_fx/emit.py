@@ -13,23 +13,11 @@ from typing import Any
 from torch import fx, nn
 
 from . import runtime
-from .analyze import Structure, common_path, input_dependent, known_by
+from .analyze import Structure, common_path
 from .graphs import Parts, with_headlines
 from .synthesize import Auxiliary
 from .tasks import Task
 from .trace import is_float
-
-
-def assign(structure: Structure, cuts: Sequence[fx.Node]) -> dict[fx.Node, int]:
-    """Which local module each node of the traced graph belongs to: the first whose cut it is needed for."""
-    owner: dict[fx.Node, int] = {}
-    for index, cut in enumerate(cuts):
-        for node in known_by(structure.trace, cut):  # sizes, so that what they are of need not be kept
-            owner.setdefault(node, index)
-    for node in structure.trace.graph.nodes:
-        if node.op != "output":
-            owner.setdefault(node, len(cuts))
-    return owner
 
 
 class _Emitter:
@@ -39,8 +27,8 @@ class _Emitter:
         self.graph = fx.Graph()
         self.structure = structure
         self.cuts = list(cuts)
-        self.owner = assign(structure, cuts)
-        self.dependent = input_dependent(structure.trace.graph)
+        self.owner = structure.assign(cuts)
+        self.dependent = structure.dependent
         self.pooled = pooled_activations(structure)
         self.raw: dict[fx.Node, fx.Node] = {}
         self.constant: dict[tuple[fx.Node, int], fx.Node] = {}
@@ -191,7 +179,7 @@ def _subgraph(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Any)
 
 def blocks_of(structure: Structure, nodes: Sequence[fx.Node]) -> list[list[fx.Node]]:
     """Neighbouring nodes of one unit of the trunk, or of one part of the neck and head."""
-    owner = assign(structure, [unit.end for unit in structure.units])
+    owner = structure.assign([unit.end for unit in structure.units])
     home = common_path(node for node in nodes if node not in structure.trunk).split(".")
 
     def key(node: fx.Node) -> Any:
@@ -220,7 +208,7 @@ def sliced_tail(structure: Structure, task: Task) -> list[fx.Node]:
     """The nodes behind the trunk, which run slice by slice; none where the task has a head of its own for that."""
     if task.outputs_are_levels:
         return []
-    dependent = input_dependent(structure.trace.graph)
+    dependent = structure.dependent
     return [node for node in structure.trace.graph.nodes if node.op not in ("placeholder", "output")
             and node not in structure.trunk and node in dependent]
 

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import skip_init
 from torch.utils._pytree import tree_map_only
 
-from .analyze import Structure, ancestors, input_dependent, is_size, known_by, tensor_of
+from .analyze import Structure, ancestors, is_size, tensor_of
 from .errors import PlanError
 from .graphs import Network
 from .layers import (
@@ -230,7 +230,7 @@ class Tail:
 
 def tail_of(structure: Structure, outputs: Any) -> Tail:
     """The part of the graph between the taps and ``outputs`` (nested nodes)."""
-    dependent = input_dependent(structure.trace.graph)
+    dependent = structure.dependent
     known = {tap.node for tap in structure.taps}
     needed: set[fx.Node] = set()
     taps: set[fx.Node] = set()
@@ -273,7 +273,7 @@ def _tail_towers(structure: Structure, tail: Tail) -> dict[fx.Node, tuple[set[fx
         if nodes & taken or nodes == everything or any(structure.trace.module(n) in interface for n in nodes):
             continue
         weights = [p for node in nodes for p in structure.trace.parameters(node) if p.dim() >= 2]
-        sources = {s for n in nodes for s in n.all_input_nodes if s not in nodes and s in input_nodes(structure)}
+        sources = {s for n in nodes for s in n.all_input_nodes if s not in nodes and s in structure.dependent}
         ends = {n for n in nodes if any(user not in nodes for user in n.users)}
         if not weights or len(sources) != 1 or len(ends) != 1:
             continue
@@ -285,10 +285,6 @@ def _tail_towers(structure: Structure, tail: Tail) -> dict[fx.Node, tuple[set[fx
         towers[end] = (nodes, source, end)
         taken |= nodes
     return towers
-
-
-def input_nodes(structure: Structure) -> set[fx.Node]:
-    return input_dependent(structure.trace.graph)
 
 
 def _is_map(node: fx.Node) -> bool:
@@ -419,7 +415,7 @@ def _synthesise_taps(
 def _way(structure: Structure, cut: fx.Node, ahead: list[fx.Node], missing: list[fx.Node]) -> list[fx.Node]:
     """The values of the trunk that are made one after the other. Where tokens become a map by the sizes of another
     that is not made, the new map is made from what was before the tokens."""
-    known, dependent = known_by(structure.trace, cut), input_nodes(structure)
+    known, dependent = structure.known_by(cut), structure.dependent
     way = [cut]
 
     def asks_for_what_is_not_made(start: fx.Node, end: fx.Node) -> bool:
@@ -459,7 +455,7 @@ def _copy_region(
     build: _Builder, cut: fx.Node, start: fx.Node, end: fx.Node, value: fx.Node, prefix: str
 ) -> fx.Node:
     """A fresh copy of a trunk region, applied to ``value``."""
-    known, dependent = known_by(build.structure.trace, cut), input_nodes(build.structure)
+    known, dependent = build.structure.known_by(cut), build.structure.dependent
     region = [node for node in _region(build.structure, start, end) if node not in known]
     saved = dict(build.values)
     build.values[start] = value
