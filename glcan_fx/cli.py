@@ -1,11 +1,11 @@
-"""The command line: ``glcan-fx demo``."""
+"""The command line: ``glcan-fx demo`` and ``glcan-fx bench``."""
 
 import argparse
 import logging
 import sys
 from collections.abc import Sequence
 
-from . import __version__, demo
+from . import __version__, bench, demo
 from .errors import GlcanFxError
 
 
@@ -21,11 +21,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     part = commands.add_parser("demo", help="train a small detector by backpropagation and by glcan_fx, and compare")
     demo.add_arguments(part)
+    part.set_defaults(run=demo.run)
+    part = commands.add_parser("bench", help="compare memory and speed of training methods on your own model",
+                               formatter_class=argparse.RawDescriptionHelpFormatter, epilog=bench.EPILOG)
+    bench.add_arguments(part)
+    part.set_defaults(run=bench.run)
     options = parser.parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO if options.verbose else logging.WARNING,
                         format="%(name)s: %(message)s")
     try:
-        return demo.run(options)
+        return int(options.run(options))
     except GlcanFxError as error:
         print(f"glcan-fx: {error}", file=sys.stderr)
         return 1

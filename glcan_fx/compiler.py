@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.utils._pytree import tree_map_only
 
 from .analyze import Structure, Unit, analyze, unit_at
@@ -18,10 +18,9 @@ from .copies import cuda_devices, fake_copy, replicate
 from .drafts import Drafts, levels_of, local_module
 from .emit import emit, register
 from .errors import GlcanFxError, PlanError, TraceError
-from .estimate import Estimate, Memory, OptimizerLike, simulate_local, simulate_plain
+from .estimate import AnyLoss, Estimate, Memory, OptimizerLike, backpropagated, simulate_local, simulate_plain
 from .layers import weights_in
 from .local_model import LocalModel, assemble, is_compiled
-from .nested import tensors_in
 from .partition import K, partition
 from .plan import Plan
 from .planner import Savings, candidates, in_bytes, richest, within_budget
@@ -476,9 +475,12 @@ class _Draft:
 
     def simulate(self, plan: Plan, optimizer: OptimizerLike) -> Estimate:
         """A step of the plan."""
+        return simulate_local(self.local(plan), self.inputs, self.targets, optimizer)
+
+    def local(self, plan: Plan) -> LocalModel:
+        """What the plan says, compiled on fake tensors."""
         task = Around(self.loss, self.task.around) if isinstance(self.task, Around) else self.loss
-        local = _connect(plan, self.structure, self.model, task, self.shadow())
-        return simulate_local(local, self.inputs, self.targets, optimizer)
+        return _connect(plan, self.structure, self.model, task, self.shadow())
 
     def shadow(self) -> nn.Module:
         """A copy of the model with fake tensors."""
@@ -486,10 +488,8 @@ class _Draft:
 
     def backpropagated(self, model: nn.Module) -> Any:
         """The loss, or losses, of an ordinary training step."""
-        if self.task.result() == "dict":
-            return model(self.inputs[0], self.targets)
-        made = model(**self.arguments) if isinstance(self.arguments, dict) else model(*self.inputs)
-        return self.loss.loss(made, self.targets)
+        arguments = self.arguments if isinstance(self.arguments, dict) else self.inputs
+        return backpropagated(self.loss, model, arguments, self.targets)
 
     @cached_property
     def arguments(self) -> Any:
@@ -513,7 +513,7 @@ class _Draft:
     @cached_property
     def loss(self) -> Task:
         """The task, or what stands for it where its targets are not known."""
-        return self.task if self.targets is not None else _AnyLoss()
+        return self.task if self.targets is not None else AnyLoss()
 
     @cached_property
     def blocks(self) -> tuple[dict[str, str], list[str]]:
@@ -529,14 +529,3 @@ class _Draft:
         return units, [
             unit.name for unit in self.structure.units if ":" not in unit.name and hasattr_path(shadow, unit.name)
             and any(True for _ in shadow.get_submodule(unit.name).children())]
-
-
-class _AnyLoss(Task):
-    """Stands for a loss whose targets are not known."""
-
-    def loss(self, outputs: Any, targets: Any) -> Tensor:
-        values = [value for value in tensors_in(outputs) if value.is_floating_point()]
-        return torch.stack([value.float().square().mean() for value in values]).sum()
-
-    def check(self, inputs: Any, targets: Any) -> None:
-        """Anything goes."""

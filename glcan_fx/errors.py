@@ -26,6 +26,10 @@ class TargetError(GlcanFxError):
     """A training step got no targets, or targets of the wrong form."""
 
 
+class LoadError(GlcanFxError):
+    """What a command line names is no model, or cannot be made one."""
+
+
 class CriterionError(GlcanFxError):
     """A criterion returned something that is no scalar loss."""
 

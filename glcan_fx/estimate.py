@@ -6,7 +6,7 @@ not (``zero_grad(set_to_none=True)``).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from .local_model import LocalModel
 from .memory import Log, PeakMemory
 from .nested import tensors_in
 from .runtime import LocalOutput, SlicedHead, total
+from .tasks import Task
 from .trace import quiet
 
 OptimizerLike = str | Callable[[Iterable[nn.Parameter]], Optimizer] | None
@@ -36,7 +37,8 @@ class Estimate:
 
     peak: bytes of live tensors at most, without library workspaces. when: what ran then. parts: what the peak is made
     of, in bytes; they add up to it. timeline: (what ran, most bytes live meanwhile) in order. flops: floating-point
-    operations of convolutions, matrix products and attention, forward and backward.
+    operations of convolutions, matrix products and attention, forward and backward. live: bytes after every allocation
+    and release of the step.
     """
 
     peak: int
@@ -44,6 +46,7 @@ class Estimate:
     parts: dict[str, int]
     timeline: tuple[tuple[str, int], ...]
     flops: int
+    live: tuple[int, ...] = field(default=(), repr=False)
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in self.parts.items())
@@ -126,9 +129,7 @@ def simulate_plain(
 ) -> Estimate:
     """``simulate`` for backpropagation. units: of every layer's path, the block it belongs to; recomputed: paths of the
     modules under activation checkpointing."""
-    for path in recomputed:
-        module = model.get_submodule(path)
-        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+    recompute(model, recomputed)
 
     def watch(memory: PeakMemory) -> None:
         def enter(name: str) -> Callable[..., None]:
@@ -139,6 +140,33 @@ def simulate_plain(
             model.get_submodule(path).register_forward_pre_hook(enter(unit))
 
     return simulate(model, inputs, lambda: minimised(forward(model)), optimizer, (), watch)
+
+
+def recompute(model: nn.Module, paths: Sequence[str], **options: Any) -> None:
+    """Put sub-modules under activation checkpointing, in place; options: those of ``torch.utils.checkpoint``."""
+    for path in paths:
+        module = model.get_submodule(path)
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False, **options)
+
+
+def backpropagated(task: Task, model: nn.Module, inputs: Any, targets: Any) -> Any:
+    """The losses of a plain training step. inputs: a list of positional or a dict of keyword arguments; a detector's is
+    a list of images."""
+    if task.result() == "dict":
+        return model(inputs[0], targets)
+    outputs = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+    return task.loss(outputs, targets)
+
+
+class AnyLoss(Task):
+    """Stands for a loss that is not known, or whose targets are not: the mean square of the outputs."""
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        values = [value for value in tensors_in(outputs) if value.is_floating_point()]
+        return torch.stack([value.float().square().mean() for value in values]).sum()
+
+    def check(self, inputs: Any, targets: Any) -> None:
+        """Anything goes."""
 
 
 def minimised(result: Any) -> Tensor:
@@ -162,7 +190,8 @@ def _account(log: Log, flops: int, names: Sequence[str]) -> Estimate:
     for (start, phase), (end, _) in zip(log.phases, [*log.phases[1:], (len(live), "")], strict=True):
         if end > start:
             timeline.append((_readable(phase, names), max(live[start:end])))
-    return Estimate(peak, _readable(when, names), parts, tuple(timeline), flops)
+    begin = log.phases[0][0] if log.phases else 0
+    return Estimate(peak, _readable(when, names), parts, tuple(timeline), flops, tuple(live[begin:]))
 
 
 def _part(tag: str, when: str, local: bool) -> str:
