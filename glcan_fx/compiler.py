@@ -194,6 +194,8 @@ def apply(
     else:
         task = plan.task_object or make_task(plan.task, None, None)
     task.begin(model)
+    if plan.around is not None and plan.options.slices > 1:
+        raise PlanError(f"slices={plan.options.slices}: a part of this model runs as Python, which takes whole batches")
     if isinstance(plan.around, Segments):
         _check(model, plan.options)
         return build_segments(plan, model, task, _calls(model, plan.inputs))
