@@ -46,7 +46,7 @@ class Estimate:
     parts: dict[str, int]
     timeline: tuple[tuple[str, int], ...]
     flops: int
-    live: tuple[int, ...] = field(default=(), repr=False)
+    live: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in self.parts.items())
