@@ -122,13 +122,15 @@ def within_budget(
     kinds = list(dict.fromkeys([Savings(), Savings(fused=True), Savings(fused=True, slices=slices)]))
     best = kinds[-1]
     found = None
-    for number in [None] if k is not None else [1, most]:
-        for savings in kinds if number != most else [best]:
+    # more modules need less, but for what their auxiliary networks add: also try fewer than most
+    numbers = [None] if k is not None else [1, *dict.fromkeys(max(2, most * share // 4) for share in (4, 3, 2, 1))]
+    for number in numbers:
+        for savings in kinds if number in (None, 1) else [best]:
             found = found or search.fits(number, savings)
         if found is not None:
             break
     if found is not None and k is None and found.k > 1:
-        low, high = 2, most
+        low, high = 2, found.k
         while low < high:  # the fewest
             middle = (low + high) // 2
             better = search.fits(middle, best)

@@ -1,6 +1,7 @@
 """Memory: simulated steps beside real ones, budgets, and the savings that change no gradient."""
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,8 +19,9 @@ import glcan_fx
 from glcan_fx import PlanError, UnsupportedError
 from glcan_fx.memory import PeakMemory
 from glcan_fx.models import edsr, retinanet, yolo
-from glcan_fx.planner import in_bytes
+from glcan_fx.planner import candidates, in_bytes, richest
 from glcan_fx.runtime import SlicedHead
+from glcan_fx.synthesize import Options
 
 BATCH = 4
 
@@ -319,10 +321,14 @@ def test_auxiliary_networks_stay_within_their_compute(model: nn.Module, task: st
     assert full.memory.plan.flops > plan.memory.plan.flops
 
 
-def test_fewer_modules_get_richer_networks() -> None:
-    x = torch.empty(2, 3, 128, 128)
-    few, many = (glcan_fx.plan(resnet18(), k=k, task="classification", example_inputs=x) for k in (2, "natural"))
-    assert few.options.width > many.options.width
+def test_the_richest_networks_that_fit() -> None:
+    choices = candidates()
+    assert choices == sorted(choices, key=lambda options: (-options.width if options.head == "light" else 0))
+    for best in range(len(choices)):
+        assert richest(choices, lambda options, best=best: choices.index(options) < best) == choices[best]
+    assert richest(choices, lambda options: 1.0) == choices[-1]
+    assert richest(choices, lambda options: math.inf) == choices[0]
+    assert candidates(width=0.5, head="light") == [Options(width=0.5, stride=s) for s in (1, 16, 32)]
 
 
 def test_a_lean_super_resolution_network_predicts_from_its_own_output() -> None:
