@@ -132,10 +132,13 @@ class Plan:
         return apply(self, model, task, criterion, verify)
 
     def to_json(self) -> str:
-        """The plan as JSON text (format version 1); ``from_json`` reads it back."""
+        """The plan as JSON text (format version 1), with its simulated memory; ``from_json`` reads it back."""
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del data["task_object"], data["draft"]
-        data["memory"] = vars(self).get("memory")  # where it was simulated
+        try:
+            data["memory"] = self.memory
+        except PlanError:
+            data["memory"] = None
         return json.dumps({"format": "glcan_fx.plan", "version": _VERSION, **data}, indent=1, default=_plain)
 
     @classmethod
