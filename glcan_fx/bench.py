@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .arguments import add_model
 from .presets import PRESETS, Preset
 
 if TYPE_CHECKING:
@@ -96,22 +97,8 @@ class Row:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `glcan-fx bench` to `parser`."""
-    parser.add_argument("target", nargs="?", metavar="MODEL",
-                        help="a preset, file.py, file.py:attribute, or package.module:attribute: a torch.nn.Module, "
-                        "or a class or function that makes one")
+    training = add_model(parser, target_optional=True)
     parser.add_argument("--list", action="store_true", help="list presets and methods, and do nothing else")
-    model = parser.add_argument_group("model")
-    model.add_argument("--kwargs", type=_kwargs, default={}, metavar="JSON", help="arguments of the class or function")
-    model.add_argument("--input", type=_sizes, action="append", metavar="8x3x800x1066",
-                       help="size of an input, batch first; once per positional input")
-    model.add_argument("--input-dtype", default=None, metavar="TYPE", help="of the inputs (float32)")
-    model.add_argument("--task", metavar="NAME", help="detection, classification, segmentation or super_resolution; "
-                       "without it, the loss is the mean square of the outputs")
-    training = parser.add_argument_group("training")
-    training.add_argument("-k", type=_k, metavar="K", help="local modules: a number, or natural, one per block "
-                          "(natural, or the preset's)")
-    training.add_argument("--memory-budget", type=_bytes, metavar="6GiB", help="adds glcan planned for so much")
-    training.add_argument("--optimizer", choices=("sgd", "adam"), help="sgd has momentum (sgd, or the preset's)")
     training.add_argument("--amp", choices=("bf16",), help="autocast")
     training.add_argument("--seed", type=int, default=0, help="of weights and inputs (%(default)s)")
     run = parser.add_argument_group("run")
@@ -271,38 +258,6 @@ def _list() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- options
-
-
-def _kwargs(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError("""a JSON object of arguments by name, for example '{"num_classes": 3}'""")
-    return value
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text):
-        raise argparse.ArgumentTypeError(f"'{text}' is no size: numbers above 0 with x between, as in 8x3x224x224")
-    return tuple(map(int, text.split("x")))
-
-
-def _bytes(text: str) -> int:
-    from .errors import PlanError
-    from .planner import in_bytes
-
-    try:
-        return in_bytes(text)
-    except PlanError as error:
-        raise argparse.ArgumentTypeError(f"'{text}' is no amount of memory: 6GiB, 800MiB, 6GB, or bytes") from error
-
-
-def _k(text: str) -> int | str:
-    if text != "natural" and not re.fullmatch(r"[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"'{text}': a number above 0, or natural")
-    return text if text == "natural" else int(text)
 
 
 def _methods(text: str) -> list[str]:

@@ -1,11 +1,11 @@
-"""The command line: ``glcan-fx demo`` and ``glcan-fx bench``."""
+"""The command line: ``glcan-fx inspect``, ``glcan-fx bench`` and ``glcan-fx demo``."""
 
 import argparse
 import logging
 import sys
 from collections.abc import Sequence
 
-from . import __version__, bench, demo
+from . import __version__, bench, demo, inspection
 from .errors import GlcanFxError
 
 
@@ -22,6 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     part = commands.add_parser("demo", help="train a small detector by backpropagation and by glcan_fx, and compare")
     demo.add_arguments(part)
     part.set_defaults(run=demo.run)
+    part = commands.add_parser("inspect", help="show how a model would be cut, and what that costs",
+                               formatter_class=argparse.RawDescriptionHelpFormatter, epilog=inspection.EPILOG)
+    inspection.add_arguments(part)
+    part.set_defaults(run=inspection.run)
     part = commands.add_parser("bench", help="compare memory and speed of training methods on your own model",
                                formatter_class=argparse.RawDescriptionHelpFormatter, epilog=bench.EPILOG)
     bench.add_arguments(part)

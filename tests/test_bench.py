@@ -14,7 +14,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 for package in ("tqdm", "rich", "matplotlib"):
     pytest.importorskip(package)
 
-from glcan_fx import bench, cli
+from glcan_fx import arguments, bench, cli
 from glcan_fx.bench_methods import PREPARE, Elsewhere, Job, Skipped, at_batch, curve, largest, measured
 from glcan_fx.memory import PeakMemory
 
@@ -330,7 +330,7 @@ def test_usage_errors(arguments, message, capfd):
 
 
 def test_memory_sizes():
-    read = bench._bytes
+    read = arguments.bytes_of
     assert (read("6GiB"), read("1.5 mib"), read("2GB"), read("512")) == (6 * 2**30, 3 * 2**19, 2 * 10**9, 512)
 
 
