@@ -50,6 +50,8 @@ class _Request:
     aux_width: float | None = None
     aux_stride: int | None = None
     head: Head | None = None
+    fused_loss: bool = False
+    slices: int = 1
     memory_budget: int | str | None = None
     optimizer: OptimizerLike = "sgd"
 
@@ -73,6 +75,8 @@ def plan(
     aux_width: float | None = None,
     aux_stride: int | None = None,
     head: Head | None = None,
+    fused_loss: bool = False,
+    slices: int = 1,
     memory_budget: int | str | None = None,
     optimizer: OptimizerLike = "sgd",
 ) -> Plan:
@@ -96,6 +100,9 @@ def plan(
         aux_stride: a detector's levels of smaller strides are left out of it, where there are others; 1 keeps all.
         head: "full" copies neck and head as they are (the paper's), "light" without their shape-keeping towers, "lean"
             with one prediction at each place, from the module's own output.
+        fused_loss: compute a dense focal loss from class ids in the last module, too: the same gradients in less memory.
+        slices: run the last module's end (a detector's head, an upsampler, and the loss) in so many slices of the batch,
+            each with its backward: the same gradients where the loss is a mean over images, which the first step checks.
         memory_budget: bytes, or text ("6GiB"), that a training step may take at most, by simulation; the plan's notes
             say what was tried. optimizer: that the budget is for: "sgd" (with momentum), "adam", or a function of the
             parameters.
@@ -103,7 +110,7 @@ def plan(
     Raises TraceError, PlanError.
     """
     return _plan(model, _Request(k, task, example_inputs, example_targets, criterion, rules, aux_depth, aux_width,
-                                 aux_stride, head, memory_budget, optimizer))[0]
+                                 aux_stride, head, fused_loss, slices, memory_budget, optimizer))[0]
 
 
 def transform(
@@ -121,6 +128,8 @@ def transform(
     aux_width: float | None = None,
     aux_stride: int | None = None,
     head: Head | None = None,
+    fused_loss: bool = False,
+    slices: int = 1,
     memory_budget: int | str | None = None,
     optimizer: OptimizerLike = "sgd",
 ) -> LocalModel:
@@ -134,7 +143,7 @@ def transform(
     takes about a second; a difference is a TraceError. Raises TraceError, PlanError.
     """
     request = _Request(k, task, example_inputs, example_targets, criterion, rules, aux_depth, aux_width, aux_stride,
-                       head, memory_budget, optimizer)
+                       head, fused_loss, slices, memory_budget, optimizer)
     if plan is None:
         chosen, build = _plan(model, request)
         return build(verify)
@@ -213,7 +222,7 @@ def apply(
 def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], LocalModel]]:
     """The plan, and what builds it from what planning has found out already."""
     choices = candidates(depth=request.aux_depth, width=request.aux_width, stride=request.aux_stride, head=request.head)
-    _check(model, choices[0])
+    _check(model, replace(choices[0], slices=request.slices))
     made = make_task(request.task, request.criterion, request.rules)
     made.begin(model)
     made.network(model)  # first: whether the task fits the model at all
@@ -253,7 +262,7 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
         return _decide(request, k or request.k, savings, drafts, choices, units, refused, inputs, draft)
 
     if request.memory_budget is None:
-        chosen = planned(None, Savings())
+        chosen = planned(None, Savings(request.fused_loss, request.slices))
     else:
         chosen = within_budget(
             in_bytes(request.memory_budget), None if request.k in ("auto", "natural") else 0, len(units),
@@ -326,6 +335,8 @@ def _check_options(options: Options) -> None:
         raise PlanError(f"aux_width={width!r}: relative channels, above 0 and at most 1")
     if isinstance(stride, bool) or not isinstance(stride, int) or stride < 1:
         raise PlanError(f"aux_stride={stride!r}: input pixels per place, 1 or more")
+    if isinstance(options.slices, bool) or not isinstance(options.slices, int) or options.slices < 1:
+        raise PlanError(f"slices={options.slices!r}: a number, 1 or more")
     if options.head not in ("full", "light", "lean"):
         raise PlanError(f"head={options.head!r}: choose 'full', 'light' or 'lean'")
 

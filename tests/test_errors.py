@@ -276,6 +276,7 @@ def test_example_inputs_of_another_type_than_the_model():
     ({"aux_depth": True}, "aux_depth=True"),
     ({"head": "heavy"}, "head='heavy'.*'full', 'light' or 'lean'"),
     ({"aux_stride": 0}, "aux_stride=0.*1 or more"),
+    ({"slices": 0}, "slices=0.*1 or more"),
     ({"rules": "all"}, "rules.*Rules"),
 ])
 def test_bad_options(options, match):

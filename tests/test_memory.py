@@ -227,7 +227,7 @@ def test_slices_have_the_whole_batchs_gradients(case: str, slices: int) -> None:
     if case == "RetinaNet":
         targets = [boxes(count) for count in (0, 1, 2, 5)]
     plan = glcan_fx.plan(model, k=2, **given)
-    same(plan, replace(plan, options=replace(plan.options, slices=slices)), model, inputs, targets, 1e-4)
+    same(plan, glcan_fx.plan(model, k=2, slices=slices, **given), model, inputs, targets, 1e-4)
 
 
 def test_slices_need_less_memory() -> None:
@@ -266,7 +266,7 @@ def test_the_last_modules_loss_from_class_ids(case: str) -> None:
     model, given, inputs, _ = CASES[case]()
     targets = [boxes(count) for count in (0, 1, 2, 5)]
     plan = glcan_fx.plan(model, k=1, **given)
-    fused = replace(plan, options=replace(plan.options, fused=True))
+    fused = glcan_fx.plan(model, k=1, fused_loss=True, **given)
     same(plan, fused, model, inputs, targets, 1e-4)
 
 
