@@ -100,9 +100,10 @@ def plan(
         aux_stride: a detector's levels of smaller strides are left out of it, where there are others; 1 keeps all.
         head: "full" copies neck and head as they are (the paper's), "light" without their shape-keeping towers, "lean"
             with one prediction at each place, from the module's own output.
-        fused_loss: compute a dense focal loss from class ids in the last module, too: the same gradients in less memory.
-        slices: run the last module's end (a detector's head, an upsampler, and the loss) in so many slices of the batch,
-            each with its backward: the same gradients where the loss is a mean over images, which the first step checks.
+        fused_loss: compute a dense focal loss from class ids in the last module, too: the same gradients, less memory.
+        slices: run the last module's end (a detector's head, an upsampler, and the loss) in so many slices of the
+            batch, each with its backward: the same gradients where the loss is a mean over images, which the first
+            step checks.
         memory_budget: bytes, or text ("6GiB"), that a training step may take at most, by simulation; the plan's notes
             say what was tried. optimizer: that the budget is for: "sgd" (with momentum), "adam", or a function of the
             parameters.
