@@ -24,7 +24,13 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
@@ -478,10 +484,7 @@ class Recorder(TorchFunctionMode):
         where, code = place_of(error)
         if not hasattr(error, "module_path"):
             error.module_path = path  # type: ignore[attr-defined]  # the innermost: for the message
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        kind = type(error).__name__
-        if not isinstance(error, Uncapturable):
-            reason = f"{kind}: {reason}"
+        reason = (in_words(error).splitlines() or [""])[0]
         return Opaque(path, type(module).__name__, reason[:200], f"{where} `{code}`" if code else where)
 
     # ---- nodes
@@ -731,6 +734,16 @@ def _place() -> tuple[str, str]:
         return "", ""
     name = frame.f_code.co_filename
     return f"{name}:{frame.f_lineno}", linecache.getline(name, frame.f_lineno).strip()
+
+
+def in_words(error: BaseException) -> str:
+    """What went wrong, without torch's advice on its own logs."""
+    if isinstance(error, DataDependentOutputException):
+        return "its forward asks for the value of a tensor"
+    if isinstance(error, DynamicOutputShapeException):
+        return "the shape of a result depends on values"
+    text = str(error).partition("\n\n")[0].strip()
+    return text if isinstance(error, Uncapturable) else f"{type(error).__name__}: {text}"
 
 
 def place_of(error: BaseException) -> tuple[str, str]:

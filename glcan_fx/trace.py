@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from .capture import NotMadeYet, Opaque, Recorder, Specialisation, Uncapturable, erase_unused, place_of
+from .capture import NotMadeYet, Opaque, Recorder, Specialisation, Uncapturable, erase_unused, in_words, place_of
 from .copies import fake_copy, replicate
 from .errors import TraceError
 
@@ -326,18 +326,17 @@ def _explain(error: Exception, model: nn.Module, path: str, inputs: Any) -> tupl
     where, code = place_of(error)
     inner = ".".join(filter(None, [path, getattr(error, "module_path", "")]))
     kind = type(model.get_submodule(inner)).__name__
-    reason = str(error).partition("\n\n")[0].strip()  # without torch's advice on its own logs
+    reason = in_words(error)
     shapes = ", ".join("x".join(map(str, leaf.shape)) for leaf in tree_leaves(
         dict(inputs) if isinstance(inputs, Mapping) else list(inputs)) if isinstance(leaf, Tensor))
-    name = "" if isinstance(error, Uncapturable) else f"{type(error).__name__}: "
     return (
         f"{type(model).__name__} cannot be captured: module '{inner or '(the model itself)'}' of class {kind} "
-        f"failed: {name}{reason}\n  where: {where or 'no source line of its own'}{f', in `{code}`' if code else ''}\n"
+        f"failed: {reason}\n  where: {where or 'no source line of its own'}{f', in `{code}`' if code else ''}\n"
         "  tried: recording the call, answering questions about sizes, calling the module as a whole\n"
         f"  what to do: (1) pass example_inputs= that the model runs on (these are {shapes or 'no tensors'}); (2) move "
         "the code that a graph cannot hold into a sub-module of its own: such modules are kept whole; (3) compile the "
         "part that can be captured, for example the backbone."
-    ), f"{name}{reason.splitlines()[0] if reason else ''}, at {where or inner}"
+    ), f"{reason.splitlines()[0] if reason else ''}, at {where or inner}"
 
 
 @contextmanager
