@@ -46,7 +46,7 @@ from .local_model import LocalModel
 from .memory import PeakMemory
 from .nested import map_tensors, tensors_in
 from .plan import Draft, Plan
-from .planner import size
+from .show import size
 from .targets import load
 from .tasks import Spec, Task, make_task, specs
 

@@ -739,9 +739,9 @@ def _place() -> tuple[str, str]:
 def in_words(error: BaseException) -> str:
     """What went wrong, without torch's advice on its own logs."""
     if isinstance(error, DataDependentOutputException):
-        return "its forward asks for the value of a tensor"
+        return "data-dependent: its forward asks for the value of a tensor"
     if isinstance(error, DynamicOutputShapeException):
-        return "the shape of a result depends on values"
+        return "data-dependent: the shape of a result depends on values"
     text = str(error).partition("\n\n")[0].strip()
     return text if isinstance(error, Uncapturable) else f"{type(error).__name__}: {text}"
 

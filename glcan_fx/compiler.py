@@ -1,5 +1,6 @@
 """The compiler: ``plan`` and ``transform``, which call the passes in their order."""
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -16,11 +17,12 @@ from .boundaries import build_segments, plan_segments
 from .capture import argument_names
 from .copies import cuda_devices, fake_copy, replicate
 from .drafts import Drafts, levels_of, local_module
-from .emit import emit, register
+from .emit import emit, register, why_not_sliced
 from .errors import GlcanFxError, PlanError, TraceError
 from .estimate import AnyLoss, Estimate, Memory, OptimizerLike, backpropagated, simulate_local, simulate_plain
 from .layers import weights_in
 from .local_model import LocalModel, assemble, is_compiled
+from .nested import map_tensors
 from .partition import K, partition
 from .plan import Plan
 from .planner import Savings, candidates, in_bytes, richest, within_budget
@@ -103,7 +105,7 @@ def plan(
         fused_loss: compute a dense focal loss from class ids in the last module, too: the same gradients, less memory.
         slices: run the last module's end (a detector's head, an upsampler, and the loss) in so many slices of the
             batch, each with its backward: the same gradients where the loss is a mean over images, which the first
-            step checks.
+            steps check.
         memory_budget: bytes, or text ("6GiB"), that a training step may take at most, by simulation; the plan's notes
             say what was tried. optimizer: that the budget is for: "sgd" (with momentum), "adam", or a function of the
             parameters.
@@ -206,6 +208,8 @@ def apply(
     task.begin(model)
     if plan.around is not None and plan.options.slices > 1:
         raise PlanError(f"slices={plan.options.slices}: a part of this model runs as Python, which takes whole batches")
+    if isinstance(plan.around, Segments) and any(module.recompute for module in plan.modules):
+        raise PlanError("recompute: this model runs as Python, so its blocks cannot run again. Leave it out.")
     if isinstance(plan.around, Segments):
         _check(model, plan.options)
         return build_segments(plan, model, task, _calls(model, plan.inputs))
@@ -231,7 +235,12 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
     if request.example_inputs is None:
         log.info("no example_inputs: planned for %s", ", ".join(map(str, inputs)))
 
+    budget = None if request.memory_budget is None else in_bytes(request.memory_budget)
+
     def in_segments(calls: Sequence[Call], error: TraceError) -> tuple[Plan, Callable[[bool], LocalModel]]:
+        if budget is not None or request.slices > 1:
+            raise PlanError(f"memory_budget and slices need a model that can be captured: {error.reason}. Leave them "
+                            "out.")
         planned = plan_segments(model, request.k, made, inputs, _names(model, inputs), calls, choices[0], error)
         return planned, lambda _: build_segments(planned, model, made, calls)
 
@@ -262,12 +271,13 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
     def planned(k: K | None, savings: Savings) -> Plan:
         return _decide(request, k or request.k, savings, drafts, choices, units, refused, inputs, draft)
 
-    if request.memory_budget is None:
+    if budget is None:
         chosen = planned(None, Savings(request.fused_loss, request.slices))
     else:
         chosen = within_budget(
-            in_bytes(request.memory_budget), None if request.k in ("auto", "natural") else 0, len(units),
-            _SLICES if made.averages_images(model, levels_of(structure, made)) else 1, planned,
+            budget, None if request.k in ("auto", "natural") else 0, len(units),
+            _SLICES if made.averages_images(model, levels_of(structure, made)) and not why_not_sliced(
+                structure, made) else 1, made.fuses_losses(model), planned,
             lambda plan: draft.simulate(plan, request.optimizer))
     log.info("planned %s: %d local modules of %d possible", chosen.model, chosen.k, len(structure.units))
     return chosen, lambda verified: _build(chosen, structure, model, made, verified)
@@ -453,6 +463,9 @@ def _connect(
             return {keys[0]: values}
         return values
 
+    reason = why_not_sliced(structure, task) if chosen.options.slices > 1 else None
+    if reason:
+        raise PlanError(f"slices={chosen.options.slices}: {reason}. Use slices=1.")
     again = {index for index, module in enumerate(chosen.modules) if module.recompute}
     graph, parts = emit(structure, [cut.end for cut in cuts], auxiliaries, task,
                         [m.headline(i) for i, m in enumerate(chosen.modules)], outputs, slices=chosen.options.slices,
@@ -521,13 +534,19 @@ class _Draft:
     @cached_property
     def targets(self) -> Any:
         if self.given_targets is not None:
-            return self.given_targets
+            fake = fake_copy(self.structure.trace.mode)
+            return map_tensors(self.given_targets, lambda t: fake(t) if t.is_meta else t.detach().cpu())
         return self.task.example_targets(self.model, self.sizes, self.structure.trace.output.meta["value"])
 
     @cached_property
     def loss(self) -> Task:
         """The task, or what stands for it where its targets are not known."""
-        return self.task if self.targets is not None else AnyLoss()
+        if self.targets is None:
+            return AnyLoss()
+        fake = fake_copy(self.structure.trace.mode)
+        tensors = [t for module in self.task.modules().values() for t in [*module.parameters(), *module.buffers()]]
+        memo: dict[int, Any] = {id(tensor): fake(tensor) for tensor in tensors}
+        return copy.deepcopy(self.task, memo) if self.task.modules() else self.task  # a criterion's state is the user's
 
     @cached_property
     def blocks(self) -> tuple[dict[str, str], list[str]]:

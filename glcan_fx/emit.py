@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from itertools import groupby, islice
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from . import runtime
-from .analyze import Structure, common_path
+from .analyze import Structure, ancestors, common_path
 from .graphs import Parts, with_headlines
 from .synthesize import Auxiliary
 from .tasks import Task
@@ -29,7 +29,7 @@ class _Emitter:
         self.cuts = list(cuts)
         self.owner = structure.assign(cuts)
         self.dependent = structure.dependent
-        self.pooled = pooled_activations(structure)
+        self.pooled = pooled_activations(structure, self.owner, self.cuts)
         self.raw: dict[fx.Node, fx.Node] = {}
         self.constant: dict[tuple[fx.Node, int], fx.Node] = {}
         self.cut: dict[fx.Node, fx.Node] = {}
@@ -71,8 +71,12 @@ class _Emitter:
             self.cache(node, keep=True)  # before the operation that overwrites it
 
     def may_run_again(self, group: Sequence[fx.Node], readers: Mapping[fx.Node, Set[int]]) -> bool:
-        """Whether a block keeps something for backward, and changes nothing that others see."""
+        """Whether a block keeps something for backward, changes nothing that others see, and is the same twice (random
+        numbers outside torch make a module opaque)."""
         inside = set(group)
+        opaque = {part.path for part in self.structure.trace.report.opaque}
+        if any(node in self.pooled.values() or str(node.target) in opaque for node in group):
+            return False
         return sum(node.meta["saved"] for node in group) > 0 and not any(
             not node.meta["mutates"] <= inside or node in self.pooled
             or node.meta["overwritten"] and (readers.get(node) or not inside.issuperset(node.users)) for node in group)
@@ -189,7 +193,9 @@ def blocks_of(structure: Structure, nodes: Sequence[fx.Node]) -> list[list[fx.No
     return [list(group) for _, group in groupby(nodes, key)]
 
 
-def pooled_activations(structure: Structure) -> dict[fx.Node, fx.Node]:
+def pooled_activations(
+    structure: Structure, owner: Mapping[fx.Node, int], cuts: Sequence[fx.Node]
+) -> dict[fx.Node, fx.Node]:
     """Max-pooling layers and the ReLU that only they read: pooled first, autograd keeps and makes no map of the ReLU's
     size. Values and gradients are the same, bit for bit: a window's largest value stays its largest, and where all are
     negative the gradient is 0 either way."""
@@ -198,7 +204,8 @@ def pooled_activations(structure: Structure) -> dict[fx.Node, fx.Node]:
         pool = structure.trace.module(node)
         if isinstance(pool, nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d) and not pool.return_indices:
             source = node.all_input_nodes[0]
-            if isinstance(structure.trace.module(source), nn.ReLU) and len(source.users) == 1 and (
+            together = owner[node] == owner.get(source) and source not in cuts
+            if together and isinstance(structure.trace.module(source), nn.ReLU) and len(source.users) == 1 and (
                     len(source.all_input_nodes[0].users) == 1):
                 found[node] = source
     return found
@@ -209,8 +216,23 @@ def sliced_tail(structure: Structure, task: Task) -> list[fx.Node]:
     if task.outputs_are_levels:
         return []
     dependent = structure.dependent
-    return [node for node in structure.trace.graph.nodes if node.op not in ("placeholder", "output")
+    tail = [node for node in structure.trace.graph.nodes if node.op not in ("placeholder", "output")
             and node not in structure.trunk and node in dependent]
+    needed = ancestors(tail) - dependent  # made of parameters alone: not cut into slices
+    return [node for node in structure.trace.graph.nodes if node in needed or node in set(tail)]
+
+
+def why_not_sliced(structure: Structure, task: Task) -> str | None:
+    """What keeps the tail from running slice by slice."""
+    tail = sliced_tail(structure, task)
+    for node in tail:
+        module = structure.trace.module(node)
+        if module is not None and any("running_mean" in part._buffers for part in module.modules()):
+            return f"'{node.target}' keeps statistics of the whole batch"
+        if not node.meta["mutates"] <= set(tail):
+            return f"'{node.name}' changes what the trunk hands on, in place"
+    numbers = [node for node in tail_inputs(tail) if not isinstance(node.meta["value"], Tensor)]
+    return f"it reads the number '{numbers[0].name}', which may be the batch's size" if numbers else None
 
 
 def tail_inputs(tail: Sequence[fx.Node]) -> list[fx.Node]:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from .copies import kept_python_random
+from .errors import GlcanFxError, PlanError
 from .local_model import LocalModel
 from .memory import Log, PeakMemory
 from .nested import tensors_in
@@ -70,6 +71,22 @@ def simulate(
 
     step: returns the loss to minimise. names: of the local modules. watch: tells the memory's phases, by hooks.
     """
+    if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
+        raise PlanError(f"optimizer={optimizer!r}: choose {' or '.join(map(repr, OPTIMIZERS))}, or pass a function of "
+                        "the parameters")
+    try:
+        return _simulate(model, inputs, step, optimizer, names, watch)
+    except GlcanFxError:
+        raise
+    except Exception as error:  # whatever the user's model or criterion raises on tensors without values
+        text = (str(error).strip().splitlines() or [""])[0]
+        raise PlanError(f"the memory of a step cannot be simulated: {type(error).__name__}: {text}") from error
+
+
+def _simulate(
+    model: nn.Module, inputs: Sequence[Any], step: Callable[[], Tensor], optimizer: OptimizerLike,
+    names: Sequence[str], watch: Callable[[PeakMemory], None],
+) -> Estimate:
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     make = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
@@ -102,7 +119,7 @@ def simulate_local(
     last = local.plan.k - 1
     for part in local.modules():
         if isinstance(part, SlicedHead):
-            part.checked = True  # by the numbers, which fake tensors do not have
+            part.checks = 0  # by the numbers, which fake tensors do not have
 
     def watch(memory: PeakMemory) -> None:
         def enter(name: str) -> Callable[..., None]:

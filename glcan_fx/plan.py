@@ -22,7 +22,7 @@ from .trace import Report
 if TYPE_CHECKING:
     from .local_model import LocalModel
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Plan:
         """What planning knows of the model. Raises PlanError where the plan does not have it."""
         if self.draft is None:
             reason = ("its local modules run as Python" if isinstance(self.around, Segments) else
-                      "it was read from JSON: apply it, and ask the compiled model's plan")
+                      "it was read from JSON, or copied: apply it, and ask the compiled model's plan")
             raise PlanError(f"the memory of this plan cannot be simulated: {reason}.")
         return self.draft
 
@@ -132,11 +132,11 @@ class Plan:
         return apply(self, model, task, criterion, verify)
 
     def to_json(self) -> str:
-        """The plan as JSON text (format version 1), with its simulated memory; ``from_json`` reads it back."""
+        """The plan as JSON text (format version 2), with its simulated memory; ``from_json`` reads it back."""
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del data["task_object"], data["draft"]
         try:
-            data["memory"] = self.memory
+            data["memory"] = {name: e and {**vars(e), "live": ()} for name, e in vars(self.memory).items()}
         except PlanError:
             data["memory"] = None
         return json.dumps({"format": "glcan_fx.plan", "version": _VERSION, **data}, indent=1, default=_plain)

@@ -14,6 +14,7 @@ from typing import Any
 from .errors import PlanError
 from .estimate import Estimate
 from .plan import Plan
+from .show import size
 from .synthesize import Options
 
 EXTRA_COMPUTE = 0.0
@@ -68,11 +69,6 @@ def in_bytes(budget: int | float | str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def size(count: int) -> str:
-    """Bytes for people."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
 @dataclass
 class _Search:
     """Looks for a plan within a budget; remembers what it tried."""
@@ -109,21 +105,23 @@ class _Search:
 
 
 def within_budget(
-    budget: int, k: int | None, most: int, slices: int, plan: Callable[[int | None, Savings], Plan],
+    budget: int, k: int | None, most: int, slices: int, fused: bool, plan: Callable[[int | None, Savings], Plan],
     simulate: Callable[[Plan], Estimate],
 ) -> Plan:
     """The plan with the fewest local modules, and then the least extra compute, whose simulated step stays within
     ``budget`` bytes.
 
-    k: the user's, or None; ``most``: the natural one; slices: how many slices the last module's end may run in, 1 for
-    none. Raises PlanError, with the least that would do and the reason, where nothing fits.
+    k: the user's, or None; ``most``: the natural one; slices: how many slices the last module's end may run in, 1
+    for none; fused: whether there are losses from class ids. Raises PlanError, with the least that would do and the
+    reason, where nothing fits.
     """
     search = _Search(budget, plan, simulate)
-    kinds = list(dict.fromkeys([Savings(), Savings(fused=True), Savings(fused=True, slices=slices)]))
+    kinds = list(dict.fromkeys([Savings(), Savings(fused=fused), Savings(fused=fused, slices=slices)]))
     best = kinds[-1]
     found = None
     # more modules need less, but for what their auxiliary networks add: also try fewer than most
-    numbers = [None] if k is not None else [1, *dict.fromkeys(max(2, most * share // 4) for share in (4, 3, 2, 1))]
+    numbers = [None] if k is not None else [1, *dict.fromkeys(min(most, max(2, most * share // 4))
+                                                                  for share in (4, 3, 2, 1))]
     for number in numbers:
         for savings in kinds if number in (None, 1) else [best]:
             found = found or search.fits(number, savings)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from .errors import CriterionError, UnsupportedError
@@ -197,28 +197,32 @@ class _OfModel(nn.Module):
 class Recomputed(_OfModel):
     """A block of the model that keeps only its inputs, and runs again in backward (activation checkpointing).
 
-    run: the block, on the model's own layers, whose paths are ``layers``. Buffers move once a step.
+    run: the block, on the model's own layers, whose paths are ``layers``. Buffers move once a step, and both runs begin
+    with the same.
     """
 
     def __init__(self, run: Callable[..., Any], model: nn.Module, layers: Sequence[str]) -> None:
         super().__init__()
         self.__dict__.update(run=run, model=model, layers=tuple(layers))
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *values: Any) -> Any:
         run = self.__dict__["run"]
         if not torch.is_grad_enabled():
             return run(*values)
-        return checkpoint(run, *values, use_reentrant=False, context_fn=lambda: (nullcontext(), self._other_buffers()))
-
-    @contextmanager
-    def _other_buffers(self) -> Iterator[None]:
-        """Let what runs inside change copies."""
         modules = dict(self.__dict__["model"].named_modules())
         parts = [part for path in self.__dict__["layers"] if path in modules for part in modules[path].modules()]
-        kept = [(part, dict(part._buffers)) for part in parts if part._buffers]
+        first = [(part, {name: None if b is None else b.clone() for name, b in part._buffers.items()})
+                 for part in parts if part._buffers]
+        return checkpoint(run, *values, use_reentrant=False, context_fn=lambda: (nullcontext(), self._with(first)))
+
+    @contextmanager
+    def _with(self, others: Sequence[tuple[nn.Module, dict[str, Tensor | None]]]) -> Iterator[None]:
+        """Let what runs inside begin with, and change, these buffers."""
+        kept = [(part, dict(part._buffers)) for part, _ in others]
         try:
-            for part, buffers in kept:
-                part._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
+            for part, buffers in others:
+                part._buffers.update(buffers)
             yield
         finally:
             for part, buffers in kept:
@@ -231,26 +235,29 @@ class SlicedHead(_OfModel):
     For what treats every image alone and averages its losses: the gradients are those of the whole batch, and only a
     slice's activations are alive at a time. ``tail`` (*values) -> outputs is what follows the values in the network,
     ``head`` (outputs, *context) -> loss; ``part`` takes images from a context. behind: paths of the ``model``'s modules
-    and parameters that both use. The first step compares the whole batch's loss with that of the slices.
+    and parameters that both use; trains: what the loss itself trains, as for ``LocalBackward``. The first steps
+    compare the loss of some images together with that of each alone.
     """
 
     def __init__(
         self, tail: Callable[..., Any] | None, head: nn.Module, slices: int,
-        part: Callable[[Any, int, int, int], Any], model: nn.Module, behind: Sequence[str], scale: nn.Module,
+        part: Callable[[Any, int, int, int], Any], model: nn.Module, behind: Sequence[str],
+        trains: Sequence[tuple[nn.Module, str]], scale: nn.Module,
     ) -> None:
         super().__init__()
         self.slices = slices
-        self.checked = False
-        self.__dict__.update(tail=tail, head=head, part=part, model=model, behind=tuple(behind), scaler=scale)
+        self.checks = 5  # steps that are still to be checked
+        self.__dict__.update(tail=tail, head=head, part=part, model=model, behind=tuple(behind), trains=tuple(trains),
+                             scaler=scale)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, values: Any, *context: Any) -> Any:
-        images = next(tensors_in(values)).shape[0]
-        if not self.checked:
+        images = max((t.shape[0] for t in tensors_in(values) if t.dim() > 1), default=1)
+        if self.checks and len(self._bounds(images)) > 1:
             self._check(values, context, images)
         given = [t for t in tensors_in(values) if t.requires_grad]
         behind = [(self.__dict__["model"], path) for path in self.__dict__["behind"]]
-        trained = {id(p): p for p in _parameters(behind) if p.requires_grad}
+        trained = {id(p): p for p in _parameters([*behind, *self.__dict__["trains"]]) if p.requires_grad}
         sources = [*given, *trained.values()] if torch.is_grad_enabled() else []
         stashes: dict[str, list[Tensor | None]] = {}
         losses: dict[str, Tensor] = {}
@@ -296,8 +303,8 @@ class SlicedHead(_OfModel):
         half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
         scaler: LossScale = self.__dict__["scaler"]
         with _without_hooks(trained):
-            grads = list(torch.autograd.grad(loss * scaler.scale if half else loss, [*own, *trained],
-                                             allow_unused=True, retain_graph=retain))
+            grads = _owned_gradients(torch.autograd.grad(loss * scaler.scale if half else loss, [*own, *trained],
+                                                         allow_unused=True, retain_graph=retain))
         if half:
             grads = [None if grad is None else grad.float() for grad in grads]
             scaler.unscale(grads)
@@ -319,27 +326,32 @@ class SlicedHead(_OfModel):
     @torch.no_grad()
     def _check(self, values: Any, context: Any, images: int) -> None:
         """Raise UnsupportedError unless the loss of a batch is the mean of its images' losses."""
-        self.checked = True
+        self.checks -= 1
         modules = dict(self.__dict__["model"].named_modules())
         layers = [part for path in self.__dict__["behind"] if path in modules for part in modules[path].modules()]
-        modes = [(part, part.training) for part in layers]
+        random = [(part, part.training) for part in layers if isinstance(part, nn.modules.dropout._DropoutNd)]
         statistics = next((part for part in layers if part.training and "running_mean" in part._buffers), None)
         if statistics is not None:
             raise UnsupportedError(f"slices={self.slices}: behind the last block stands a {type(statistics).__name__}, "
                                    "whose statistics are those of the whole batch. Use slices=1.")
-        for part in layers:
+        start, stop = self._bounds(images)[0]
+        some = min(images, max(2, stop - start))  # no more than a slice, so that the check needs no more than a step
+
+        def loss(first: int, last: int) -> Tensor:
+            return total(self._run(self._slice(values, first, last, images),
+                                   self._slice(context, first, last, images))[0])
+
+        for part, _ in random:
             part.training = False
         try:
-            whole = total(self._run(values, context)[0])
-            parts = [total(self._run(self._slice(values, a, b, images), self._slice(context, a, b, images))[0])
-                     * ((b - a) / images) for a, b in self._bounds(images)]
+            whole, alone = loss(0, some), torch.stack([loss(index, index + 1) for index in range(some)]).mean()
         finally:
-            for part, mode in modes:
+            for part, mode in random:
                 part.training = mode
-        if not torch.allclose(torch.stack(parts).sum(), whole, rtol=1e-3, atol=1e-5):
+        if not torch.allclose(alone, whole, rtol=1e-3, atol=1e-5, equal_nan=True):
             raise UnsupportedError(
-                f"slices={self.slices}: the loss of a batch ({whole.item():.6g}) is not the mean of its slices' losses "
-                f"({torch.stack(parts).sum().item():.6g}): it counts over the whole batch. Use slices=1.")
+                f"slices={self.slices}: the loss of a batch ({whole.item():.6g}) is not the mean of its images' losses "
+                f"({alone.item():.6g}): it counts over the whole batch. Use slices=1.")
 
 
 def _fresh(value: Any) -> Any:
@@ -349,10 +361,8 @@ def _fresh(value: Any) -> Any:
 
 def _joined(outputs: Sequence[Any]) -> Any:
     """The outputs of all slices as those of one batch."""
-    leaves = [tree_flatten(part) for part in outputs]
-    columns = zip(*(values for values, _ in leaves), strict=True)
-    return tree_unflatten([torch.cat(column) if isinstance(column[0], Tensor) and column[0].dim() else column[0]
-                           for column in columns], leaves[0][1])
+    columns = zip(*map(tensors_in, outputs), strict=True)
+    return map_tensors(outputs[0], lambda tensor: torch.cat(next(columns)) if tensor.dim() else next(columns)[0])
 
 
 def _parameters(trains: Sequence[tuple[nn.Module, str]]) -> Iterator[Tensor]:

@@ -28,13 +28,13 @@ def plan_table(plan: "Plan", *, width: int = 120) -> str:
     table.add_column("channels", justify="right")
     table.add_column("parameters", _count(sum(m.parameters for m in modules)), justify="right")
     table.add_column("auxiliary", _count(sum(m.aux_parameters for m in modules)), justify="right")
-    table.add_column("kept for backward", f"max {_size(max(m.saved + m.aux_saved for m in modules))}", justify="right")
+    table.add_column("kept for backward", f"max {size(max(m.saved + m.aux_saved for m in modules))}", justify="right")
     table.add_column("features: P cached, own, S synthesised")
     for index, module in enumerate(modules):
         table.add_row(
             str(index), " … ".join(dict.fromkeys(u.removeprefix(prefix) for u in (module.units[0], module.units[-1]))),
             str(module.stride or ""), str(module.channels), _count(module.parameters), _count(module.aux_parameters),
-            f"{_size(module.saved)} + {_size(module.aux_saved)}", _features(module, prefix),
+            f"{size(module.saved)} + {size(module.aux_saved)}", _features(module, prefix),
         )
     text = StringIO()
     console = Console(file=text, width=width, color_system=None)
@@ -66,11 +66,11 @@ def _memory(plan: "Plan") -> list[str]:
     rows = [("backpropagation", plain), ("with every block recomputed", memory.checkpointing),
             ("this plan", memory.plan)]
     lines = ["Peak memory of a training step with SGD and momentum, simulated; compute relative to backpropagation's:"]
-    lines += [f"  {name}: {_size(e.peak)} ({e.peak / plain.peak:.2f}), compute {e.flops / max(plain.flops, 1):.2f}"
+    lines += [f"  {name}: {size(e.peak)} ({e.peak / plain.peak:.2f}), compute {e.flops / max(plain.flops, 1):.2f}"
               for name, e in rows if e is not None]
     parts = sorted(memory.plan.parts.items(), key=lambda item: -item[1])
     lines.append(f"This plan's peak is during {memory.plan.when}: "
-                 + ", ".join(f"{name} {_size(size)}" for name, size in parts if size >= 0.005 * memory.plan.peak))
+                 + ", ".join(f"{name} {size(part)}" for name, part in parts if part >= 0.005 * memory.plan.peak))
     return lines
 
 
@@ -98,7 +98,7 @@ def plan_dot(plan: "Plan") -> str:
     prefix = _common_prefix([unit for module in plan.modules for unit in module.units])
     for index, module in enumerate(plan.modules):
         lines = [f"{index}  {module.name}", f"stride {module.stride}, {module.channels} channels"
-                 if module.stride else f"{module.channels} channels", f"keeps {_size(module.saved)}"]
+                 if module.stride else f"{module.channels} channels", f"keeps {size(module.saved)}"]
         graph.node(f"m{index}", "\n".join(lines), fillcolor=_COLOURS[index % len(_COLOURS)])
         before = "input" if index == 0 else f"m{index - 1}"
         graph.edge(before, f"m{index}", **({} if index == 0 else {"label": " detach", "style": "bold"}), weight="20")
@@ -107,7 +107,7 @@ def plan_dot(plan: "Plan") -> str:
             graph.edge(f"m{index}", "tail")
             continue
         synthesised = [f.tap.removeprefix(prefix) for f in module.features if f.source == "synthesised"]
-        text = [f"auxiliary {index}", f"{_count(module.aux_parameters)} parameters, keeps {_size(module.aux_saved)}"]
+        text = [f"auxiliary {index}", f"{_count(module.aux_parameters)} parameters, keeps {size(module.aux_saved)}"]
         if synthesised:
             text.insert(1, "S: " + ", ".join(synthesised))
         with graph.subgraph() as row:
@@ -157,5 +157,6 @@ def _count(number: int) -> str:
     return f"{number / 1e6:.2f} M" if number >= 1e5 else f"{number / 1e3:.1f} k" if number >= 1e3 else str(number)
 
 
-def _size(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB" if size < 2**30 else f"{size / 2**30:.2f} GiB"
+def size(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"

@@ -111,6 +111,10 @@ class Task(ABC):
         losses that compute the same in less memory, where the task has some."""
         return LossHead(self)
 
+    def fuses_losses(self, model: nn.Module) -> bool:
+        """Whether ``last_head(fused=True)`` computes a loss in less memory."""
+        return False
+
     def averages_images(self, model: nn.Module, levels: Any) -> bool:
         """Whether the loss of a batch is the mean of the losses of its images, so that it may be computed in slices.
 
@@ -185,9 +189,6 @@ class Classification(Task):
     """
 
     name = "classification"
-
-    def averages_images(self, model: nn.Module, levels: Any) -> bool:
-        return True
 
     def example_targets(self, model: nn.Module, inputs: Any, outputs: Any) -> Any:
         return torch.zeros(next(tensors_in(outputs)).shape[0], dtype=torch.int64)

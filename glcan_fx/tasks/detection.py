@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.retinanet import RetinaNetClassificationHead, RetinaNetHead
 from torchvision.models.detection.ssd import SSDScoringHead
 from torchvision.ops import MultiScaleRoIAlign
 
@@ -40,6 +40,7 @@ from ..layers import (
 from ..losses import focal_loss
 from .base import Task
 
+_NO_PIXELS = ("torch", "torchvision", "glcan_fx")  # whose classes read nothing but features behind the backbone
 _Targets = list[dict[str, Tensor]]
 
 _EXAMPLE = 320  # pixels: large enough for every torchvision detector's coarsest level
@@ -53,9 +54,17 @@ class Detection(Task):
 
     def __init__(self) -> None:
         self._templates: WeakKeyDictionary[nn.Module, dict[Any, _Template]] = WeakKeyDictionary()
+        self._reads_pixels = True
 
     def begin(self, model: nn.Module) -> None:
         self._templates.pop(model, None)  # the model may have changed
+        behind = [part for name, child in model.named_children() if name not in ("transform", "backbone")
+                  for part in child.modules()]
+        self._reads_pixels = any(type(part).__module__.partition(".")[0] not in _NO_PIXELS for part in [model, *behind])
+
+    def fuses_losses(self, model: nn.Module) -> bool:
+        head = model._modules.get("head")
+        return head is not None and _has_focal_loss(head)
 
     def loss(self, outputs: Any, targets: Any) -> Any:
         raise NotImplementedError("the detector's own forward computes its loss")  # see head() and last_head()
@@ -99,6 +108,8 @@ class Detection(Task):
         batch = graph.create_node("call_function", _item, (prepared, 0), name="image_list")
         boxes = graph.create_node("call_function", _item, (prepared, 1), name="prepared_targets")
         pixels = graph.create_node("call_function", getattr, (batch, "tensors"), name="pixels")
+        if self._reads_pixels:
+            return [pixels], [batch, boxes]
         sizes = graph.create_node("call_function", sizes_only, (batch,), name="image_sizes")
         return [pixels], [sizes, boxes]
 
@@ -219,7 +230,7 @@ class DetectorHead(nn.Module):
     def forward(self, features: Any, images: ImageList, targets: list[dict[str, Tensor]] | None) -> dict[str, Tensor]:
         parts: dict[str, nn.Module] = {"transform": _Given((images, targets)), "backbone": _Given(features)}
         head = self.detector._modules.get("head")
-        if self.fused and isinstance(head, RetinaNetHead | FCOSHead):
+        if self.fused and head is not None and _has_focal_loss(head):
             parts["head"] = _with_focal_loss(head)
         detector = _view(self.detector, **parts)
         detector.__dict__["training"] = True
@@ -232,6 +243,16 @@ def _view(module: nn.Module, **parts: nn.Module) -> nn.Module:
     view = copy.copy(module)
     view.__dict__["_modules"] = {**module._modules, **parts}
     return view
+
+
+def _has_focal_loss(head: nn.Module) -> bool:
+    """Whether a head computes torchvision's own dense focal loss: a subclass may compute another."""
+    own: Any = type(head)
+    if isinstance(head, RetinaNetHead):
+        kind: Any = type(head.classification_head)
+        return (own.compute_loss is RetinaNetHead.compute_loss
+                and kind.compute_loss is RetinaNetClassificationHead.compute_loss)
+    return isinstance(head, FCOSHead) and own.compute_loss is FCOSHead.compute_loss
 
 
 def _with_focal_loss(head: nn.Module) -> nn.Module:
