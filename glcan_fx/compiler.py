@@ -90,7 +90,7 @@ def plan(
     Args:
         model: any module that runs, on any device, in either mode; `plan.report` says how it was captured.
         k: number of local modules, "natural" (one per block), or a list of split points (module paths). 1 is plain
-            backpropagation. With a ``memory_budget`` and no number, the fewest that fit.
+            backpropagation. With a ``memory_budget`` and no number, or "auto" (the GPU's memory), the fewest that fit.
         task: "detection", "classification", "segmentation", "super_resolution", or a Task object.
         example_inputs: one batch of the sizes that you train with (values do not matter): a tensor, a tuple of
             positional arguments, or a dict of keyword arguments. Detection: images, two of 320 x 320 when left out.
@@ -235,7 +235,7 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
     if request.example_inputs is None:
         log.info("no example_inputs: planned for %s", ", ".join(map(str, inputs)))
 
-    budget = None if request.memory_budget is None else in_bytes(request.memory_budget)
+    budget = _budget(model, request)
 
     def in_segments(calls: Sequence[Call], error: TraceError) -> tuple[Plan, Callable[[bool], LocalModel]]:
         if budget is not None or request.slices > 1:
@@ -274,15 +274,26 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
     if budget is None:
         chosen = planned(None, Savings(request.fused_loss, request.slices))
     else:
+        alone = made.averages_images(model, levels_of(structure, made)) and not why_not_sliced(structure, made)
         chosen = within_budget(
-            budget, None if request.k in ("auto", "natural") else 0, len(units),
-            _SLICES if made.averages_images(model, levels_of(structure, made)) and not why_not_sliced(
-                structure, made) else 1, made.fuses_losses(model), planned,
-            lambda plan: draft.simulate(plan, request.optimizer))
+            budget, len(units), _SLICES if alone else 1, made.fuses_losses(model), planned,
+            lambda plan: draft.simulate(plan, request.optimizer), fixed=not isinstance(request.k, str))
     log.info("planned %s: %d local modules of %d possible", chosen.model, chosen.k, len(structure.units))
     return chosen, lambda verified: _build(chosen, structure, model, made, verified)
 
 
+def _budget(model: nn.Module, request: _Request) -> int | None:
+    """The memory that a step may take, in bytes: the user's, or the GPU's where k is to be found out."""
+    if request.memory_budget is not None or request.k != "auto":
+        return None if request.memory_budget is None else in_bytes(request.memory_budget)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type != "cuda":
+        raise PlanError("k='auto' takes the fewest local modules that fit: pass memory_budget=, or move the model to "
+                        "the GPU first")
+    return int(_OF_GPU * torch.cuda.get_device_properties(device).total_memory)
+
+
+_OF_GPU = 0.9  # the rest is for library workspaces and fragmentation
 _SLICES = 4  # more would save little: other modules are then the peak
 
 

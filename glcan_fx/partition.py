@@ -9,7 +9,7 @@ from .analyze import Structure, Unit, ancestors, unit_at
 from .errors import PlanError
 from .trace import hasattr_path
 
-K = int | Literal["natural"] | Sequence[str]
+K = int | Literal["natural", "auto"] | Sequence[str]
 
 
 def partition(

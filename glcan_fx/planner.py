@@ -105,29 +105,29 @@ class _Search:
 
 
 def within_budget(
-    budget: int, k: int | None, most: int, slices: int, fused: bool, plan: Callable[[int | None, Savings], Plan],
-    simulate: Callable[[Plan], Estimate],
+    budget: int, most: int, slices: int, fused: bool, plan: Callable[[int | None, Savings], Plan],
+    simulate: Callable[[Plan], Estimate], *, fixed: bool,
 ) -> Plan:
     """The plan with the fewest local modules, and then the least extra compute, whose simulated step stays within
     ``budget`` bytes.
 
-    k: the user's, or None; ``most``: the natural one; slices: how many slices the last module's end may run in, 1
-    for none; fused: whether there are losses from class ids. Raises PlanError, with the least that would do and the
-    reason, where nothing fits.
+    most: the natural k; fixed: whether k is the user's, and stays; slices: how many slices the last module's end may
+    run in, 1 for none; fused: whether there are losses from class ids. Raises PlanError, with the least that would do
+    and the reason, where nothing fits.
     """
     search = _Search(budget, plan, simulate)
     kinds = list(dict.fromkeys([Savings(), Savings(fused=fused), Savings(fused=fused, slices=slices)]))
     best = kinds[-1]
     found = None
     # more modules need less, but for what their auxiliary networks add: also try fewer than most
-    numbers = [None] if k is not None else [1, *dict.fromkeys(min(most, max(2, most * share // 4))
+    numbers: list[int | None] = [None] if fixed else [1, *dict.fromkeys(min(most, max(2, most * share // 4))
                                                                   for share in (4, 3, 2, 1))]
     for number in numbers:
         for savings in kinds if number in (None, 1) else [best]:
             found = found or search.fits(number, savings)
         if found is not None:
             break
-    if found is not None and k is None and found.k > 1:
+    if found is not None and not fixed and found.k > 1:
         low, high = 2, found.k
         while low < high:  # the fewest
             middle = (low + high) // 2
@@ -137,7 +137,7 @@ def within_budget(
             found = search.fits(found.k, savings) or found
             if found.options.slices == 1:
                 break
-    number = None if k is not None else most
+    number = None if fixed else most
     while found is None:
         over = search.over(number, best)
         if over <= best.recompute:

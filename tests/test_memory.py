@@ -394,6 +394,14 @@ def test_modules_over_the_budget_run_again() -> None:
     assert any(module.recompute for module in plan.modules) and glcan_fx.estimate_memory(plan).peak <= budget
 
 
+def test_auto_needs_a_budget_or_a_gpu() -> None:
+    model, given, _, _ = classifier()
+    with pytest.raises(PlanError, match="k='auto'.*memory_budget="):
+        glcan_fx.plan(model, k="auto", **given)
+    whole = glcan_fx.estimate_memory(model, given["example_inputs"], task="classification").peak
+    assert glcan_fx.plan(model, k="auto", memory_budget=int(1.01 * whole), **given).k == 1
+
+
 def test_a_budget_that_nothing_fits() -> None:
     model, given, _, _ = classifier()
     with pytest.raises(PlanError, match=r"no plan fits memory_budget 10.0 MiB: the least found is .* during .*param"):
