@@ -91,6 +91,7 @@ class PeakMemory(TorchDispatchMode):
         self.log = Log()
         self._known: dict[int, int] = {}  # storage -> block
         self._owners = owners
+        self._finalizers: list[Any] = []
         self._tag = ""
 
     def __enter__(self) -> "PeakMemory":
@@ -99,9 +100,15 @@ class PeakMemory(TorchDispatchMode):
                 self._tag = tag
                 self._add(tensor)
         self._tag = ""
+        self._owners = ()
         self.bytes = self.live
         super().__enter__()
         return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for finalizer in self._finalizers:  # they would keep this object as long as what it counted
+            finalizer.detach()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -147,7 +154,7 @@ class PeakMemory(TorchDispatchMode):
         self.log.blocks.append(Block(size, self._tag))
         self.live += size
         self.bytes = max(self.bytes, self.live)
-        weakref.finalize(storage, self._free, key, size)
+        self._finalizers.append(weakref.finalize(storage, self._free, key, size))
 
     def _free(self, key: int, size: int) -> None:
         index = self._known.pop(key, None)
