@@ -37,9 +37,13 @@ BUDGETS: dict[str, tuple[int | str, float | str]] = {
     "yolo-r152": ("natural", "0.35"), "edsr": ("natural", 0.28), "edsr-full": ("natural", 1.7),
     "resnet34": ("natural", 3.45),
 }
-# small enough for a CPU: size of the input, and the budget relative to backpropagation's
-MEASURED = {"retinanet-r34": ("2x3x320x416", 0.75), "retinanet-r50": ("2x3x320x416", 0.6), "edsr": ("4x3x48x48", 0.25),
-            "resnet34": ("32x3x128x128", 0.7), "yolo-r34": ("4x3x320x320", 0.8)}
+# small enough for a CPU: size of the input, the budget relative to backpropagation's, arguments of the model
+MEASURED: dict[str, tuple[str, float, dict[str, Any]]] = {
+    "retinanet-r34": ("2x3x320x416", 0.75, {"min_size": 320, "max_size": 416}),
+    "retinanet-r50": ("2x3x320x416", 0.6, {"min_size": 320, "max_size": 416}),
+    "edsr": ("4x3x48x48", 0.25, {}), "resnet34": ("32x3x128x128", 0.7, {}),
+    "yolo-r34": ("4x3x320x320", 0.8, {"image_size": 320}),
+}
 METHODS = {"bp": "backpropagation", "checkpoint": "checkpoint per block", "nested": "nested checkpoint",
            "selective": "selective checkpoint", "offload": "save_on_cpu", "accumulate": "accumulation",
            "glcan": "glcan_fx", "budget": "glcan_fx, budget"}
@@ -75,9 +79,10 @@ def estimated(preset: str) -> dict[str, Any]:
 
 def measured(preset: str) -> dict[str, Any]:
     """A preset at a size for a CPU: real steps."""
-    size, share = MEASURED[preset]
-    whole = bench(preset, "--input", size, "--device", "estimate", "--methods", "bp")["bp"]["estimated"]
-    return bench(preset, "--input", size, "--device", "cpu", "--steps", "7", "--methods", "bp,checkpoint,glcan,budget",
+    size, share, kwargs = MEASURED[preset]
+    given = ("--input", size, "--kwargs", json.dumps(kwargs))
+    whole = bench(preset, *given, "--device", "estimate", "--methods", "bp")["bp"]["estimated"]
+    return bench(preset, *given, "--device", "cpu", "--steps", "7", "--methods", "bp,checkpoint,glcan,budget",
                  "--memory-budget", str(int(share * whole)))
 
 
@@ -175,7 +180,7 @@ def estimates_table(records: dict[str, Any]) -> list[str]:
 
 def measured_table(records: dict[str, Any]) -> list[str]:
     lines = ["| preset, input | method | peak, simulated | peak, measured | compute | step time |", "|---" * 6 + "|"]
-    for preset, (size, _) in MEASURED.items():
+    for preset, (size, _, _) in MEASURED.items():
         found = records.get(f"cpu-{preset}", {}).get("value", {})
         for method, row in found.items():
             if row["measured"] is None or row["step_seconds"] is None:
