@@ -205,7 +205,7 @@ Written by `python docs/bench_tracing.py` on one CPU core, seed 0, {versions}.
 ## Time
 
 Medians of {REPEATS} runs. *Trace and analyse* records the call three times (at two batch sizes, and in evaluation
-mode) and finds the structure; *transform* is everything, at the natural k, with full-width auxiliary networks.
+mode) and finds the structure; *transform* is everything, at the natural k.
 
 {times()}
 ## Other tracers
