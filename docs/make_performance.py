@@ -234,9 +234,8 @@ Peak memory of a training step in GiB, relative to backpropagation's, and comput
 
 *checkpoint per block* recomputes every block that is one call of a sub-module. *save_on_cpu* and *accumulation* need
 less memory than glcan_fx: the one moves what backward needs to main memory and back (24 GiB a step for
-RetinaNet-R50), the
-other changes what batch norm sees, and is exact and free for EDSR, which has none. All but glcan_fx compute
-backpropagation's gradients; glcan_fx trains with local ones.
+RetinaNet-R50), the other changes what batch norm sees, and is exact and free for EDSR, which has none. All but glcan_fx
+compute backpropagation's gradients; glcan_fx trains with local ones.
 
 ## Real steps
 
