@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from .analyze import Structure, Unit, analyze, unit_at
@@ -185,16 +185,10 @@ def estimate_memory(
     if isinstance(model, LocalModel):
         model = model.plan
     if isinstance(model, Plan):
-        return _draft_of(model).simulate(model, optimizer)
+        return model.known.simulate(model, optimizer)
     whole = plan(model, k=1, task=task, criterion=criterion, example_inputs=example_inputs,
                  example_targets=example_targets)
-    return _draft_of(whole).backpropagation(optimizer, recompute=recompute)
-
-
-def _draft_of(plan: Plan) -> "_Draft":
-    draft = plan.known
-    assert isinstance(draft, _Draft)
-    return draft
+    return whole.known.backpropagation(optimizer, recompute=recompute)
 
 
 def apply(
@@ -268,16 +262,16 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
 
     draft = _Draft(structure, model, made, whole, request.example_targets)
 
-    def planned(k: K | None, savings: Savings) -> Plan:
-        return _decide(request, k or request.k, savings, drafts, choices, units, refused, inputs, draft)
+    def planned(k: K, savings: Savings) -> Plan:
+        return _decide(k, savings, drafts, choices, units, refused, inputs, draft)
 
     if budget is None:
-        chosen = planned(None, Savings(request.fused_loss, request.slices))
+        chosen = planned(request.k, Savings(request.fused_loss, request.slices))
     else:
         alone = made.averages_images(model, levels_of(structure, made)) and not why_not_sliced(structure, made)
         chosen = within_budget(
             budget, len(units), _SLICES if alone else 1, made.fuses_losses(model), planned,
-            lambda plan: draft.simulate(plan, request.optimizer), fixed=not isinstance(request.k, str))
+            lambda plan: draft.simulate(plan, request.optimizer), k=None if isinstance(request.k, str) else request.k)
     log.info("planned %s: %d local modules of %d possible", chosen.model, chosen.k, len(structure.units))
     return chosen, lambda verified: _build(chosen, structure, model, made, verified)
 
@@ -298,7 +292,7 @@ _SLICES = 4  # more would save little: other modules are then the peak
 
 
 def _decide(
-    request: _Request, k: K, savings: Savings, drafts: Drafts, choices: Sequence[Options], units: Sequence[Unit],
+    k: K, savings: Savings, drafts: Drafts, choices: Sequence[Options], units: Sequence[Unit],
     refused: dict[str, PlanError], inputs: Any, draft: "_Draft",
 ) -> Plan:
     """The plan for a number of local modules."""
@@ -506,10 +500,17 @@ class _Draft:
         return Memory(self.simulate(plan, optimizer), self.backpropagation(optimizer), again)
 
     def backpropagation(self, optimizer: OptimizerLike, *, recompute: bool = False) -> Estimate:
-        """A step of backpropagation; ``recompute``: with activation checkpointing on every block."""
-        units, blocks = self.blocks
-        return simulate_plain(self.shadow(), self.inputs, self.backpropagated, optimizer, units,
-                              blocks if recompute else ())
+        """A step of backpropagation; ``recompute``: with activation checkpointing on every block. It is the same for
+        every plan, so it is simulated once."""
+        if (optimizer, recompute) not in self._simulated:
+            units, blocks = self.blocks
+            self._simulated[optimizer, recompute] = simulate_plain(
+                self.shadow(), self.inputs, self.backpropagated, optimizer, units, blocks if recompute else ())
+        return self._simulated[optimizer, recompute]
+
+    @cached_property
+    def _simulated(self) -> dict[tuple[OptimizerLike, bool], Estimate]:
+        return {}
 
     def simulate(self, plan: Plan, optimizer: OptimizerLike) -> Estimate:
         """A step of the plan."""
@@ -522,7 +523,12 @@ class _Draft:
 
     def shadow(self) -> nn.Module:
         """A copy of the model with fake tensors."""
-        return replicate(self.structure.trace.shadow, fake_copy(self.structure.trace.mode))
+        return replicate(self.structure.trace.shadow, self.fake)
+
+    @cached_property
+    def fake(self) -> Callable[[Tensor], Tensor]:
+        """Makes fake tensors like those of the trace."""
+        return fake_copy(self.structure.trace.mode)
 
     def backpropagated(self, model: nn.Module) -> Any:
         """The loss, or losses, of an ordinary training step."""
@@ -532,8 +538,7 @@ class _Draft:
     @cached_property
     def arguments(self) -> Any:
         """Fake example inputs of the whole model."""
-        fake = fake_copy(self.structure.trace.mode)
-        return tree_map_only(Spec, lambda spec: fake(spec.empty()), self.sizes)
+        return tree_map_only(Spec, lambda spec: self.fake(spec.empty()), self.sizes)
 
     @cached_property
     def inputs(self) -> list[Any]:
@@ -545,8 +550,7 @@ class _Draft:
     @cached_property
     def targets(self) -> Any:
         if self.given_targets is not None:
-            fake = fake_copy(self.structure.trace.mode)
-            return map_tensors(self.given_targets, lambda t: fake(t) if t.is_meta else t.detach().cpu())
+            return map_tensors(self.given_targets, lambda t: self.fake(t) if t.is_meta else t.detach().cpu())
         return self.task.example_targets(self.model, self.sizes, self.structure.trace.output.meta["value"])
 
     @cached_property
@@ -554,9 +558,8 @@ class _Draft:
         """The task, or what stands for it where its targets are not known."""
         if self.targets is None:
             return AnyLoss()
-        fake = fake_copy(self.structure.trace.mode)
         tensors = [t for module in self.task.modules().values() for t in [*module.parameters(), *module.buffers()]]
-        memo: dict[int, Any] = {id(tensor): fake(tensor) for tensor in tensors}
+        memo: dict[int, Any] = {id(tensor): self.fake(tensor) for tensor in tensors}
         return copy.deepcopy(self.task, memo) if self.task.modules() else self.task  # a criterion's state is the user's
 
     @cached_property

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.checkpoint import checkpoint
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from tqdm import tqdm
 
 from .demo_data import CocoFolder, DemoError, Target, average_precision, held_out_batches, training_batches
+from .estimate import recompute
 from .memory import PeakMemory
 from .models import retinanet
 
@@ -99,9 +99,7 @@ def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
 
 def checkpoint_blocks(model: nn.Module) -> nn.Module:
     """Recompute every residual block of `model` in backward, in place: what one does today to save memory."""
-    blocks = [module for module in model.modules() if isinstance(module, BasicBlock | Bottleneck)]
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    recompute(model, [path for path, module in model.named_modules() if isinstance(module, BasicBlock | Bottleneck)])
     return model
 
 

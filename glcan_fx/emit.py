@@ -64,9 +64,8 @@ class _Emitter:
             self.raw[node] = self._copy(node, module)
         else:
             [source] = activation.all_input_nodes
-            self.raw[activation] = self.view(source, module)
-            self.raw[activation] = self._copy(node, module)
-            self.raw[node] = self._copy(activation, module, self.raw.pop(activation))
+            pooled = self._copy(node, module, self.view(source, module))
+            self.raw[node] = self._copy(activation, module, pooled)
         if read_later and node.meta["overwritten"] and is_float(node.meta["value"]):
             self.cache(node, keep=True)  # before the operation that overwrites it
 
@@ -75,10 +74,9 @@ class _Emitter:
         numbers outside torch make a module opaque)."""
         inside = set(group)
         opaque = {part.path for part in self.structure.trace.report.opaque}
-        if any(node in self.pooled.values() or str(node.target) in opaque for node in group):
-            return False
+        swapped = {*self.pooled, *self.pooled.values()}
         return sum(node.meta["saved"] for node in group) > 0 and not any(
-            not node.meta["mutates"] <= inside or node in self.pooled
+            not node.meta["mutates"] <= inside or node in swapped or str(node.target) in opaque
             or node.meta["overwritten"] and (readers.get(node) or not inside.issuperset(node.users)) for node in group)
 
     def emit_again(self, group: Sequence[fx.Node], module: int, readers: Mapping[fx.Node, Set[int]]) -> None:
@@ -123,15 +121,15 @@ def emit(
     graph = out.graph
     inputs, context = task.prepare(graph, structure.trace.placeholders)
     out.raw.update(zip(structure.trace.placeholders, inputs, strict=True))
-    nodes = [n for n in structure.trace.graph.nodes if n.op not in ("placeholder", "output") and n in out.dependent]
     tail = sliced_tail(structure, task) if slices > 1 else []
-    nodes = [node for node in nodes if node not in set(tail)]
+    own = out.dependent - set(tail)
+    nodes = [node for node in structure.trace.graph.nodes if node.op not in ("placeholder", "output") and node in own]
     readers = _readers(out, nodes, tail, auxiliaries)
     losses: list[fx.Node] = []
     for module in range(len(cuts) + 1):
         before = len(graph.nodes)
-        own = [node for node in nodes if out.owner[node] == module]
-        for group in blocks_of(structure, own) if module in recomputed else [[node] for node in own]:
+        mine = [node for node in nodes if out.owner[node] == module]
+        for group in blocks_of(structure, mine) if module in recomputed else [[node] for node in mine]:
             if module in recomputed and out.may_run_again(group, readers):
                 out.emit_again(group, module, readers)
                 continue
@@ -215,21 +213,20 @@ def sliced_tail(structure: Structure, task: Task) -> list[fx.Node]:
     """The nodes behind the trunk, which run slice by slice; none where the task has a head of its own for that."""
     if task.outputs_are_levels:
         return []
-    dependent = structure.dependent
-    tail = [node for node in structure.trace.graph.nodes if node.op not in ("placeholder", "output")
-            and node not in structure.trunk and node in dependent]
-    needed = ancestors(tail) - dependent  # made of parameters alone: not cut into slices
-    return [node for node in structure.trace.graph.nodes if node in needed or node in set(tail)]
+    behind = {node for node in structure.dependent - structure.trunk if node.op not in ("placeholder", "output")}
+    tail = behind | (ancestors(behind) - structure.dependent)  # what is made of parameters alone is not cut into slices
+    return [node for node in structure.trace.graph.nodes if node in tail]
 
 
 def why_not_sliced(structure: Structure, task: Task) -> str | None:
     """What keeps the tail from running slice by slice."""
     tail = sliced_tail(structure, task)
+    inside = set(tail)
     for node in tail:
         module = structure.trace.module(node)
         if module is not None and any("running_mean" in part._buffers for part in module.modules()):
             return f"'{node.target}' keeps statistics of the whole batch"
-        if not node.meta["mutates"] <= set(tail):
+        if not node.meta["mutates"] <= inside:
             return f"'{node.name}' changes what the trunk hands on, in place"
     numbers = [node for node in tail_inputs(tail) if not isinstance(node.meta["value"], Tensor)]
     return f"it reads the number '{numbers[0].name}', which may be the batch's size" if numbers else None

@@ -122,9 +122,7 @@ def simulate_local(
             part.checks = 0  # by the numbers, which fake tensors do not have
 
     def watch(memory: PeakMemory) -> None:
-        def enter(name: str) -> Callable[..., None]:
-            return lambda *_: memory.enter_phase(name)
-
+        enter = partial(_entering, memory)
         memory.enter_phase("0 forward")
         for index in range(last):
             part = local.aux.get_submodule(str(index))
@@ -149,14 +147,16 @@ def simulate_plain(
     recompute(model, recomputed)
 
     def watch(memory: PeakMemory) -> None:
-        def enter(name: str) -> Callable[..., None]:
-            return lambda *_: memory.enter_phase(name)
-
         memory.enter_phase("forward")
         for path, unit in ({} if recomputed else units or {}).items():
-            model.get_submodule(path).register_forward_pre_hook(enter(unit))
+            model.get_submodule(path).register_forward_pre_hook(_entering(memory, unit))
 
     return simulate(model, inputs, lambda: minimised(forward(model)), optimizer, (), watch)
+
+
+def _entering(memory: PeakMemory, phase: str) -> Callable[..., None]:
+    """A hook: from now on, ``phase`` runs."""
+    return lambda *_: memory.enter_phase(phase)
 
 
 def recompute(model: nn.Module, paths: Sequence[str], **options: Any) -> None:

@@ -202,13 +202,10 @@ def assemble(
     bound = {name: (partial(type(fx.GraphModule(model, part, "Part")).forward, model), _called(part.nodes))
              for name, part in (parts or {}).items()}
     if plan.options.slices > 1:
-        own = [*model._modules, *model._parameters]
-        others = [name for name in own if name not in (task.network(model), "transform")]
         criterion = [(aux, "task")] if "task" in aux._modules else []
-        tail, behind = bound.pop("tail", (None, others))
+        tail, behind = bound.pop("tail", (None, task.behind(model)))
         aux.get_submodule("last").add_module(
-            "head", SlicedHead(tail, head, plan.options.slices, task.part, model, behind, criterion,
-                               scale))
+            "head", SlicedHead(tail, head, plan.options.slices, task.part, model, behind, criterion, scale))
     for name, (run, called) in bound.items():
         aux.add_module(name, Recomputed(run, model, called))
     return LocalModel(model, aux, graph, plan, task, parts or {})

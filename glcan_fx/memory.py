@@ -2,8 +2,7 @@
 
 import math
 import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -14,7 +13,6 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
-    FakeTensorMode,
 )
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -110,18 +108,8 @@ class PeakMemory(TorchDispatchMode):
         for finalizer in self._finalizers:  # they would keep this object as long as what it counted
             finalizer.detach()
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """What runs inside is called ``name``, and so is the memory that it allocates."""
-        before = self._tag
-        self.enter_phase(name)
-        try:
-            yield
-        finally:
-            self.enter_phase(before)
-
     def enter_phase(self, name: str) -> None:
-        """From now on, ``name`` runs."""
+        """From now on, ``name`` runs, and what is allocated is for it."""
         if name != self._tag:
             self._tag = name
             self.log.phases.append((len(self.log.events), name))
@@ -135,8 +123,8 @@ class PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        fake = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)), None)
-        out = func(*args, **kwargs) if fake is None else _on_fake(func, args, kwargs, fake.fake_mode)
+        fake = any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs)))
+        out = _on_fake(func, args, kwargs) if fake else func(*args, **kwargs)
         self.flops += flops_of(func, args, kwargs, out)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
@@ -207,7 +195,7 @@ def _tensors(owner: nn.Module | Optimizer | Tensor) -> Iterable[tuple[str, Tenso
 # ---------------------------------------------------------------------------------------------- fake tensors
 
 
-def _on_fake(func: Any, args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:
+def _on_fake(func: Any, args: Any, kwargs: Any) -> Any:
     """Run an operator of which some arguments are fake; where its result depends on values, see ``PeakMemory``."""
     if func in (_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default):
         indices = [part for index in args[1] for part in _whole(index)]

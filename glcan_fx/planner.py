@@ -13,6 +13,7 @@ from typing import Any
 
 from .errors import PlanError
 from .estimate import Estimate
+from .partition import K
 from .plan import Plan
 from .show import size
 from .synthesize import Options
@@ -71,63 +72,72 @@ def in_bytes(budget: int | float | str) -> int:
 
 @dataclass
 class _Search:
-    """Looks for a plan within a budget; remembers what it tried."""
+    """Looks for a plan within a budget; remembers what it tried, by k and savings."""
 
     budget: int
-    plan: Callable[[int | None, Savings], Plan]  # None: the user's own k
+    plan: Callable[[K, Savings], Plan]
     simulate: Callable[[Plan], Estimate]
-    tried: list[tuple[str, Plan, Estimate]] = field(default_factory=list)
+    tried: dict[tuple[str, Savings], tuple[Plan, Estimate]] = field(default_factory=dict)
 
-    def fits(self, k: int | None, savings: Savings) -> Plan | None:
-        plan = self.plan(k, savings)
-        found = next((e for _, p, e in self.tried if p == plan), None)
-        if found is None:
-            found = self.simulate(plan)
-            what = [f"k={plan.k}"] + ["losses from class ids"] * savings.fused
-            what += [f"{savings.slices} slices"] * (savings.slices > 1)
-            what += [f"{len(savings.recompute)} modules recomputed"] * bool(savings.recompute)
-            self.tried.append((", ".join(what), plan, found))
-        return plan if found.peak <= self.budget else None
+    def attempt(self, k: K, savings: Savings) -> tuple[Plan, Estimate]:
+        """The plan with this k and these savings, and its step; made once."""
+        key = str(k), savings
+        if key not in self.tried:
+            plan = self.plan(k, savings)
+            self.tried[key] = plan, self.simulate(plan)
+        return self.tried[key]
 
-    def over(self, k: int | None, savings: Savings) -> frozenset[int]:
-        """The local modules that need more than the budget, in the last try with these savings."""
-        plan = self.plan(k, savings)
-        peaks = next(e for _, p, e in self.tried if p == plan).timeline
+    def fits(self, k: K, savings: Savings) -> Plan | None:
+        plan, step = self.attempt(k, savings)
+        return plan if step.peak <= self.budget else None
+
+    def over(self, k: K, savings: Savings) -> frozenset[int]:
+        """The local modules that need more than the budget."""
+        plan, step = self.attempt(k, savings)
         names = {module.name: index for index, module in enumerate(plan.modules)}
-        over = {names[what.split(" of ", 1)[1]] for what, peak in peaks
-                if peak > self.budget and " of " in what and what.split(" of ", 1)[1] in names}
-        last = {plan.k - 1} if any(what == "backward" and peak > self.budget for what, peak in peaks) else set()
-        return frozenset(over | last)
+        peaks = [(what.partition(" of ")[2], what) for what, peak in step.timeline if peak > self.budget]
+        last = {plan.k - 1} if any(what == "backward" for _, what in peaks) else set()
+        return frozenset(last | {names[name] for name, _ in peaks if name in names})
 
-    def notes(self) -> list[str]:
-        tries = "; ".join(f"{what}: {size(e.peak)}" for what, _, e in self.tried)
-        return [f"memory budget {size(self.budget)}; simulated: {tries}"]
+    def steps(self) -> list[tuple[str, Estimate]]:
+        """What was tried, in words, and the step it takes."""
+        return [(_in_words(plan.k, savings), step) for (_, savings), (plan, step) in self.tried.items()]
+
+    def note(self) -> str:
+        tries = "; ".join(f"{what}: {size(step.peak)}" for what, step in self.steps())
+        return f"memory budget {size(self.budget)}; simulated: {tries}"
+
+
+def _in_words(k: int, savings: Savings) -> str:
+    what = [f"k={k}"] + ["losses from class ids"] * savings.fused
+    what += [f"{savings.slices} slices"] * (savings.slices > 1)
+    return ", ".join(what + [f"{len(savings.recompute)} modules recomputed"] * bool(savings.recompute))
 
 
 def within_budget(
-    budget: int, most: int, slices: int, fused: bool, plan: Callable[[int | None, Savings], Plan],
-    simulate: Callable[[Plan], Estimate], *, fixed: bool,
+    budget: int, most: int, slices: int, fused: bool, plan: Callable[[K, Savings], Plan],
+    simulate: Callable[[Plan], Estimate], *, k: K | None,
 ) -> Plan:
     """The plan with the fewest local modules, and then the least extra compute, whose simulated step stays within
     ``budget`` bytes.
 
-    most: the natural k; fixed: whether k is the user's, and stays; slices: how many slices the last module's end may
-    run in, 1 for none; fused: whether there are losses from class ids. Raises PlanError, with the least that would do
-    and the reason, where nothing fits.
+    most: the natural k; k: the user's, or None where it is to be found; slices: how many slices the last module's end
+    may run in, 1 for none; fused: whether there are losses from class ids. Raises PlanError, with the least that would
+    do and the reason, where nothing fits.
     """
     search = _Search(budget, plan, simulate)
     kinds = list(dict.fromkeys([Savings(), Savings(fused=fused), Savings(fused=fused, slices=slices)]))
     best = kinds[-1]
     found = None
     # more modules need less, but for what their auxiliary networks add: also try fewer than most
-    numbers: list[int | None] = [None] if fixed else [1, *dict.fromkeys(min(most, max(2, most * share // 4))
-                                                                  for share in (4, 3, 2, 1))]
+    finest = [min(most, max(2, most * share // 4)) for share in (4, 3, 2, 1)]
+    numbers: list[K] = [1, *dict.fromkeys(finest)] if k is None else [k]
     for number in numbers:
-        for savings in kinds if number in (None, 1) else [best]:
+        for savings in kinds if number == numbers[0] else [best]:
             found = found or search.fits(number, savings)
         if found is not None:
             break
-    if found is not None and not fixed and found.k > 1:
+    if found is not None and k is None and found.k > 1:
         low, high = 2, found.k
         while low < high:  # the fewest
             middle = (low + high) // 2
@@ -137,7 +147,7 @@ def within_budget(
             found = search.fits(found.k, savings) or found
             if found.options.slices == 1:
                 break
-    number = None if fixed else most
+    number = most if k is None else k
     while found is None:
         over = search.over(number, best)
         if over <= best.recompute:
@@ -145,9 +155,9 @@ def within_budget(
         best = replace(best, recompute=best.recompute | over)
         found = search.fits(number, best)
     if found is None:
-        what, _, least = min(search.tried, key=lambda one: one[2].peak)
+        what, least = min(search.steps(), key=lambda one: one[1].peak)
         parts = ", ".join(f"{name} {size(part)}" for name, part in sorted(least.parts.items(), key=lambda x: -x[1]))
         raise PlanError(
             f"no plan fits memory_budget {size(budget)}: the least found is {size(least.peak)} ({what}), during "
             f"{least.when}: {parts}. Use a smaller batch or smaller images, or give at least that budget.")
-    return replace(found, notes=(*found.notes, *search.notes()))
+    return replace(found, notes=(*found.notes, search.note()))

@@ -171,20 +171,31 @@ class LocalBackward(nn.Module):
         parameters = list({id(p): p for p in found if p.requires_grad}.values())
         if not (torch.is_grad_enabled() and scalar.requires_grad and parameters):
             return scalar.detach()
-        device = scalar.device.type
-        half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-        scaler: LossScale = self.__dict__["scaler"]
-        scaled = scalar * scaler.scale if half else scalar
-        with _without_hooks(parameters):
-            stash = _owned_gradients(torch.autograd.grad(scaled, parameters, allow_unused=True))
-        if half:
-            scaler.unscale(stash)
+        stash = _differentiate(scalar, parameters, self.__dict__["scaler"])
         self.delivered = [False]
         out: Tensor = _Replay.apply(scalar.detach(), stash, self.delivered, *parameters)
         return out
 
     def extra_repr(self) -> str:
         return self.name
+
+
+def _differentiate(
+    loss: Tensor, sources: Sequence[Tensor], scaler: LossScale, *, retain: bool = False, widen: bool = False
+) -> list[Tensor | None]:
+    """Gradients of a local loss that can be changed in place; under float16 autocast by way of the scale.
+
+    widen: they are then float32, whatever the sources are.
+    """
+    device = loss.device.type
+    half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    with _without_hooks(sources):
+        grads = _owned_gradients(torch.autograd.grad(
+            loss * scaler.scale if half else loss, sources, allow_unused=True, retain_graph=retain))
+    if half:
+        grads = [None if grad is None else grad.float() for grad in grads] if widen else grads
+        scaler.unscale(grads)
+    return grads
 
 
 class _OfModel(nn.Module):
@@ -299,15 +310,8 @@ class SlicedHead(_OfModel):
         trained: Sequence[Tensor], start: int, stop: int, retain: bool,
     ) -> None:
         """Differentiate a slice's loss and add to the stash: rows of the values' gradients, the parameters'."""
-        device = loss.device.type
-        half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-        scaler: LossScale = self.__dict__["scaler"]
-        with _without_hooks(trained):
-            grads = _owned_gradients(torch.autograd.grad(loss * scaler.scale if half else loss, [*own, *trained],
-                                                         allow_unused=True, retain_graph=retain))
-        if half:
-            grads = [None if grad is None else grad.float() for grad in grads]
-            scaler.unscale(grads)
+        # features are half themselves under float16: their gradients would vanish without the scale
+        grads = _differentiate(loss, [*own, *trained], self.__dict__["scaler"], retain=retain, widen=True)
         for index, grad in enumerate(grads):
             if grad is None:
                 continue

@@ -196,7 +196,7 @@ def synthesize(
         _synthesise_taps(build, cut, own, missing, options, outputs_are_predictions)
         _copy_tail(build, tail, options.head != "full")
     else:
-        _predict_directly(build, cut, own, tail, direct)
+        _predict_directly(build, cut, own, *direct)
     results = fx.map_arg(outputs, lambda node: build.values[node])
     if sigma:
         results = {key: build.graph.call_function(scale_gradient, (value, sigma[key])) if sigma[key] != 1 else value
@@ -291,8 +291,9 @@ def _is_map(node: fx.Node) -> bool:
     return isinstance(node.meta["value"], Tensor) and is_float(node.meta["value"])
 
 
-def _direct(structure: Structure, cut: fx.Node, tail: Tail) -> list[fx.Node] | None:
-    """The layers that make the network's maps, where all of them can be made from the module's own output instead.
+def _direct(structure: Structure, cut: fx.Node, tail: Tail) -> tuple[list[fx.Node], list[fx.Node]] | None:
+    """The layers that make the network's maps, where all of them can be made from the module's own output instead; and
+    what follows them.
 
     That is so where each is a map of the cut's rank, and what follows needs no other layer with weights.
     """
@@ -303,14 +304,14 @@ def _direct(structure: Structure, cut: fx.Node, tail: Tail) -> list[fx.Node] | N
         return None
     if any(not _is_map(node) or len(structure.shape(node)) != rank or structure.positions(node) <= 1 for node in made):
         return None
-    needed = _behind(structure, tail, made)
+    needed = _behind(tail, made)
     if any(structure.trace.parameters(node) for node in needed) or any(
             node in tail.taps for node in needed for node in node.all_input_nodes):
         return None
-    return made
+    return made, needed
 
 
-def _behind(structure: Structure, tail: Tail, made: list[fx.Node]) -> list[fx.Node]:
+def _behind(tail: Tail, made: list[fx.Node]) -> list[fx.Node]:
     """What of the tail is computed from the layers that make the maps, and what it needs beside them."""
     reached: set[fx.Node] = set()
     for node in tail.nodes:
@@ -321,7 +322,9 @@ def _behind(structure: Structure, tail: Tail, made: list[fx.Node]) -> list[fx.No
     return [node for node in tail.nodes if node in (reached | beside) - set(made)]
 
 
-def _predict_directly(build: _Builder, cut: fx.Node, own: fx.Node, tail: Tail, made: list[fx.Node]) -> None:
+def _predict_directly(
+    build: _Builder, cut: fx.Node, own: fx.Node, made: list[fx.Node], behind: list[fx.Node]
+) -> None:
     """One convolution on the module's own output for each of the network's maps, at the output's resolution.
 
     Focal features of the output's shape are added to it (the long skip of a residual network).
@@ -335,7 +338,7 @@ def _predict_directly(build: _Builder, cut: fx.Node, own: fx.Node, tail: Tail, m
             build.graph.erase_node(build.values.pop(tap))
     for index, node in enumerate(made):
         build.values[node] = _prediction(build, cut, node, value, f"predict{index}")
-    for node in _behind(structure, tail, made):
+    for node in behind:
         if node not in build.values:
             build.copy(node, "tail")
 

@@ -111,6 +111,10 @@ class Task(ABC):
         losses that compute the same in less memory, where the task has some."""
         return LossHead(self)
 
+    def behind(self, model: nn.Module) -> list[str]:
+        """Names of the model's own modules and parameters beside the compiled part, which its head may use."""
+        return [name for name in [*model._modules, *model._parameters] if name != self.network(model)]
+
     def fuses_losses(self, model: nn.Module) -> bool:
         """Whether ``last_head(fused=True)`` computes a loss in less memory."""
         return False

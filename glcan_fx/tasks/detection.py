@@ -40,6 +40,7 @@ from ..layers import (
 from ..losses import focal_loss
 from .base import Task
 
+_BEFORE = ("transform", "backbone")  # a detector's parts that make the features
 _NO_PIXELS = ("torch", "torchvision", "glcan_fx")  # whose classes read nothing but features behind the backbone
 _Targets = list[dict[str, Tensor]]
 
@@ -58,9 +59,11 @@ class Detection(Task):
 
     def begin(self, model: nn.Module) -> None:
         self._templates.pop(model, None)  # the model may have changed
-        behind = [part for name, child in model.named_children() if name not in ("transform", "backbone")
-                  for part in child.modules()]
-        self._reads_pixels = any(type(part).__module__.partition(".")[0] not in _NO_PIXELS for part in [model, *behind])
+        parts = [model, *_parts_behind(model)]
+        self._reads_pixels = any(type(part).__module__.partition(".")[0] not in _NO_PIXELS for part in parts)
+
+    def behind(self, model: nn.Module) -> list[str]:
+        return [name for name in [*model._modules, *model._parameters] if name not in _BEFORE]
 
     def fuses_losses(self, model: nn.Module) -> bool:
         head = model._modules.get("head")
@@ -70,7 +73,7 @@ class Detection(Task):
         raise NotImplementedError("the detector's own forward computes its loss")  # see head() and last_head()
 
     def network(self, model: nn.Module) -> str:
-        for part in ("transform", "backbone"):
+        for part in _BEFORE:
             if not isinstance(getattr(model, part, None), nn.Module):
                 raise PlanError(
                     f"task 'detection' expects torchvision's contract, but {type(model).__name__} has no module "
@@ -169,8 +172,7 @@ class Detection(Task):
 
     def averages_images(self, model: nn.Module, levels: Any) -> bool:
         """Found by trying: two images with different objects, on small random features, together and alone."""
-        if any("running_mean" in part._buffers for name, child in model.named_children()
-               if name not in ("transform", "backbone") for part in child.modules()):
+        if any("running_mean" in part._buffers for part in _parts_behind(model)):
             return False
         values = {key: node.meta["value"] for key, node in levels.items()}
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -243,6 +245,11 @@ def _view(module: nn.Module, **parts: nn.Module) -> nn.Module:
     view = copy.copy(module)
     view.__dict__["_modules"] = {**module._modules, **parts}
     return view
+
+
+def _parts_behind(model: nn.Module) -> list[nn.Module]:
+    """The modules of a detector that read features."""
+    return [part for name, child in model.named_children() if name not in _BEFORE for part in child.modules()]
 
 
 def _has_focal_loss(head: nn.Module) -> bool:
@@ -338,7 +345,7 @@ def _make_template(
     The layers to leave out and the layers to keep are found by running the copy, on small random features.
     """
     detector = copy.copy(model)
-    detector.__dict__["_modules"] = {k: v for k, v in model._modules.items() if k not in ("transform", "backbone")}
+    detector.__dict__["_modules"] = {k: v for k, v in model._modules.items() if k not in _BEFORE}
     detector = unhooked_copy(detector).cpu().train()
     not_in_place(detector)
     _select_levels(detector, levels, list(outputs))
