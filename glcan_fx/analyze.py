@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from .errors import PlanError
-from .layers import channel_axis
+from .layers import channel_axis, predictors
 from .nested import tensors_in
 from .trace import Trace, is_float, within
 
@@ -88,6 +88,11 @@ class Structure:
     def dependent(self) -> frozenset[fx.Node]:
         """Nodes that are computed from the inputs, or change a buffer."""
         return frozenset(input_dependent(self.trace.graph))
+
+    @cached_property
+    def interface(self) -> frozenset[nn.Module]:
+        """The layers that make the network's outputs."""
+        return frozenset(predictors(self.trace.shadow, self.trace.output.meta["value"]))
 
     @cached_property
     def _sizes(self) -> list[fx.Node]:

@@ -39,7 +39,6 @@ from .layers import (
     moments,
     narrowed,
     not_in_place,
-    predictors,
     scale_gradient,
     set_width,
     unhooked_copy,
@@ -264,7 +263,7 @@ def _tail_towers(structure: Structure, tail: Tail) -> dict[fx.Node, tuple[set[fx
         parts = (str(node.target) if node.op == "call_module" else node.meta["module"]).split(".")
         for depth in range(1, len(parts) + 1):
             groups.setdefault(".".join(parts[:depth]), []).append(node)
-    interface = predictors(structure.trace.shadow, structure.trace.output.meta["value"])
+    interface = structure.interface
     towers: dict[fx.Node, tuple[set[fx.Node], fx.Node, fx.Node]] = {}
     taken: set[fx.Node] = set()
     everything = set(tail.nodes)
@@ -297,7 +296,7 @@ def _direct(structure: Structure, cut: fx.Node, tail: Tail) -> tuple[list[fx.Nod
 
     That is so where each is a map of the cut's rank, and what follows needs no other layer with weights.
     """
-    interface = predictors(structure.trace.shadow, structure.trace.output.meta["value"])
+    interface = structure.interface
     made = [node for node in tail.nodes if structure.trace.module(node) in interface]
     rank = len(structure.shape(cut))
     if not made or cut in structure.channels_last or rank < 3 or structure.positions(cut) <= 1:
@@ -380,13 +379,13 @@ def _synthesise_taps(
 ) -> None:
     """Walk the trunk from the cut and make the missing taps on the way."""
     structure = build.structure
-    ends = [unit.end for unit in structure.units]
+    wanted = {*missing, *(unit.end for unit in structure.units)}
     order = {node: index for index, node in enumerate(structure.chain)}
-    ahead = [node for node in structure.chain[order[cut] + 1:] if node in ends or node in missing]
+    ahead = [node for node in structure.chain[order[cut] + 1:] if node in wanted]
     ahead = ahead[: max((i + 1 for i, node in enumerate(ahead) if node in missing), default=0)]
     way = _way(structure, cut, ahead, missing)
     keep = _sampled_blocks(structure, way, options.depth)
-    interface = predictors(structure.trace.shadow, structure.trace.output.meta["value"]) if predictions else set()
+    interface = structure.interface if predictions else frozenset()
     value, present, narrow = own, cut, False
     for index, (start, end) in enumerate(pairwise(way)):
         same = structure.shape(start) == structure.shape(end)
@@ -402,8 +401,8 @@ def _synthesise_taps(
             present = end
             narrow = narrowed(structure.channels(end), width) < structure.channels(end)
         if end in missing:
-            made, wanted = tensor_of(present).dtype, tensor_of(end).dtype
-            build.values[end] = value if made == wanted else build.graph.call_method("to", (value, wanted))
+            made, needed = tensor_of(present).dtype, tensor_of(end).dtype
+            build.values[end] = value if made == needed else build.graph.call_method("to", (value, needed))
     for tap in missing:  # taps beside the chain: from the nearest value of the chain before them
         if tap not in build.values:
             above = ancestors([tap])
@@ -697,6 +696,5 @@ def _like(structure: Structure, tensor: Tensor) -> Tensor:
 
 def _predictors_of_source(build: _Builder) -> set[str]:
     """Paths of the layers that make the source network's outputs."""
-    trace = build.structure.trace
-    found = predictors(trace.shadow, trace.output.meta["value"])
-    return {path for path, module in trace.shadow.named_modules(remove_duplicate=False) if module in found}
+    named = build.structure.trace.shadow.named_modules(remove_duplicate=False)
+    return {path for path, module in named if module in build.structure.interface}
