@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -53,7 +52,6 @@ from .tasks import Spec, Task, make_task, specs
 WARM_UP_STEPS = 3  # neither timed nor measured: allocators, kernels and the optimiser's state settle
 COMPILE_BUDGET = 0.5  # of the activations that torch.compile keeps without a budget
 PRECISION = 32  # the largest batch is searched to one part in so many
-POINTS = 400  # of a curve of memory over a step
 LEARNING_RATE = 1e-6  # the weights stay as they were initialised, so that every step costs the same
 
 _aten = torch.ops.aten
@@ -342,21 +340,7 @@ def _under_autocast(model: nn.Module, job: Job, device: str) -> None:
 
 def _message(made: Estimate, notes: Sequence[str] = ()) -> dict[str, Any]:
     return {"estimated": made.peak, "flops": made.flops, "parts": made.parts, "when": made.when,
-            "curve": curve(made.live), "notes": list(notes)}
-
-
-def curve(live: Sequence[int]) -> list[int]:
-    """Live bytes over a step, thinned out: the most in each of POINTS parts in which equally many bytes are allocated
-    and released, which stands for time."""
-    moved = list(accumulate(abs(after - before) for before, after in pairwise(live)))
-    points = [0] * POINTS
-    points[:1] = live[:1] or [0]
-    for now, at in zip(live[1:], moved, strict=True):
-        index = min(POINTS - 1, at * POINTS // max(1, moved[-1]))
-        points[index] = max(points[index], now)
-    for index in range(1, POINTS):
-        points[index] = points[index] or points[index - 1]
-    return points
+            "curve": list(made.live), "notes": list(notes)}
 
 
 # ---------------------------------------------------------------------------------------------- measured

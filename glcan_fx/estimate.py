@@ -8,7 +8,8 @@ not (``zero_grad(set_to_none=True)``).
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from .runtime import LocalOutput, SlicedHead, total
 from .tasks import Task
 from .trace import quiet
 
+_POINTS = 400
+
 OptimizerLike = str | Callable[[Iterable[nn.Parameter]], Optimizer] | None
 
 OPTIMIZERS: Mapping[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
@@ -32,22 +35,38 @@ OPTIMIZERS: Mapping[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
 }
 
 
+class Phase(NamedTuple):
+    """A part of a training step: what ran, for which local module (None: for all, or there are none), the most bytes
+    that were live meanwhile, its floating-point operations, and when it began, from 0 to 1 on the axis of
+    ``Estimate.live``."""
+
+    name: str
+    module: int | None
+    peak: int
+    flops: int
+    start: float
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Memory and compute of one training step.
 
     peak: bytes of live tensors at most, without library workspaces. when: what ran then. parts: what the peak is made
-    of, in bytes; they add up to it. timeline: (what ran, most bytes live meanwhile) in order. flops: floating-point
-    operations of convolutions, matrix products and attention, forward and backward. live: bytes after every allocation
-    and release of the step.
+    of, in bytes; they add up to it. timeline: the step's phases in order. flops: floating-point operations of
+    convolutions, matrix products and attention, forward and backward. live: live bytes over the step, thinned out: the
+    most in each of 400 parts in which equally many bytes are allocated and released, which stands for time.
     """
 
     peak: int
     when: str
     parts: dict[str, int]
-    timeline: tuple[tuple[str, int], ...]
+    timeline: tuple[Phase, ...]
     flops: int
     live: tuple[int, ...] = field(default=(), compare=False, repr=False)
+
+    def share(self, module: int) -> float:
+        """A local module's part of the step's operations, its auxiliary network's included; from 0 to 1."""
+        return sum(phase.flops for phase in self.timeline if phase.module == module) / max(1, self.flops)
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in self.parts.items())
@@ -203,12 +222,31 @@ def _account(log: Log, flops: int, names: Sequence[str]) -> Estimate:
     for tag, size in log.at(at).items():
         name = _part(tag, when, bool(names))
         parts[name] = parts.get(name, 0) + size
-    timeline: list[tuple[str, int]] = []
-    for (start, phase), (end, _) in zip(log.phases, [*log.phases[1:], (len(live), "")], strict=True):
-        if end > start:
-            timeline.append((_readable(phase, names), max(live[start:end])))
     begin = log.phases[0][0] if log.phases else 0
-    return Estimate(peak, _readable(when, names), parts, tuple(timeline), flops, tuple(live[begin:]))
+    moved = _moved(live[begin:])
+    timeline: list[Phase] = []
+    for (start, phase, before), (end, _, after) in pairwise([*log.phases, (len(live), "", flops)]):
+        if end > start or after > before:
+            timeline.append(Phase(_readable(phase, names), _module(phase, names), max(live[start:end], default=0),
+                                  after - before, moved[min(start - begin, len(moved) - 1)] / max(1, moved[-1])))
+    return Estimate(peak, _readable(when, names), parts, tuple(timeline), flops, curve(live[begin:]))
+
+
+def _moved(live: Sequence[int]) -> list[int]:
+    """Bytes that were allocated and released up to every event."""
+    return [0, *accumulate(abs(after - before) for before, after in pairwise(live))]
+
+
+def curve(live: Sequence[int]) -> tuple[int, ...]:
+    """Live bytes after every event, thinned out as ``Estimate.live`` is."""
+    moved = _moved(live)
+    points = [0] * _POINTS
+    for now, at in zip(live, moved, strict=False):
+        index = min(_POINTS - 1, at * _POINTS // max(1, moved[-1]))
+        points[index] = max(points[index], now)
+    for index in range(1, _POINTS):
+        points[index] = points[index] or points[index - 1]
+    return tuple(points)
 
 
 def _part(tag: str, when: str, local: bool) -> str:
@@ -228,3 +266,9 @@ def _part(tag: str, when: str, local: bool) -> str:
 def _readable(phase: str, names: Sequence[str]) -> str:
     owner, _, kind = phase.partition(" ")
     return f"{kind} of {names[int(owner)]}" if names and owner.isdecimal() else phase
+
+
+def _module(phase: str, names: Sequence[str]) -> int | None:
+    """The local module that a phase belongs to: what the loop differentiates is the last one's."""
+    owner = phase.partition(" ")[0]
+    return None if not names else int(owner) if owner.isdecimal() else len(names) - 1 if phase == "backward" else None

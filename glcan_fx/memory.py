@@ -39,7 +39,7 @@ class Log:
 
     blocks: list[Block] = field(default_factory=list)
     events: list[tuple[int, bool]] = field(default_factory=list)
-    phases: list[tuple[int, str]] = field(default_factory=list)  # from which event on, what ran
+    phases: list[tuple[int, str, int]] = field(default_factory=list)  # from which event and operations on, what ran
 
     def live(self) -> list[int]:
         """Live bytes after every event."""
@@ -61,7 +61,7 @@ class Log:
 
     def phase_at(self, event: int) -> str:
         """What ran when an event happened."""
-        return next((name for start, name in reversed(self.phases) if start <= event), "")
+        return next((name for start, name, _ in reversed(self.phases) if start <= event), "")
 
 
 class PeakMemory(TorchDispatchMode):
@@ -112,7 +112,7 @@ class PeakMemory(TorchDispatchMode):
         """From now on, ``name`` runs, and what is allocated is for it."""
         if name != self._tag:
             self._tag = name
-            self.log.phases.append((len(self.log.events), name))
+            self.log.phases.append((len(self.log.events), name, self.flops))
 
     def retag(self, tensors: Iterable[Tensor], tag: str) -> None:
         """Say what these live tensors are for."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from .capture import Opaque, Specialisation
 from .errors import PlanError
-from .estimate import Estimate, Memory, OptimizerLike
+from .estimate import Estimate, Memory, OptimizerLike, Phase
 from .replay import Segments, Surroundings
 from .rules import Feature
 from .show import plan_dot, plan_table
@@ -163,7 +163,7 @@ class Plan:
             memory = data.pop("memory")
             made = cls(**data)
             if memory is not None:
-                estimates: Any = {name: e and Estimate(**{**e, "timeline": _tuples(e["timeline"])})
+                estimates: Any = {name: e and Estimate(**{**e, "timeline": tuple(Phase(*p) for p in e["timeline"])})
                                   for name, e in memory.items()}
                 made.__dict__["memory"] = Memory(**estimates)
             return made

@@ -93,11 +93,9 @@ class _Search:
 
     def over(self, k: K, savings: Savings) -> frozenset[int]:
         """The local modules that need more than the budget."""
-        plan, step = self.attempt(k, savings)
-        names = {module.name: index for index, module in enumerate(plan.modules)}
-        peaks = [(what.partition(" of ")[2], what) for what, peak in step.timeline if peak > self.budget]
-        last = {plan.k - 1} if any(what == "backward" for _, what in peaks) else set()
-        return frozenset(last | {names[name] for name, _ in peaks if name in names})
+        _, step = self.attempt(k, savings)
+        return frozenset(phase.module for phase in step.timeline
+                         if phase.peak > self.budget and phase.module is not None)
 
     def steps(self) -> list[tuple[str, Estimate]]:
         """What was tried, in words, and the step it takes."""

@@ -15,7 +15,8 @@ for package in ("tqdm", "rich", "matplotlib"):
     pytest.importorskip(package)
 
 from glcan_fx import arguments, bench, cli
-from glcan_fx.bench_methods import PREPARE, Elsewhere, Job, Skipped, at_batch, curve, largest, measured
+from glcan_fx.bench_methods import PREPARE, Elsewhere, Job, Skipped, at_batch, largest, measured
+from glcan_fx.estimate import curve
 from glcan_fx.memory import PeakMemory
 
 FILE = '''

@@ -136,7 +136,8 @@ def test_parts_add_up_and_the_timeline_holds_the_peak(case: str) -> None:
     memory = glcan_fx.plan(model, **given).memory
     for estimate in (memory.plan, memory.backpropagation, memory.checkpointing):
         assert estimate is not None and sum(estimate.parts.values()) == estimate.peak
-        assert max(size for _, size in estimate.timeline) == estimate.peak
+        assert max(phase.peak for phase in estimate.timeline) == estimate.peak
+        assert sum(phase.flops for phase in estimate.timeline) == estimate.flops
     assert {"parameters", "optimiser state", "input", "activations"} <= set(memory.plan.parts)
 
 
