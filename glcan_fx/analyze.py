@@ -89,6 +89,26 @@ class Structure:
         """Nodes that are computed from the inputs, or change a buffer."""
         return frozenset(input_dependent(self.trace.graph))
 
+    def uses(self, cuts: Sequence[fx.Node]) -> list[tuple[int, int]]:
+        """Of each local module: the number of its parameters, those of earlier modules not counted again, and the bytes
+        that it keeps for backward."""
+        key = tuple(cuts)
+        if key not in self._used:
+            found = [[0, 0] for _ in range(len(cuts) + 1)]
+            owner = self.assign(cuts)
+            seen: set[int] = set()
+            for node in sorted(owner, key=owner.__getitem__):
+                new = {id(p): p for p in self.trace.parameters(node) if id(p) not in seen}
+                seen |= new.keys()
+                found[owner[node]][0] += sum(p.numel() for p in new.values())
+                found[owner[node]][1] += node.meta["saved"]
+            self._used[key] = [(parameters, saved) for parameters, saved in found]
+        return self._used[key]
+
+    @cached_property
+    def _used(self) -> dict[tuple[fx.Node, ...], list[tuple[int, int]]]:
+        return {}
+
     @cached_property
     def interface(self) -> frozenset[nn.Module]:
         """The layers that make the network's outputs."""

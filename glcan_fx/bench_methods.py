@@ -260,8 +260,8 @@ def _blocks(plan: Plan | Exception, model: nn.Module) -> list[str]:
     if plan.draft is not None:
         return plan.draft.blocks[1]
     paths = dict(model.named_modules())  # its local modules run as Python
-    return [unit for module in plan.modules for unit in module.units
-            if unit in paths and any(True for _ in paths[unit].children())]
+    return [block.name for module in plan.modules for block in module.blocks
+            if block.name in paths and any(True for _ in paths[block.name].children())]
 
 
 def _plan(job: Job, model: nn.Module, method: str) -> Plan:

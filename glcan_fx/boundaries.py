@@ -23,7 +23,7 @@ from .layers import freshen, inner_activation, is_norm, moments, set_width, unho
 from .local_model import LocalModel, assemble
 from .nested import tensors_in
 from .partition import K, merge
-from .plan import LocalModule, Plan
+from .plan import Block, LocalModule, Plan
 from .replay import Absent, Call, Record, Segments, detach_record, empty_stand_ins, substituted
 from .runtime import collect
 from .synthesize import Options
@@ -112,15 +112,21 @@ def local_modules(model: nn.Module, inputs: tuple[str, ...], groups: Groups) -> 
     for index, group in enumerate(groups):
         last = ([unit for unit in group if unit.splits] or list(group))[-1]
         last_module = index == len(groups) - 1
-        out = next(tensors_in(last.calls[-1].result), None)
-        names = tuple(unit.path for unit in group if unit.splits) or (last.path,)
+        blocks = tuple(_block(unit) for unit in group if unit.splits) or (_block(last),)
+        names = [block.name for block in blocks]
         aux = 0 if last_module else weights_in(Remainder(model, inputs, groups, index))
         modules.append(LocalModule(
             name=names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}", cut=None if last_module else last.path,
-            units=names, stride=0, channels=0 if out is None or out.dim() < 2 else out.shape[1],
+            blocks=blocks, shape=blocks[-1].shape, stride=0, channels=blocks[-1].channels, makes=(),
             parameters=sum(u.weights for u in group), aux_parameters=aux, saved=sum(u.saved for u in group),
             aux_saved=0, aux_flops=0, features=(), levels=(), sigma=()))
     return tuple(modules)
+
+
+def _block(unit: CallUnit) -> Block:
+    out = next(tensors_in(unit.calls[-1].result), None)
+    shape = () if out is None else tuple(out.shape)
+    return Block(unit.path, shape, 0, shape[1] if len(shape) > 1 else 0, unit.weights, unit.saved)
 
 
 def emit_segments(segments: Segments, comments: Sequence[str], trains: Sequence[Sequence[str]]) -> fx.Graph:

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from .analyze import Structure, Tap, Unit, multiply_adds
 from .errors import PlanError
 from .layers import Cost
-from .plan import LocalModule
+from .plan import Block, LocalModule
 from .rules import Feature, Place, State
 from .synthesize import Auxiliary, Options, synthesize, tail_of
 from .tasks import Task
@@ -146,13 +146,11 @@ def local_module(
         if sizes is not None:
             sizes[key] = known
     assert known is not None
-    units = _units_of(structure, cuts, index)
-    own = [node for node, module in owner.items() if module == index]
+    parameters, saved = structure.uses([cut.end for cut in cuts])[index]
     info = LocalModule(
-        name=_span(units), cut=unit.name, units=units, stride=place.stride, channels=place.channels,
-        parameters=_parameters(structure, own),
-        aux_parameters=known.parameters, saved=sum(node.meta["saved"] for node in own), aux_saved=known.saved,
-        aux_flops=known.flops, features=features, levels=tuple(kept), sigma=tuple(weights),
+        **_extent(structure, cuts, index), cut=unit.name, parameters=parameters, aux_parameters=known.parameters,
+        saved=saved, aux_saved=known.saved, aux_flops=known.flops, features=features, levels=tuple(kept),
+        sigma=tuple(weights),
     )
     return info, auxiliary, request
 
@@ -188,30 +186,32 @@ def tail_cost(structure: Structure, model: nn.Module, task: Task) -> Cost:
 
 def last_module(structure: Structure, model: nn.Module, task: Task, cuts: Sequence[Unit], tail: Cost) -> LocalModule:
     """The last local module, with the model's own neck and head."""
-    owner = structure.assign([cut.end for cut in cuts])
-    own = [node for node, module in owner.items() if module == len(cuts)]
-    end = structure.chain[-1]
-    units = _units_of(structure, cuts, len(cuts))
+    ends = [cut.end for cut in cuts]
+    owner = structure.assign(ends)
+    features = tuple(Feature(tap.name, "own" if owner.get(tap.node) == len(cuts) else "cache")
+                     for tap in structure.taps)
+    parameters, saved = structure.uses(ends)[-1]
     traced = {id(p) for node in structure.trace.graph.nodes for p in structure.trace.parameters(node)}
     rest = sum(p.numel() for p in structure.trace.shadow.parameters() if id(p) not in traced)
     return LocalModule(
-        name=_span(units), cut=None, units=units, stride=structure.stride(end), channels=structure.channels(end),
-        parameters=_parameters(structure, own) + rest, aux_parameters=0,
-        saved=sum(node.meta["saved"] for node in own) + tail.saved, aux_saved=0,
-        aux_flops=0, features=(), levels=(), sigma=(),
+        **_extent(structure, cuts, len(cuts)), cut=None, parameters=parameters + rest, aux_parameters=0,
+        saved=saved + tail.saved, aux_saved=0, aux_flops=0, features=features, levels=(), sigma=(),
     )
 
 
-def _units_of(structure: Structure, cuts: Sequence[Unit], index: int) -> tuple[str, ...]:
+def _extent(structure: Structure, cuts: Sequence[Unit], index: int) -> dict[str, Any]:
+    """What a local module is made of, and where it ends."""
     order = {node: position for position, node in enumerate(structure.chain)}
     ends = [-1, *(order[cut.end] for cut in cuts), len(structure.chain)]
-    names = tuple(u.name for u in structure.units if ends[index] < order[u.end] <= ends[index + 1])
-    return names or (cuts[index].name if index < len(cuts) else "tail",)
-
-
-def _span(units: Sequence[str]) -> str:
-    return units[0] if len(units) == 1 else f"{units[0]} … {units[-1]}"
-
-
-def _parameters(structure: Structure, nodes: Sequence[fx.Node]) -> int:
-    return sum(p.numel() for p in {id(p): p for n in nodes for p in structure.trace.parameters(n)}.values())
+    uses = structure.uses([unit.end for unit in structure.units])
+    blocks = tuple(
+        Block(unit.name, structure.shape(unit.end), structure.stride(unit.end), structure.channels(unit.end), *used)
+        for unit, used in zip(structure.units, uses, strict=False)
+        if ends[index] < order[unit.end] <= ends[index + 1])
+    end = cuts[index].end if index < len(cuts) else structure.chain[-1]
+    owner = structure.assign([cut.end for cut in cuts])
+    makes = tuple(tap.name for tap in structure.taps if tap.node.op != "placeholder" and owner[tap.node] == index)
+    names = [block.name for block in blocks] or [cuts[index].name if index < len(cuts) else "tail"]
+    return {"name": names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}", "blocks": blocks,
+            "makes": makes, "shape": structure.shape(end), "stride": structure.stride(end),
+            "channels": structure.channels(end)}

@@ -81,6 +81,12 @@ class Memory:
     backpropagation: Estimate
     checkpointing: Estimate | None
 
+    def named(self) -> list[tuple[str, Estimate]]:
+        """The steps that are known, in words."""
+        rows = [("backpropagation", self.backpropagation), ("with every block recomputed", self.checkpointing),
+                ("this plan", self.plan)]
+        return [(name, estimate) for name, estimate in rows if estimate is not None]
+
 
 def simulate(
     model: nn.Module, inputs: Sequence[Any], step: Callable[[], Tensor], optimizer: OptimizerLike = "sgd",

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import nn
 
 from .capture import Opaque, Specialisation
+from .draw import plan_dot
 from .errors import PlanError
 from .estimate import Estimate, Memory, OptimizerLike, Phase
 from .replay import Segments, Surroundings
 from .rules import Feature
-from .show import plan_dot, plan_table
+from .show import plan_text
 from .synthesize import Options
 from .tasks import Spec, Task
 from .tasks.base import Criterion
@@ -22,15 +23,31 @@ from .trace import Report
 if TYPE_CHECKING:
     from .local_model import LocalModel
 
-_VERSION = 2
+_VERSION = 3
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of the trunk, the smallest part that may become a local module: its module path, the value that it hands
+    on, its own parameters, and the bytes that it keeps for backward at the example size."""
+
+    name: str
+    shape: tuple[int, ...]
+    stride: int
+    channels: int
+    parameters: int
+    saved: int
 
 
 @dataclass(frozen=True)
 class LocalModule:
     """One gradient-isolated local module, as planned.
 
-    cut: the split point that it ends with (None: the last, which owns neck and head). units: the natural units it is
-    made of. features: V_m, the taps its local loss reads. levels: output levels kept, sigma: their weights (eq. 8);
+    cut: the split point that it ends with (None: the last, which owns neck and head). blocks: what it is made of, neck
+    and head aside. shape, stride, channels: of the value that it hands on; of the last module, of the trunk's end.
+    makes: the taps (what neck and head read) that are made in it, and go to the cache where a later module reads them.
+    parameters: a parameter that several modules use is counted in the first of them. features: V_m, the taps its loss
+    reads, those of the last module's neck and head included. levels: output levels kept, sigma: their weights (eq. 8);
     both empty where the network has no levels. saved, aux_saved: bytes kept for backward at the example size by the
     module and by its auxiliary network, which takes aux_flops floating-point operations forward. recompute: its blocks
     keep nothing but their inputs and run again in backward.
@@ -38,9 +55,11 @@ class LocalModule:
 
     name: str
     cut: str | None
-    units: tuple[str, ...]
+    blocks: tuple[Block, ...]
+    shape: tuple[int, ...]
     stride: int
     channels: int
+    makes: tuple[str, ...]
     parameters: int
     aux_parameters: int
     saved: int
@@ -132,7 +151,7 @@ class Plan:
         return apply(self, model, task, criterion, verify)
 
     def to_json(self) -> str:
-        """The plan as JSON text (format version 2), with its simulated memory; ``from_json`` reads it back."""
+        """The plan as JSON text (format version 3), with its simulated memory; ``from_json`` reads it back."""
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del data["task_object"], data["draft"]
         try:
@@ -174,11 +193,12 @@ class Plan:
         return {**vars(self), "draft": None}
 
     def __str__(self) -> str:
-        return plan_table(self)
+        return plan_text(self)
 
-    def to_dot(self) -> str:
-        """The partition graph in Graphviz's DOT language."""
-        return plan_dot(self)
+    def to_dot(self, depth: str | None = None) -> str:
+        """The partition graph in Graphviz's DOT language. depth: "stages" (local modules that are alike as one),
+        "modules", "blocks" or "operators"; None: stages for more than 20 local modules, else modules."""
+        return plan_dot(self, depth)
 
 
 class Draft(Protocol):
@@ -222,6 +242,7 @@ def _tuples(value: Any) -> Any:
 def _module_from(item: dict[str, Any]) -> LocalModule:
     values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in item.items()}
     values["features"] = tuple(Feature(**feature) for feature in item["features"])
+    values["blocks"] = tuple(Block(**{**block, "shape": tuple(block["shape"])}) for block in item["blocks"])
     return LocalModule(**values)
 
 

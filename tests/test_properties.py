@@ -537,14 +537,14 @@ def test_merging_gives_contiguous_modules(family: str) -> None:
     natural = glcan_fx.plan(model, criterion=criterion, example_inputs=net.example())
     assert natural.k == len(natural.natural) + 1 >= 4
     assert natural.cuts == natural.natural
-    units = [unit for module in natural.modules for unit in module.units]
+    units = [block.name for module in natural.modules for block in module.blocks]
     assert len(units) == natural.k
     for k in range(1, natural.k + 1):
         plan = glcan_fx.plan(model, k=k, criterion=criterion, example_inputs=net.example())
         assert plan.k == k
-        assert [unit for module in plan.modules for unit in module.units] == units
+        assert [block.name for module in plan.modules for block in module.blocks] == units
         assert set(plan.cuts) <= set(natural.natural)
-        assert all(module.units[-1] == module.cut for module in plan.modules[:-1])
+        assert all(module.blocks[-1].name == module.cut for module in plan.modules[:-1])
         assert sum(m.parameters for m in plan.modules) == sum(p.numel() for p in model.parameters())
 
 
