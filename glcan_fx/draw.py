@@ -87,7 +87,7 @@ def plan_dot(plan: "Plan", depth: str | None = None) -> str:
                 same.node(f"a{row.start}")
         _connect(graph, row, rows[number - 1] if number else None, ends)
         _lane(graph, row, live, prefix, rows[number + 1] if number + 1 < len(rows) else None)
-    _writes(graph, plan, rows, live, prefix)
+    _writes(graph, plan, rows, live, ends)
     return str(graph.source)
 
 
@@ -168,16 +168,17 @@ def _lane(graph: graphviz.Digraph, row: _Row, live: list[list[str]], prefix: str
         graph.edge(f"c{row.start}", f"c{after.start}", color=_CACHE, style="dashed", arrowhead="none", weight="30")
 
 
-def _writes(graph: graphviz.Digraph, plan: "Plan", rows: Sequence[_Row], live: list[list[str]], prefix: str) -> None:
+def _writes(
+    graph: graphviz.Digraph, plan: "Plan", rows: Sequence[_Row], live: list[list[str]], ends: Mapping[int, str]
+) -> None:
     """From a module to the next row of the cache."""
     made = _makers(plan)
     for before, row in pairwise(rows):
         new = [tap for tap in live[row.start] if before.start <= made.get(tap, -1) <= before.stop]
         given = [tap for tap in live[row.start] if tap not in made and before.start == 0]
-        for source, names in ((f"m{before.start}", new), ("input", given)):
+        for source, names in ((ends.get(before.start, f"m{before.start}"), new), ("input", given)):
             if names:
-                graph.edge(source, f"c{row.start}", color=_CACHE, constraint="false", penwidth="1.3", fontcolor=_CACHE,
-                           tailport="se", label=f" write {', '.join(name.removeprefix(prefix) for name in names)} ")
+                graph.edge(source, f"c{row.start}", color=_CACHE, constraint="false", penwidth="1.3", tailport="se")
 
 
 # ---------------------------------------------------------------------------------------------- labels
@@ -274,9 +275,9 @@ def _operators(plan: "Plan") -> dict[int, _Body]:
         own = [node for node in graph.nodes if owner.get(node) == index]
         lines = []
         for node in own:
-            label = graphviz.quoting.quote(f"{node.name}\n{node.op.removeprefix('call_')} {_target(node)}")
-            lines.append(f'\t\t"o_{node.name}" [label={label} shape=box style="filled,rounded" fillcolor=white fontsize=9 '
-                         f'id="module-{index}-op-{node.name}"]\n')
+            label = graphviz.quoting.quote(f"{node.name}\\n{node.op.removeprefix('call_')} {_target(node)}")
+            lines.append(f'\t\t"o_{node.name}" [label={label} shape=box style="filled,rounded" fillcolor=white '
+                         f'fontsize=9 id="module-{index}-op-{node.name}"]\n')
             sources = [source for source in node.all_input_nodes if owner.get(source) == index]
             lines += [f'\t\t"o_{source.name}" -> "o_{node.name}"\n' for source in sources]
             if not sources:
