@@ -15,11 +15,16 @@ def page(data: Mapping[str, Any]) -> str:
     are shown as they are; the page only lays them out. Write it as UTF-8.
     """
     parts = {
-        "title": html.escape(data["title"]), "subtitle": html.escape(data["subtitle"]), "css": _static("report.css"),
+        "title": _escaped(data["title"]), "subtitle": _escaped(data["subtitle"]), "css": _static("report.css"),
         "viz": _static("viz-global.js"), "js": _static("report.js"), "data": _embedded(data),
     }
     # one pass, so that nothing within a part is taken for a placeholder
     return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], _static("report.html"))
+
+
+def _escaped(text: str) -> str:
+    """ASCII, so that a text that UTF-8 cannot hold (half of a surrogate pair) does not keep the page from being written."""
+    return html.escape(text).encode("ascii", "xmlcharrefreplace").decode()
 
 
 def _embedded(data: Mapping[str, Any]) -> str:
