@@ -23,7 +23,7 @@ def page(data: Mapping[str, Any]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """ASCII, so that a text that UTF-8 cannot hold (half of a surrogate pair) does not keep the page from being written."""
+    """In ASCII, so that a text that UTF-8 cannot hold (half a surrogate pair) does not stop the page's writing."""
     return html.escape(text).encode("ascii", "xmlcharrefreplace").decode()
 
 

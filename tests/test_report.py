@@ -24,22 +24,25 @@ def dot(groups: list[tuple[int, int]], blocks: int = 0) -> str:
     """A partition graph: a cluster per local module or group of modules, an auxiliary network beside it."""
     lines = ['digraph plan { graph [fontname="Helvetica" nodesep=0.35 ranksep=0.3]',
              'node [fontname="Helvetica" shape=box style="filled,rounded" fontsize=11 color="#666666"]',
-             'edge [fontname="Helvetica" fontsize=9 color="#444444"]', 'input [label="input 8x3x800x1066" fillcolor=white]']
+             'edge [fontname="Helvetica" fontsize=9 color="#444444"]',
+             'input [label="input 8x3x800x1066" fillcolor=white]']
     before = "input"
     for first, last in groups:
         own = f"{first}" if first == last else f"{first}-{last}"
-        kept, aux = KEPT[first % 4]
-        lines.append(f'subgraph "cluster_{own}" {{ id="module-{own}" style="filled,rounded" label="{own}  {NAMES[first % 4]}"'
-                     f' fillcolor="{COLOURS[first % 4]}"')
+        kept, aux = KEPT[first]
+        lines.append(f'subgraph "cluster_{own}" {{ id="module-{own}" label="{own}  {NAMES[first]}" style="filled,rounded"'
+                     f' fillcolor="{COLOURS[first]}"')
         for block in range(blocks + 1):
             suffix = f"-op-{block}" if blocks else "-block-all"
-            lines.append(f'"b{own}.{block}" [id="module-{own}{suffix}" label="block {block}\\nkeeps {kept} MiB" fillcolor=white]')
+            lines.append(f'"b{own}.{block}" [id="module-{own}{suffix}" fillcolor=white'
+                         f' label="block {block}\\nkeeps {kept} MiB"]')
         lines.append("}")
         lines += [f'"b{own}.{b}" -> "b{own}.{b + 1}"' for b in range(blocks)]
         lines.append(f'"{before}" -> "b{own}.0" [label=" detach" style=bold weight=20]')
         before = f"b{own}.{blocks}"
         if aux:
-            lines += [f'"a{own}" [id="aux-{own}" label="auxiliary {own}\\nkeeps {aux} MiB" shape=note style=filled]',
+            lines += [f'"a{own}" [id="aux-{own}" label="auxiliary {own}\\nkeeps {aux} MiB" shape=note style=filled'
+                      f' fillcolor="{COLOURS[first]}"]',
                       f'"{before}" -> "a{own}" [label=" local loss"]']
     return "\n".join([*lines, "}"])
 
@@ -52,8 +55,9 @@ def sample() -> dict[str, Any]:
     halves = [*range(100, 3045, 8), *range(3045, 1500, -10), *range(1500, 2300, 9), *range(2300, 150, -10)]
 
     def step(name: str, peak: int, live: list[int], parts: list[tuple[str, int]], phases: list[str]) -> dict[str, Any]:
-        return {"name": name, "peak": peak * MIB, "peak_text": f"{peak / 1024:.2f} GiB ({peak / 3600:.2f})", "compute": "1.00",
-                "when": phases[-2], "parts": [[part, mib * MIB, f"{mib:.1f} MiB"] for part, mib in parts],
+        return {"name": name, "peak": peak * MIB, "peak_text": f"{peak / 1024:.2f} GiB ({peak / 3600:.2f})",
+                "compute": "1.00", "when": phases[-2],
+                "parts": [[part, mib * MIB, f"{mib:.1f} MiB"] for part, mib in parts],
                 "live": [mib * MIB for mib in live],
                 "phases": [[phase, i / len(phases)] for i, phase in enumerate(phases)]}
 
@@ -70,19 +74,23 @@ def sample() -> dict[str, Any]:
                            for i, (name, (own, aux)) in enumerate(zip(NAMES, KEPT, strict=True))],
                   "totals": ["", "total", "", "21.05 M", "max 713.0 MiB", ""]},
         "modules": [{"index": i, "name": name, "colour": COLOURS[i],
-                     "facts": [["stride", "4"], ["parameters", f"{9536 + i:,}"], ["kept for backward", f"{own}.0 MiB + {aux}.0 MiB"]],
+                     "facts": [["stride", "4"], ["parameters", f"{9536 + i:,}"],
+                               ["kept for backward", f"{own}.0 MiB + {aux}.0 MiB"]],
                      "code": f"# local module {i}: {name} | stride 4, 64 channels\nx_{i} = self.conv_{i}(cut_{i})\n",
-                     "aux_code": f"def forward(self, x):\n    return self.network_{i}(x)  # auxiliary {i}\n" if aux else None,
+                     "aux_code": f"def forward(self, x):\n    return self.network_{i}(x)  # lean\n" if aux else None,
                      "saved": own * MIB, "aux_saved": aux * MIB}
                     for i, (name, (own, aux)) in enumerate(zip(NAMES, KEPT, strict=True))],
         "memory": {"text": "Peak memory of a training step with SGD and momentum, simulated", "steps": [
-            step("backpropagation", 3600, hill, [("activations of neck, head, loss", 2250), ("activations of layer1.0", 830),
-                 ("activations of layer1.1", 360), ("parameters", 80), ("optimiser state", 80)],
+            step("backpropagation", 3600, hill,
+                 [("activations of neck, head, loss", 2250), ("activations of layer1.0", 830),
+                  ("activations of layer1.1", 360), ("parameters", 80), ("optimiser state", 80)],
                  ["forward", "neck, head, loss", "backward", "optimiser step"]),
-            step("with every block recomputed", 3045, halves, [("activations", 2885), ("parameters", 80), ("optimiser state", 80)],
+            step("with every block recomputed", 3045, halves,
+                 [("activations", 2885), ("parameters", 80), ("optimiser state", 80)],
                  ["forward", "backward", "optimiser step"]),
-            step("this plan", 2540, plan, [("loss", 2150), ("activations", 200), ("parameters", 90), ("optimiser state", 90),
-                 ("cache", 10)], [f"{kind} of {name}" for name in NAMES for kind in ("forward", "loss")])]},
+            step("this plan", 2540, plan,
+                 [("loss", 2150), ("activations", 200), ("parameters", 90), ("optimiser state", 90), ("cache", 10)],
+                 [f"{kind} of {name}" for name in NAMES for kind in ("forward", "loss")])]},
         "notes": ["The last module keeps most: slices=4 would help."], "report": ["captured on rung 1 of 5"],
     }
 
@@ -113,7 +121,7 @@ def test_the_page_asks_for_nothing() -> None:
     text = report.page(sample())
     assert "default-src 'none'" in text[:400]
     written = text.replace((STATIC / "viz-global.js").read_text(encoding="utf-8"), "")
-    assert not re.search(r"""(?:src|href)\s*=\s*["']?(?!data:|\$)(?:https?:|//|[\w./]+\.(?:js|css))|@import|url\(""", written)
+    assert not re.search(r"""(?:src|href)\s*=\s*["']?(?:https?:|//|[\w./]+\.(?:js|css))|@import|url\(""", written)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +143,8 @@ def opened(browser: Any, tmp_path: Path) -> Iterator[Any]:
     complaints: list[str] = []
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.set_default_timeout(20_000)
-    page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("console", lambda message: complaints.append(message.text)
+            if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: complaints.append(str(error)))
 
     def open_report(data: dict[str, Any], fragment: str = "") -> Any:
@@ -170,7 +179,8 @@ def test_a_node_shows_its_module(opened: Any) -> None:
     page = opened(sample())
     page.click(".card svg #aux-0 text >> nth=0")
     details = page.locator("#details")
-    assert all(text in details.inner_text() for text in ("backbone.body.maxpool", "9,536", "self.conv_0", "self.network_0"))
+    texts = details.inner_text()
+    assert all(text in texts for text in ("backbone.body.maxpool", "9,536", "self.conv_0", "self.network_0"))
     assert page.url.endswith("#module-0")
     for place in ("#row-0", "#module-0", "#aux-0"):
         assert "selected" in str(page.locator(place).get_attribute("class"))
@@ -229,10 +239,28 @@ def test_zoom_and_pan(opened: Any) -> None:
     assert transform(page) == fitted
 
 
+def test_the_graph_stays_in_sight(opened: Any) -> None:
+    page = opened(sample())
+    page.select_option("#which", label="blocks")
+    page.wait_for_selector(".card svg #module-3")
+    page.set_viewport_size({"width": 420, "height": 800})
+    page.wait_for_timeout(100)
+    card, graph = page.locator(".card").bounding_box(), page.locator(".view").bounding_box()
+    assert graph["x"] >= card["x"] and graph["x"] + graph["width"] <= card["x"] + card["width"]
+    last = page.locator(".card svg #module-3-op-2")
+    for _ in range(6):
+        page.click("#zoom-in")
+    assert last.bounding_box()["y"] > card["y"] + card["height"]
+    page.click("#row-3 td >> nth=1")
+    card, shown = page.locator(".card").bounding_box(), page.locator(".card svg #module-3").bounding_box()
+    assert card["y"] < shown["y"] + shown["height"] and shown["y"] < card["y"] + card["height"]
+
+
 def test_memory_is_drawn(opened: Any) -> None:
     page = opened(sample())
     assert page.locator(".bar").count() == page.locator(".chart .line").count() == 3
-    widths = page.eval_on_selector_all(".bar", "bars => bars.map(b => [...b.children].reduce((w, c) => w + c.offsetWidth, 0))")
+    widths = page.eval_on_selector_all(
+        ".bar", "bars => bars.map(bar => [...bar.children].reduce((sum, part) => sum + part.offsetWidth, 0))")
     assert widths[0] / widths[2] == pytest.approx(3600 / 2540, rel=0.02)
     page.hover(".chart", position={"x": 300, "y": 100})
     tip = page.inner_text(".tip")
