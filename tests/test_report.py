@@ -30,8 +30,8 @@ def dot(groups: list[tuple[int, int]], blocks: int = 0) -> str:
     for first, last in groups:
         own = f"{first}" if first == last else f"{first}-{last}"
         kept, aux = KEPT[first]
-        lines.append(f'subgraph "cluster_{own}" {{ id="module-{own}" label="{own}  {NAMES[first]}" style="filled,rounded"'
-                     f' fillcolor="{COLOURS[first]}"')
+        lines.append(f'subgraph "cluster_{own}" {{ id="module-{own}" label="{own}  {NAMES[first]}"'
+                     f' style="filled,rounded" fillcolor="{COLOURS[first]}"')
         for block in range(blocks + 1):
             suffix = f"-op-{block}" if blocks else "-block-all"
             lines.append(f'"b{own}.{block}" [id="module-{own}{suffix}" fillcolor=white'

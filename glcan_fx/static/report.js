@@ -4,7 +4,7 @@
 //   title, subtitle: text,
 //   graphs: [{label, dot}],               DOT; ids of nodes and clusters say what they show: see idRange below
 //   table: {columns: [{name, align}], rows: [[text]], totals: [text]},   row i is local module i
-//   modules: [{index, name, colour, facts: [[name, text]], code, aux_code, saved, aux_saved}],   bytes kept for backward
+//   modules: [{index, name, colour, facts: [[name, text]], code, aux_code, saved, aux_saved}],   bytes, for backward
 //   memory: null or {text, steps: [{name, peak, peak_text, compute, when, parts: [[name, bytes, text]],
 //           live: [bytes], phases: [[name, start]]}]},                   start: a fraction of the step
 //   notes: [text], report: [text]
@@ -622,7 +622,8 @@
         make(
           "p",
           { class: "hint" },
-          "Select a local module in the graph or in the table to see its figures and its generated code. Escape clears the selection.",
+          "Select a local module in the graph or in the table to see its figures and its generated code. " +
+            "Escape clears the selection.",
         ),
       );
       return;
