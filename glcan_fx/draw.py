@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 import graphviz
 from torch import fx
 
+from .errors import PlanError, UnsupportedError
 from .show import common_prefix, heading, size, span, taps
 
 if TYPE_CHECKING:
     from .plan import LocalModule, Plan
 
+PICTURES = (".svg", ".png", ".pdf")
 DEPTHS = ("stages", "modules", "blocks", "operators")
 _MANY = 20  # local modules; more are drawn with neighbours that are alike as one
 # one hue per resolution, readable in grey and by the colour-blind; neighbours of one resolution differ in shade
@@ -26,7 +28,7 @@ _HUES = (("#dce9f5", "#c3daee"), ("#fbe6c8", "#f6d6a5"), ("#d7efe6", "#b9e2d3"),
          ("#f7f3c4", "#ece59a"), ("#e6e2f3", "#d2cbea"), ("#e9e9e9", "#dadada"))
 _CUT, _CACHE, _MADE = "#c0392b", "#1f6fb2", "#a65e00"
 _KINDS = (("cache", "P", _CACHE), ("own", "own", "#2e7d32"), ("synthesised", "S", _MADE))
-_FONT = "Helvetica,Arial,sans-serif"
+_FONT = "Helvetica"  # whose widths Graphviz knows, in a browser too
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,15 @@ def plan_dot(plan: "Plan", depth: str | None = None) -> str:
     """The partition graph in DOT. depth: "stages" (local modules that are alike as one), "modules", "blocks" (what each
     is made of), or "operators", which needs the model; None: stages for many modules, else modules.
 
-    Raises ValueError for another depth, PlanError for operators of a plan that does not know its model.
+    Raises PlanError for another depth, and for operators of a plan that does not know its model.
     """
     depth = depth or ("stages" if plan.k > _MANY else "modules")
     if depth not in DEPTHS:
-        raise ValueError(f"depth={depth!r}: choose {', '.join(map(repr, DEPTHS))}")
+        raise PlanError(f"depth={depth!r}: choose {', '.join(map(repr, DEPTHS))}")
     graph = graphviz.Digraph(
         "plan",
-        graph_attr={"fontname": _FONT, "newrank": "true", "nodesep": "0.3", "ranksep": "0.34", "labelloc": "t",
-                    "label": _title(plan), "style": "rounded", "color": "#999999", "pad": "0.2", "splines": "true",
+        graph_attr={"fontname": _FONT, "newrank": "true", "compound": "true", "nodesep": "0.3", "ranksep": "0.34",
+                    "labelloc": "t", "label": _title(plan), "color": "#999999", "pad": "0.2", "splines": "true",
                     "outputorder": "edgesfirst", "bgcolor": "white"},
         node_attr={"fontname": _FONT, "shape": "plain", "fontsize": "11"},
         edge_attr={"fontname": _FONT, "fontsize": "9", "color": "#444444", "arrowsize": "0.7"},
@@ -87,7 +89,7 @@ def plan_dot(plan: "Plan", depth: str | None = None) -> str:
                 same.node(f"a{row.start}")
         _connect(graph, row, rows[number - 1] if number else None, ends)
         _lane(graph, row, live, prefix, rows[number + 1] if number + 1 < len(rows) else None)
-    _writes(graph, plan, rows, live, ends)
+    _writes(graph, plan, rows, live)
     return str(graph.source)
 
 
@@ -106,6 +108,11 @@ def _kind(module: "LocalModule") -> tuple[object, ...]:
     """Modules of one kind are drawn as one."""
     return (module.cut is None, module.shape, module.makes, module.features, module.levels, module.recompute,
             len(module.blocks), module.aux_parameters)
+
+
+def colours(plan: "Plan") -> list[str]:
+    """Of every local module: one hue per resolution."""
+    return _colours([_Row(index, (module,)) for index, module in enumerate(plan.modules)])
 
 
 def _colours(rows: Sequence[_Row]) -> list[str]:
@@ -130,6 +137,19 @@ def _live(plan: "Plan") -> list[list[str]]:
         for tap in taps(module, "cache"):
             read[tap] = index
     return [[tap for tap, last in read.items() if made.get(tap, -1) < index <= last] for index in range(plan.k)]
+
+
+def picture(plan: "Plan", ending: str, depth: str | None = None) -> bytes:
+    """The partition graph as a picture, .svg, .png or .pdf. Raises UnsupportedError where it cannot be drawn."""
+    try:
+        made: bytes = graphviz.Source(plan_dot(plan, depth)).pipe(format=ending.removeprefix("."))
+    except graphviz.ExecutableNotFound as error:
+        raise UnsupportedError(
+            f"a {ending} picture needs Graphviz's program `dot`, which was not found: apt-get install graphviz, or "
+            "brew install graphviz. A .html or .dot file needs nothing.") from error
+    except graphviz.CalledProcessError as error:
+        raise UnsupportedError(f"`dot` could not draw the plan: {str(error).splitlines()[0]}") from error
+    return made
 
 
 # ---------------------------------------------------------------------------------------------- edges
@@ -168,17 +188,16 @@ def _lane(graph: graphviz.Digraph, row: _Row, live: list[list[str]], prefix: str
         graph.edge(f"c{row.start}", f"c{after.start}", color=_CACHE, style="dashed", arrowhead="none", weight="30")
 
 
-def _writes(
-    graph: graphviz.Digraph, plan: "Plan", rows: Sequence[_Row], live: list[list[str]], ends: Mapping[int, str]
-) -> None:
+def _writes(graph: graphviz.Digraph, plan: "Plan", rows: Sequence[_Row], live: list[list[str]]) -> None:
     """From a module to the next row of the cache."""
     made = _makers(plan)
     for before, row in pairwise(rows):
         new = [tap for tap in live[row.start] if before.start <= made.get(tap, -1) <= before.stop]
         given = [tap for tap in live[row.start] if tap not in made and before.start == 0]
-        for source, names in ((ends.get(before.start, f"m{before.start}"), new), ("input", given)):
-            if names:
-                graph.edge(source, f"c{row.start}", color=_CACHE, constraint="false", penwidth="1.3", tailport="se")
+        if new:  # from the module's border
+            graph.edge(f"a{before.start}", f"c{row.start}", color=_CACHE, penwidth="1.3", ltail=f"cluster_{before.key}")
+        if given:
+            graph.edge("input", f"c{row.start}", color=_CACHE, constraint="false", penwidth="1.3")
 
 
 # ---------------------------------------------------------------------------------------------- labels

@@ -3,16 +3,19 @@
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
 from .capture import Opaque, Specialisation
-from .draw import plan_dot
+from .draw import PICTURES, picture, plan_dot
 from .errors import PlanError
 from .estimate import Estimate, Memory, OptimizerLike, Phase
 from .replay import Segments, Surroundings
+from .report import plan_fragment, plan_report
 from .rules import Feature
 from .show import plan_text
 from .synthesize import Options
@@ -197,8 +200,33 @@ class Plan:
 
     def to_dot(self, depth: str | None = None) -> str:
         """The partition graph in Graphviz's DOT language. depth: "stages" (local modules that are alike as one),
-        "modules", "blocks" or "operators"; None: stages for more than 20 local modules, else modules."""
+        "modules", "blocks" or "operators" (needs the model); None: stages for more than 20 local modules, else modules.
+        """
         return plan_dot(self, depth)
+
+    def to_html(self, depth: str | None = None) -> str:
+        """A report as one HTML page, which needs nothing else: the graph, memory over a step, the table, the code."""
+        return plan_report(self, depth)
+
+    def save(self, path: str | Path, *, depth: str | None = None) -> None:
+        """Write the plan, as the file's ending says: .html (``to_html``), .json (``to_json``), .txt (the table), .dot,
+        or a picture, .svg, .png or .pdf, for which Graphviz's program ``dot`` must be installed.
+
+        Raises PlanError for another ending, UnsupportedError where ``dot`` is missing.
+        """
+        path = Path(path)
+        texts: dict[str, Callable[[], str]] = {
+            ".html": lambda: self.to_html(depth), ".json": self.to_json, ".txt": lambda: f"{self}\n",
+            ".dot": lambda: self.to_dot(depth)}
+        if path.suffix not in (*texts, *PICTURES):
+            raise PlanError(f"'{path}': a file that ends in {', '.join((*texts, *PICTURES))}")
+        made = picture(self, path.suffix, depth) if path.suffix in PICTURES else texts[path.suffix]().encode()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(made)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the table, and the picture where Graphviz's program ``dot`` is installed."""
+        return plan_fragment(self)
 
 
 class Draft(Protocol):

@@ -42,6 +42,16 @@ class Report:
     opaque: tuple[Opaque, ...] = ()
     lost: tuple[str, ...] = ()
 
+    def lines(self, model: str) -> list[str]:
+        """The report in words, a fact a line."""
+        rungs = ("as it is", "sizes answered", "some modules are opaque", "around its trunk", "at calls of sub-modules")
+        return [
+            f"{model} was captured on rung {self.rung} of 5: {rungs[self.rung - 1]}",
+            *(f"holds while {s.code} is {s.answer} ({s.where})" for s in self.specialisations),
+            *(f"opaque: {o.path} ({o.kind}): {o.reason} {o.where}".rstrip() for o in self.opaque),
+            *(f"not kept in training: {line}" for line in self.lost),
+        ]
+
 
 @dataclass(frozen=True)
 class Trace:
