@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .plan import LocalModule, Plan
 
 PICTURES = (".svg", ".png", ".pdf")
+NO_DOT = ("a picture needs Graphviz's program `dot`, which was not found: apt-get install graphviz, or brew install "
+          "graphviz. A .html or .dot file needs nothing.")
 DEPTHS = ("stages", "modules", "blocks", "operators")
 _MANY = 20  # local modules; more are drawn with neighbours that are alike as one
 # one hue per resolution, readable in grey and by the colour-blind; neighbours of one resolution differ in shade
@@ -144,9 +146,7 @@ def picture(plan: "Plan", ending: str, depth: str | None = None) -> bytes:
     try:
         made: bytes = graphviz.Source(plan_dot(plan, depth)).pipe(format=ending.removeprefix("."))
     except graphviz.ExecutableNotFound as error:
-        raise UnsupportedError(
-            f"a {ending} picture needs Graphviz's program `dot`, which was not found: apt-get install graphviz, or "
-            "brew install graphviz. A .html or .dot file needs nothing.") from error
+        raise UnsupportedError(NO_DOT) from error
     except graphviz.CalledProcessError as error:
         raise UnsupportedError(f"`dot` could not draw the plan: {str(error).splitlines()[0]}") from error
     return made

@@ -1,5 +1,7 @@
 """Errors and warnings: every message says what happened, where (module path) and what to do."""
 
+from collections.abc import Callable
+
 
 class GlcanFxError(Exception):
     """Base class of every error that glcan_fx raises on purpose."""
@@ -9,12 +11,17 @@ class TraceError(GlcanFxError):
     """The model, or the sub-module that the task compiles, cannot be captured as a graph.
 
     ``reason`` is the cause in short; ``replayable`` says whether the model's own forward may run as Python instead,
-    more than once a step.
+    more than once a step; ``reached()`` runs it once more on fake tensors and returns what it called until it failed,
+    as lines (module path, class, sizes of the result).
     """
 
-    def __init__(self, message: str, reason: str = "", *, replayable: bool = True) -> None:
+    def __init__(
+        self, message: str, reason: str = "", *, replayable: bool = True,
+        reached: Callable[[], list[tuple[str, str, str]]] = list,
+    ) -> None:
         super().__init__(message)
         self.replayable = replayable
+        self.reached = reached
         self.reason = reason or message.splitlines()[0]
 
 

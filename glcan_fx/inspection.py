@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import add_model
-from .errors import GlcanFxError, LoadError
+from .errors import LoadError, TraceError
 from .presets import PRESETS, Preset
 
 if TYPE_CHECKING:
     from .plan import Plan
 
 PICTURES = (".svg", ".png", ".pdf")
+ENDINGS = (".html", *PICTURES, ".dot", ".json", ".txt")
+DEPTHS = ("stages", "modules", "blocks", "operators")
 EPILOG = """examples:
   glcan-fx inspect retinanet-r50
-  glcan-fx inspect model.py --input 8x3x224x224 --task classification
+  glcan-fx inspect torchvision.models:resnet50 --input 8x3x224x224 --task classification -o report.html
   glcan-fx inspect model.py:build --kwargs '{"depth": 50}' -k 17 --input 8x3x512x512 --task detection -o plan.svg
 
 exit codes: 0 done, 1 the model cannot be planned as asked, 2 usage or file error"""
@@ -31,26 +33,67 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--plan", type=Path, metavar="FILE", help="show this plan (JSON) on the model, not a new one")
     out.add_argument("--json", action="store_true", help="print the plan as JSON instead of the table")
     out.add_argument("-o", "--output", type=_output, metavar="FILE",
-                     help="draw it: .svg, .png or .pdf with Graphviz, or .dot; or keep it: .json")
+                     help="write it, as the file's ending says: .html is a report that works offline; .svg, .png or "
+                     ".pdf need Graphviz; .dot, .json or .txt")
+    out.add_argument("--depth", choices=DEPTHS, help="what the picture shows: local modules that are alike as one "
+                     "(stages), every local module, its blocks, or its operators (stages for more than 20 modules, "
+                     "else modules)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command with the options of `add_arguments`; returns the exit status."""
-    if args.output is not None and args.output.suffix in PICTURES and shutil.which("dot") is None:
-        raise OSError(f"{args.output}: drawing needs Graphviz's program `dot`, which was not found: apt-get install "
-                      "graphviz, or brew install graphviz. A .dot or .json file needs nothing.")
     if not (args.input or args.plan or args.target in PRESETS or args.task == "detection"):
         print(f"glcan-fx inspect: the inputs of '{args.target}' are not known: pass --input, for example --input "
               "8x3x224x224", file=sys.stderr)
         return 2
-    plan = _plan(args)
-    for line in _notes(plan):
-        print(line, file=sys.stderr)
-    print(plan.to_json() if args.json else str(plan))
+    if args.output is not None and args.output.suffix in PICTURES and shutil.which("dot") is None:
+        from .draw import NO_DOT
+
+        raise OSError(f"{args.output}: {NO_DOT}")
+    try:
+        plan = _plan(args)
+    except TraceError as error:
+        _print_reached(error)
+        raise
+    for line in (*plan.report.lines(plan.model), *plan.notes):
+        print(f"note: {line}", file=sys.stderr)
+    if args.json:
+        print(plan.to_json())
+    else:
+        _print(plan)
     if args.output is not None:
-        _write(plan, args.output)
+        plan.save(args.output, depth=args.depth)
         print(f"wrote {args.output}", file=sys.stderr)
     return 0
+
+
+def _print(plan: Plan) -> None:
+    """The table, in colour on a terminal that wants it (NO_COLOR is obeyed)."""
+    from rich.console import Console
+
+    from .show import plan_text, renderables
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        print(plan_text(plan, notes=False))
+        return
+    for part in renderables(plan):
+        console.print(part, markup=False)
+
+
+def _print_reached(error: TraceError) -> None:
+    """What the model called before it failed."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    calls = error.reached()
+    if calls:
+        table = Table("module", "class", "returned", box=box.SIMPLE_HEAD, title="reached before the error",
+                      title_justify="left")
+        for call in calls:
+            table.add_row(*call)
+        Console().print(table, markup=False)
 
 
 def _plan(args: argparse.Namespace) -> Plan:
@@ -78,31 +121,8 @@ def _plan(args: argparse.Namespace) -> Plan:
         memory_budget=args.memory_budget, optimizer=args.optimizer or preset.optimizer)
 
 
-def _notes(plan: Plan) -> list[str]:
-    """How the model was captured."""
-    report = plan.report
-    lines = [f"{plan.model} was captured on rung {report.rung} of 5 (1: as it is; 2: sizes answered; 3: some modules "
-             "are opaque; 4: around its trunk; 5: at calls of sub-modules)"]
-    lines += [f"  holds while {s.code} is {s.answer} ({s.where})" for s in report.specialisations]
-    lines += [f"  opaque: {o.path} ({o.kind}): {o.reason} {o.where}".rstrip() for o in report.opaque]
-    return lines + [f"  not kept in training: {line}" for line in report.lost]
-
-
 def _output(text: str) -> Path:
     path = Path(text)
-    if path.suffix not in (*PICTURES, ".dot", ".json"):
-        raise argparse.ArgumentTypeError(f"'{text}': a file that ends in .svg, .png, .pdf, .dot or .json")
+    if path.suffix not in ENDINGS:
+        raise argparse.ArgumentTypeError(f"'{text}': a file that ends in {', '.join(ENDINGS)}")
     return path
-
-
-def _write(plan: Plan, path: Path) -> None:
-    import graphviz
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix in PICTURES:
-        try:
-            path.write_bytes(graphviz.Source(plan.to_dot()).pipe(format=path.suffix[1:]))
-        except graphviz.CalledProcessError as error:
-            raise GlcanFxError(f"`dot` could not draw the plan: {str(error).splitlines()[0]}") from error
-    else:
-        path.write_text(plan.to_json() if path.suffix == ".json" else plan.to_dot(), encoding="utf-8")

@@ -15,14 +15,15 @@ if TYPE_CHECKING:
     from .estimate import Memory
     from .plan import LocalModule, Plan
 
+_WIDTH = 120  # characters, where there is no terminal
 _SOURCES = {"cache": ("P", "cyan"), "own": ("own", "green"), "synthesised": ("S", "yellow")}
 
 
-def plan_text(plan: "Plan", *, width: int = 120) -> str:
+def plan_text(plan: "Plan", *, notes: bool = True) -> str:
     """The plan as plain text: its table, what a step takes, its notes. Sizes are those of the example inputs."""
     text = StringIO()
-    console = Console(file=text, width=width, color_system=None)
-    for part in (*renderables(plan), *(f"note: {note}" for note in plan.notes)):
+    console = Console(file=text, width=_WIDTH, color_system=None)
+    for part in (*renderables(plan), *(f"note: {note}" for note in plan.notes if notes)):
         console.print(part, markup=False)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 

@@ -10,9 +10,9 @@ Where the recordings differ, the innermost module that differs becomes opaque, s
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -146,7 +146,8 @@ def trace(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any], *
             raise TraceError(message, replayable=False) from error
         except Exception as error:  # noqa: BLE001 - whatever the user's forward raises
             message, reason = _explain(error, model, path, example_inputs)
-            raise TraceError(message, reason, replayable=getattr(error, "replayable", True)) from error
+            raise TraceError(message, reason, replayable=getattr(error, "replayable", True),
+                             reached=partial(reached, model, path, example_inputs)) from error
         found = _batch_baked(model, path, example_inputs, mode, forced, main)
         found = found or _mode_baked(model, path, example_inputs, mode, forced, main)
         if found.keys() <= forced.keys():
@@ -316,6 +317,26 @@ def _check_types(model: nn.Module, example_inputs: Sequence[Any]) -> None:
                 f"example_inputs= are {leaf.dtype}, but the parameters of {type(model).__name__} are "
                 f"{', '.join(map(str, own))}: pass example_inputs of the type that the model computes in."
             )
+
+
+def reached(model: nn.Module, path: str, inputs: Sequence[Any] | Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What one call of a model, or of its sub-module ``path``, on fake tensors calls until it fails: module path, class
+    and sizes of the result of every module without parts, and of every other that returned."""
+    convert = fake_copy(FakeTensorMode(allow_non_fake_inputs=True))
+    root = replicate(model, convert).train()
+    found: list[tuple[str, str, str]] = []
+
+    def note(name: str, module: nn.Module, out: Any) -> None:
+        sizes = ["x".join(map(str, leaf.shape)) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        found.append((name, type(module).__name__, ", ".join(sizes)))
+
+    for name, module in root.get_submodule(path).named_modules(prefix=path):
+        module.register_forward_hook(lambda module, _, out, name=name: note(name, module, out))
+    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
+    with quiet(), suppress(Exception), torch.random.fork_rng(devices=[]):  # the user knows the error already
+        root.get_submodule(path)(*tree_map_only(Tensor, convert, list(args)),
+                                 **tree_map_only(Tensor, convert, dict(kwargs)))
+    return found
 
 
 def shadow(module: nn.Module, mode: FakeTensorMode) -> nn.Module:

@@ -1,15 +1,28 @@
-"""`glcan-fx inspect`: what it prints and writes, and that it changes nothing."""
+"""`glcan-fx inspect` and what a plan shows of itself: what is printed and written, and that nothing is changed.
 
+`GOLDEN=write pytest tests/test_inspect.py -k golden` writes the texts in tests/golden anew; read the difference.
+"""
+
+import html
 import json
+import os
+import random
 import re
 import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torchvision
+from test_invariants import UNet
+from torch import Tensor, nn
 
 import glcan_fx
-from glcan_fx import cli, targets
+from glcan_fx import PlanError, UnsupportedError, cli, targets
+from glcan_fx.models import edsr, retinanet, yolo
+from glcan_fx.plan import Plan
 
 MODEL = """
 import torch
@@ -46,8 +59,7 @@ def test_text(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, notes = capsys.readouterr()
     assert "3 local modules of 3 possible" in out and "backpropagation: " in out and "this plan: " in out
     assert "rung 2 of 5" in notes and "x.shape[-1] > 8" in notes and "model.py" in notes
-    rows = [float(number) for number in re.findall(r"^ +\d +[abc] .*?(\d+\.?\d*) k?  +(?:\d+|0) ", out, re.MULTILINE)]
-    assert len(rows) == 3
+    assert [row[1] for row in rows_of(out)[:-1]] == ["a", "b", "c"] and not out.count("\x1b")
 
 
 def test_json_and_the_plan_file(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,16 +78,56 @@ def test_without_a_task(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "backpropagation: " in capsys.readouterr().out
 
 
-def test_pictures(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-                  ) -> None:
-    assert cli.main(["inspect", f"{file}:model", *OPTIONS, "-o", str(tmp_path / "plan.dot")]) == 0
-    assert (tmp_path / "plan.dot").read_text().startswith("digraph")
+def test_written_files(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begins = {".dot": b"digraph", ".html": b"<!doctype html>", ".json": b"{", ".txt": b"Net, task classification"}
     if shutil.which("dot"):
-        assert cli.main(["inspect", f"{file}:model", *OPTIONS, "-o", str(tmp_path / "plan.svg")]) == 0
-        assert b"<svg" in (tmp_path / "plan.svg").read_bytes()
+        begins |= {".svg": b"<?xml", ".png": b"\x89PNG", ".pdf": b"%PDF"}
+    plan = small_plan()
+    for ending, begin in begins.items():
+        path = tmp_path / "new" / f"plan{ending}"
+        assert cli.main(["inspect", f"{file}:model", *OPTIONS, "-o", str(path)]) == 0
+        assert path.read_bytes().lower().startswith(begin.lower()) and str(path) in capsys.readouterr().err
+        plan.save(tmp_path / f"own{ending}")
+        assert (tmp_path / f"own{ending}").stat().st_size > 100
+    with pytest.raises(PlanError, match=r"plan\.gif.*\.html"):
+        plan.save(tmp_path / "plan.gif")
+    assert not (tmp_path / "plan.gif").exists()
+
+
+def test_without_graphviz(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                          monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert cli.main(["inspect", f"{file}:model", *OPTIONS, "-o", str(tmp_path / "plan.png")]) == 2
     assert "apt-get install" in capsys.readouterr().err
+    assert cli.main(["inspect", f"{file}:model", *OPTIONS, "-o", str(tmp_path / "plan.html")]) == 0
+    plan = small_plan()
+    with pytest.raises(UnsupportedError, match="apt-get install"):
+        plan.save(tmp_path / "plan.svg")
+    assert "plan.save('plan.html')" in plan._repr_html_()
+
+
+def test_colours_are_for_terminals(file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+                                   ) -> None:
+    coloured = r"\x1b\[(?:\d+;)*3\d(?:;\d+)*m"
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "140")
+    assert cli.main(["inspect", f"{file}:model", *OPTIONS]) == 0
+    assert re.search(coloured, capsys.readouterr().out)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert cli.main(["inspect", f"{file}:model", *OPTIONS]) == 0
+    assert not re.search(coloured, capsys.readouterr().out)
+
+
+def test_a_failing_model_shows_what_was_reached(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "model.py"
+    path.write_text(MODEL.replace("nn.Conv2d(channels, 16, 3, 2, 1)", "nn.Conv2d(7, 16, 3, 2, 1)"))
+    assert cli.main(["inspect", f"{path}:model", *OPTIONS]) == 1
+    out, err = capsys.readouterr()
+    reached = [line.split() for line in out.splitlines() if "Conv2d" in line]
+    assert reached == [["a", "Conv2d", "4x8x16x16"], ["b", "Conv2d", "4x8x16x16"]]
+    assert "module 'c'" in err and "7 channels" in err
 
 
 @pytest.mark.parametrize(("arguments", "code", "match"), [
@@ -91,11 +143,160 @@ def test_errors(file: Path, arguments: list[str], code: int, match: str, capsys:
     assert match in capsys.readouterr().err
 
 
-def test_nothing_is_touched(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = targets.load(f"{file}:model", {}).eval()
+@pytest.mark.parametrize("ending", [".html", ".json"])
+def test_nothing_is_touched(file: Path, tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(targets.load(f"{file}:model", {}), nn.BatchNorm1d(10)).eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    random = torch.get_rng_state()
+    versions = [value._version for value in model.state_dict().values()]
+    own = torch.get_rng_state(), random.getstate()
     monkeypatch.setattr(targets, "load", lambda *_: model)
-    assert cli.main(["inspect", f"{file}:model", *OPTIONS]) == 0
+    assert cli.main(["inspect", f"{file}:model", *OPTIONS, "-o", str(tmp_path / f"plan{ending}")]) == 0
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), random) and not model.training
+    assert versions == [value._version for value in model.state_dict().values()]
+    assert torch.equal(torch.get_rng_state(), own[0]) and random.getstate() == own[1]
+    assert not any(part.training for part in model.modules())
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------- what a plan shows
+
+
+def small_plan(**options: object) -> Plan:
+    return glcan_fx.plan(torchvision.models.resnet18(num_classes=10), task="classification",
+                         example_inputs=torch.empty(2, 3, 64, 64), **options)
+
+
+def shown(model: Callable[[], nn.Module], size: tuple[int, ...], task: str, **options: object) -> Callable[[], Plan]:
+    return lambda: glcan_fx.plan(model(), task=task, example_inputs=torch.empty(size, device="meta"), **options)
+
+
+PLANS = {
+    "resnet18": shown(torchvision.models.resnet18, (8, 3, 224, 224), "classification"),
+    "mobilenet_v3_small": shown(torchvision.models.mobilenet_v3_small, (8, 3, 224, 224), "classification", k=5),
+    "swin_t": shown(torchvision.models.swin_t, (4, 3, 224, 224), "classification", k=4),
+    "lraspp": shown(lambda: torchvision.models.segmentation.lraspp_mobilenet_v3_large(weights_backbone=None),
+                    (4, 3, 128, 128), "segmentation", k=4),
+    "unet": shown(UNet, (4, 3, 64, 64), "segmentation"),
+    "edsr": shown(edsr, (16, 3, 48, 48), "super_resolution"),
+    "retinanet-r18": shown(lambda: retinanet(18, num_classes=21), (4, 3, 320, 320), "detection"),
+    "yolo-r34": shown(lambda: yolo(34, num_classes=20), (4, 3, 320, 320), "detection", k=6),
+}
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """The cells of the printed table, the total last; lines of wrapped cells are left out."""
+    table = [re.split(r"  +", line.strip()) for line in text.split("─\n", 1)[1].partition("\n\nKept")[0].splitlines()]
+    return [cells for cells in table if cells[0].isdecimal() or cells[0] == "total"]
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_golden_text_and_its_totals(name: str) -> None:
+    plan = PLANS[name]()
+    text = f"{plan}\n"
+    golden = Path(__file__).parent / "golden" / f"{name}.txt"
+    if os.environ.get("GOLDEN") == "write":
+        golden.write_text(text, encoding="utf-8")
+    assert text == golden.read_text(encoding="utf-8")
+
+    *rows, total = rows_of(text)
+    assert len(rows) == plan.k and [int(row[0]) for row in rows] == list(range(plan.k))
+    numbers = [row[4:7] if row[2].lstrip("▼").isdecimal() and row[3].isdecimal() else row[3:6] for row in rows]
+    for column, printed in enumerate(total[1:4]):  # blocks, parameters, auxiliary
+        assert sum(int(row[column].replace(",", "")) for row in numbers) == int(printed.replace(",", ""))
+    kept = [re.search(r"([\d.]+) \+ ([\d.]+)  .*?([\d.]+) %", "  ".join(row)) for row in (*rows, total)]
+    for group in (1, 2, 3):
+        *parts, whole = [float(found[group]) for found in kept if found]
+        assert len(parts) == plan.k and sum(parts) == pytest.approx(whole, abs=0.05 * (plan.k + 1))
+
+
+def test_totals_are_the_model_s() -> None:
+    class Shared(nn.Module):
+        """One convolution used by both blocks."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+            self.first, self.second = (nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()) for _ in range(2))
+            self.second[0].weight = self.first[0].weight
+            self.head = nn.Linear(8, 4)
+            self.unused = nn.Parameter(torch.zeros(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.second(self.first(self.stem(x))).mean((2, 3)))
+
+    for model in (Shared(), torchvision.models.resnet18()):
+        plan = glcan_fx.plan(model, task="classification", example_inputs=torch.empty(2, 3, 64, 64))
+        assert sum(module.parameters for module in plan.modules) == sum(p.numel() for p in model.parameters())
+        assert sum(map(plan.memory.plan.share, range(plan.k))) == pytest.approx(1)
+        assert all(sum(block.saved for block in module.blocks) <= module.saved for module in plan.modules)
+
+
+@pytest.mark.skipif(shutil.which("dot") is None, reason="the program dot of Graphviz is not installed")
+@pytest.mark.parametrize("depth", [None, "stages", "modules", "blocks", "operators"])
+@pytest.mark.parametrize("name", ["retinanet-r18", "unet", "edsr"])
+def test_the_picture_has_every_module(name: str, depth: str | None) -> None:
+    plan = PLANS[name]()
+    drawn = subprocess.run(["dot", "-Tsvg"], input=plan.to_dot(depth), capture_output=True, text=True, check=True)
+    assert not drawn.stderr
+    ids = [html.unescape(i) for i in re.findall(r'<g id="([^"]+)" class="(?:node|cluster)"', drawn.stdout)]
+    spans = [list(map(int, found[1].split("-"))) for i in ids if (found := re.fullmatch(r"module-(\d+(?:-\d+)?)", i))]
+    modules = [index for start, *stop in spans for index in range(start, (stop or [start])[0] + 1)]
+    assert sorted(modules) == list(range(plan.k)) and (depth != "modules" or len(spans) == plan.k)
+    assert len([i for i in ids if i.startswith("aux-")]) == len(spans) - 1
+    if depth == "stages" and name == "edsr":
+        assert len(spans) == 3
+    texts = re.sub(r"<[^>]+>", " ", drawn.stdout)
+    if depth == "blocks":
+        assert all(block.name.rpartition(".")[2] in texts for module in plan.modules for block in module.blocks)
+    if depth == "operators":
+        assert len([i for i in ids if "-op-" in i]) > 2 * plan.k
+
+
+def test_the_cache_in_the_picture() -> None:
+    """The U-Net's skips: written by the module that makes them, held until the last reader, read by both."""
+    dot = PLANS["unet"]().to_dot()
+    assert "a0 -> c1" in dot and "a1 -> c2" in dot and "c1 -> c2" in dot
+    held = {node: re.findall(r'POINT-SIZE="10">(\w+)<', line) for line in dot.splitlines()
+            if (node := line.split()[0]) in ("c0", "c1", "c2") and "TABLE" in line}
+    assert held == {"c1": ["enc1"], "c2": ["enc1", "enc2"]}
+
+
+def test_depths_are_checked() -> None:
+    plan = small_plan()
+    with pytest.raises(PlanError, match="'stages', 'modules', 'blocks', 'operators'"):
+        plan.to_dot("everything")
+    again = Plan.from_json(plan.to_json())
+    assert again == plan and again.to_dot("blocks") == plan.to_dot("blocks") and str(again) == str(plan)
+    with pytest.raises(PlanError, match="apply it"):
+        again.to_dot("operators")
+
+
+def data_of(page: str) -> dict[str, object]:
+    return json.loads(page.split('id="data">', 1)[1].split("</script", 1)[0])
+
+
+def test_the_report_s_contents() -> None:
+    plan = small_plan(k=4)
+    data = data_of(plan.to_html())
+    assert [graph["label"] for graph in data["graphs"]][0] == "local modules" and len(data["graphs"]) == 3
+    assert data["table"]["rows"][1][1] in str(plan) and len(data["table"]["totals"]) == len(data["table"]["columns"])
+    for index, module in enumerate(data["modules"]):
+        assert module["code"].startswith(f"# local module {index}: ") and "= None" not in module["code"]
+        assert (module["aux_code"] is None) == (index == 3) and (index == 3 or "def forward" in module["aux_code"])
+    steps = {step["name"]: step for step in data["memory"]["steps"]}
+    assert list(steps) == ["backpropagation", "with every block recomputed", "this plan"]
+    for step in steps.values():
+        assert max(step["live"]) == step["peak"] == sum(part[1] for part in step["parts"])
+        assert [start for _, start in step["phases"]] == sorted(start for _, start in step["phases"])
+    assert any("rung 1" in line for line in data["report"])
+    assert [g["label"] for g in data_of(plan.to_html("operators"))["graphs"]][0] == "operators"
+    read = data_of(Plan.from_json(plan.to_json()).to_html())
+    assert read["modules"][0]["code"] is None and read["table"] == data["table"]
+
+
+def test_a_notebook_shows_it() -> None:
+    plan = small_plan(k=3)
+    text = plan._repr_html_()
+    assert text.count("<tr>") == 5 and f"{sum(m.parameters for m in plan.modules):,}" in text
+    assert "<script" not in text and "backpropagation: " in text
