@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # a stamp per set of extras, so that a second run installs nothing
 STAMP = $(VENV)/.installed-
 
-.PHONY: demo test test-slow lint docs bench clean
+.PHONY: demo test test-slow lint docs models bench clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/bin/python:
@@ -28,6 +28,11 @@ $(STAMP)lint: $(STAMP)test
 	$(BIN)/python -m pip install --quiet --editable '.[test,lint]'
 	@touch $@
 
+$(STAMP)docs: $(STAMP)demo
+	@echo "==> installing what builds the documentation"
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
 demo: $(STAMP)demo
 	@echo "==> training a small detector twice: backpropagation and glcan_fx"
 	$(BIN)/glcan-fx demo $(ARGS)
@@ -44,7 +49,10 @@ lint: $(STAMP)lint
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-docs: $(STAMP)test
+docs: $(STAMP)docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+models: $(STAMP)test
 	@echo "==> writing docs/models.md: torchvision's networks (about ten minutes)"
 	$(BIN)/python docs/make_models.py --all
 

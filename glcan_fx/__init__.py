@@ -10,18 +10,20 @@ from .errors import (
     UnsupportedError,
     UnusedGradientsWarning,
 )
-from .estimate import Estimate, Memory
+from .estimate import Estimate, Memory, Phase
 from .local_model import LocalModel
-from .plan import LocalModule, Plan
+from .plan import Block, LocalModule, Plan
 from .rules import Feature, Place, Rules
 from .runtime import LocalOutput
 from .tasks import Classification, CriterionTask, Detection, Segmentation, SuperResolution, Task
+from .trace import Report
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Classification", "CriterionError", "CriterionTask", "Detection", "Estimate", "Feature", "GlcanFxError",
-    "LocalModel", "LocalModule", "LocalOutput", "Memory", "Place", "Plan", "PlanError", "Rules", "Segmentation",
+    "Block", "Classification", "CriterionError", "CriterionTask", "Detection", "Estimate", "Feature", "GlcanFxError",
+    "LocalModel", "LocalModule", "LocalOutput", "Memory", "Phase", "Place", "Plan", "PlanError", "Report", "Rules",
+    "Segmentation",
     "SuperResolution", "TargetError", "Task", "TraceError", "UnsupportedError", "UnusedGradientsWarning",
     "estimate_memory", "plan", "transform",
 ]

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__, bench, demo, inspection
-from .errors import GlcanFxError
+from .errors import GlcanFxError, LoadError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,12 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         format="%(name)s: %(message)s")
     try:
         return int(options.run(options))
+    except (OSError, LoadError) as error:
+        print(f"glcan-fx: {error}", file=sys.stderr)
+        return 2
     except GlcanFxError as error:
         print(f"glcan-fx: {error}", file=sys.stderr)
         return 1
-    except OSError as error:
-        print(f"glcan-fx: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("glcan-fx: interrupted", file=sys.stderr)
         return 130

@@ -176,7 +176,10 @@ def estimate_memory(
     Args:
         model: a plan or a compiled model (then ``optimizer`` is all that may be given), or a model, for
             backpropagation.
-        example_inputs, task, criterion, example_targets: as for ``plan()``.
+        example_inputs: as for ``plan()``, as the next three.
+        task: see there.
+        criterion: see there.
+        example_targets: see there.
         optimizer: "sgd" (with momentum), "adam", a function of the parameters, or None.
         recompute: backpropagation with activation checkpointing on every block.
 

@@ -13,6 +13,8 @@ from .errors import LoadError, TraceError
 from .presets import PRESETS, Preset
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from .plan import Plan
 
 PICTURES = (".svg", ".png", ".pdf")
@@ -42,16 +44,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command with the options of `add_arguments`; returns the exit status."""
-    if not (args.input or args.plan or args.target in PRESETS or args.task == "detection"):
-        print(f"glcan-fx inspect: the inputs of '{args.target}' are not known: pass --input, for example --input "
-              "8x3x224x224", file=sys.stderr)
-        return 2
     if args.output is not None and args.output.suffix in PICTURES and shutil.which("dot") is None:
         from .draw import NO_DOT
 
         raise OSError(f"{args.output}: {NO_DOT}")
+    from .targets import load
+
+    preset = PRESETS.get(args.target) or Preset(args.target, tuple(args.input or ()), args.task)
+    model = load(preset.target, {**preset.kwargs, **args.kwargs})
+    if not (preset.inputs or args.plan or args.task == "detection"):
+        print(f"glcan-fx inspect: the inputs of '{args.target}' are not known: pass --input, for example --input "
+              "8x3x224x224", file=sys.stderr)
+        return 2
     try:
-        plan = _plan(args)
+        plan = _plan(args, preset, model)
     except TraceError as error:
         _print_reached(error)
         raise
@@ -96,16 +102,13 @@ def _print_reached(error: TraceError) -> None:
         Console().print(table, markup=False)
 
 
-def _plan(args: argparse.Namespace) -> Plan:
+def _plan(args: argparse.Namespace, preset: Preset, model: nn.Module) -> Plan:
     import torch
 
     from . import compiler
     from .estimate import AnyLoss
     from .plan import Plan
-    from .targets import load
 
-    preset = PRESETS.get(args.target) or Preset(args.target, tuple(args.input or ()), args.task)
-    model = load(preset.target, {**preset.kwargs, **args.kwargs})
     task = args.task or preset.task
     if args.plan is not None:
         return compiler.transform(model, plan=Plan.from_json(args.plan.read_text()),

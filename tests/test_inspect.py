@@ -133,13 +133,18 @@ def test_a_failing_model_shows_what_was_reached(tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(("arguments", "code", "match"), [
     (["{file}:model"], 2, "pass --input"),
     (["{file}:model", *OPTIONS, "-k", "9"], 1, "k=9 local modules are not possible"),
-    (["{file}:gone", *OPTIONS], 1, "gone"),
+    (["{file}:gone", *OPTIONS], 2, "gone"),
     (["nowhere.py", *OPTIONS], 2, "nowhere.py"),
     (["{file}:model", *OPTIONS, "--memory-budget", "1KiB"], 1, "no plan fits"),
-    (["{file}:model", *OPTIONS, "--input-dtype", "float99"], 1, "float99"),
+    (["{file}:model", *OPTIONS, "--input-dtype", "float99"], 2, "float99"),
+    (["{file}:model", *OPTIONS, "-o", "plan.gif"], 2, ".html"),
 ])
 def test_errors(file: Path, arguments: list[str], code: int, match: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["inspect", *(argument.format(file=file) for argument in arguments)]) == code
+    try:
+        found = cli.main(["inspect", *(argument.format(file=file) for argument in arguments)])
+    except SystemExit as error:  # argparse's
+        found = error.code
+    assert found == code
     assert match in capsys.readouterr().err
 
 

@@ -1,19 +1,22 @@
-"""The README's Python blocks run as they stand."""
+"""The Python blocks of the README and of the documentation run as they stand."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+ROOT = Path(__file__).parents[1]
+PAGES = {path.relative_to(ROOT): path.read_text(encoding="utf-8")
+         for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+BLOCKS = [(f"{path}, block {number}", block) for path, text in PAGES.items()
+          for number, block in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))]
 
 
 def test_there_are_blocks():
-    assert len(BLOCKS) >= 2
+    assert len(BLOCKS) >= 6
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_block_runs(number, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "block"), BLOCKS, ids=[name for name, _ in BLOCKS])
+def test_block_runs(name, block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(BLOCKS[number], f"README.md, Python block {number}", "exec"), {})
+    exec(compile(block, name, "exec"), {})

@@ -119,11 +119,14 @@ class YOLO(nn.Module):
         strides: per level, pixels per cell.
         image_size: images are resized to have a longer side of this many pixels, then padded as a batch to
             multiples of 32.
-        image_mean, image_std: normalization of the colours, ImageNet's because of the trunk.
+        image_mean: of the colours, which is subtracted: ImageNet's because of the trunk.
+        image_std: what they are then divided by.
         norm_layer: normalization in the head.
         ignore_thresh: see above.
-        score_thresh, topk_candidates: candidates kept per image before NMS.
-        nms_thresh, detections_per_img: IoU for NMS, and detections kept per image after it.
+        score_thresh: least score of a candidate.
+        topk_candidates: candidates kept per image before NMS.
+        nms_thresh: IoU for NMS.
+        detections_per_img: detections kept per image after NMS.
 
     Raises:
         ValueError: anchors, strides and backbone disagree on the levels; or, when called, features do not
