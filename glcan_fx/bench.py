@@ -109,7 +109,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--largest-batch", action="store_true", help="on cuda: search the largest batch that fits")
     out = parser.add_argument_group("output, beside the table")
     out.add_argument("--json", type=Path, metavar="FILE", help="all figures")
-    out.add_argument("-o", "--output", type=_picture, metavar="FILE", help="a plot: .png, .svg or .pdf")
+    out.add_argument("-o", "--output", type=_picture, metavar="FILE",
+                     help="a plot, .png, .svg or .pdf; or a page, .html")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -139,7 +140,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         report.write_json(args.json, rows, job, device)
     if args.output:
-        report.write_plot(args.output, rows, args.target, job)
+        write = report.write_report if args.output.suffix == ".html" else report.write_plot
+        write(args.output, rows, args.target, job)
     return 0 if any(row.peak is not None for row in rows) else 1
 
 
@@ -281,8 +283,8 @@ def _count(text: str) -> int:
 
 
 def _picture(text: str) -> Path:
-    if Path(text).suffix not in (".png", ".svg", ".pdf"):
-        raise argparse.ArgumentTypeError(f"'{text}': a file that ends in .png, .svg or .pdf")
+    if Path(text).suffix not in (".png", ".svg", ".pdf", ".html"):
+        raise argparse.ArgumentTypeError(f"'{text}': a file that ends in .png, .svg, .pdf or .html")
     return Path(text)
 
 

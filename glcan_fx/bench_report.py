@@ -22,6 +22,8 @@ from . import __version__
 from .bench import EXPLAINED, Row
 from .bench_methods import COMPILE_BUDGET, PRECISION, Job
 from .presets import PRESETS
+from .report import page
+from .show import size
 
 WIDTH = 100  # columns: of the table at most, and where the width is not known
 COLOURS = {"bp": "tab:blue", "checkpoint": "tab:green", "nested": "tab:olive", "selective": "tab:cyan",
@@ -52,42 +54,50 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
 
 def table(rows: Sequence[Row], job: Job) -> Table:
     """One row per method: each figure, and its ratio to backpropagation's."""
+    columns, lines = cells(rows, job)
+    padding = (0, 1) if job.device == "estimate" else (0, 1, 0, 0)
+    made = Table(box=SIMPLE_HEAD, show_edge=False, padding=padding, pad_edge=False)
+    for title in columns:
+        made.add_column(title, justify="right" if title != "method" else "left", no_wrap=True,
+                        style="cyan" if "BP" in title else "")
+    for first, *others in lines:
+        made.add_row(first.replace("[", r"\["), *others)
+    return made
+
+
+def cells(rows: Sequence[Row], job: Job) -> tuple[list[str], list[list[str]]]:
+    """The table's columns and cells as text."""
     name, unit, digits = _unit(rows)
-    real = job.device != "estimate"
     reference = next((row for row in rows if row.method == "bp"), None)
-    made = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1) if not real else (0, 1, 0, 0), pad_edge=False)
-    made.add_column("method", no_wrap=True)
-    columns: list[tuple[str, str, _Figure, bool]] = [
+    figures: list[tuple[str, str, _Figure, bool]] = [
         (f"estimated\npeak {name}", digits, lambda row: _in(row.estimated, unit), True),
         ("\ncompute", "", lambda row: row.flops, True),
     ]
-    if real:
-        columns += [
+    if job.device != "estimate":
+        figures += [
             (f"measured\npeak {name}", digits, lambda row: _in(row.measured, unit), True),
             ("step\nms", ".0f" if (reference and reference.step_seconds or 1) > 0.1 else ".1f",
              lambda row: _in(row.step_seconds, 1e-3), True),
             ("images\n/s", ".1f", lambda row: row.images_per_second, False),
         ]
     if job.largest_batch:
-        columns.append(("largest\nbatch", ".0f", lambda row: row.largest_batch, True))
-    for title, form, _, ratio in columns:
-        if form:
-            made.add_column(title, justify="right", no_wrap=True)
-        if ratio:
-            made.add_column("vs\nBP" if form else f"{title}\nvs BP".strip(), justify="right", no_wrap=True,
-                            style="cyan")
+        figures.append(("largest\nbatch", ".0f", lambda row: row.largest_batch, True))
+    columns = ["method"]
+    for title, form, _, ratio in figures:
+        columns += [title] * bool(form) + ["vs\nBP" if form else f"{title}\nvs BP".strip()] * ratio
     notes = footnotes(rows)
+    lines = []
     for row in rows:
         marks = "".join(f" [{notes.index(line) + 1}]" for line in dict.fromkeys(row.reasons + row.notes))
-        cells = []
-        for _, form, figure, ratio in columns:
+        line = [f"{row.title}{marks}"]
+        for _, form, figure, ratio in figures:
             value, base = figure(row), figure(reference) if reference else None
             if form:
-                cells.append("–" if value is None else format(value, form))
+                line.append("–" if value is None else format(value, form))
             if ratio:
-                cells.append("" if value is None or not base else f"{value / base:.2f}")
-        made.add_row(f"{row.title}{marks}".replace("[", r"\["), *cells)
-    return made
+                line.append("" if value is None or not base else f"{value / base:.2f}")
+        lines.append(line)
+    return columns, lines
 
 
 def _unit(rows: Sequence[Row]) -> tuple[str, int, str]:
@@ -102,7 +112,7 @@ def _in(value: float | None, unit: float) -> float | None:
 
 def explanation(rows: Sequence[Row], job: Job) -> list[str]:
     """What the figures are, in a few lines."""
-    sizes = ", ".join("x".join(map(str, size)) for size in job.inputs)
+    sizes = ", ".join("x".join(map(str, given)) for given in job.inputs)
     amp = ", autocast to bfloat16" if job.amp else ""
     lines = [
         f"{job.target}, {sizes} {job.dtype}, {job.optimizer}{amp}.",
@@ -160,9 +170,30 @@ def write_plot(path: Path, rows: Sequence[Row], name: str, job: Job) -> None:
     left, right = figure.subplots(1, 2)
     _compared(left, rows)
     _course(right, rows)
-    sizes = ", ".join("x".join(map(str, size)) for size in job.inputs)
+    sizes = ", ".join("x".join(map(str, given)) for given in job.inputs)
     figure.suptitle(f"{name}, {sizes}")
     figure.savefig(path, dpi=120)
+
+
+def write_report(path: Path, rows: Sequence[Row], name: str, job: Job) -> None:
+    """One HTML page that needs nothing else: what every method's memory is made of, over a step, and the table."""
+    reference = next((row.estimated for row in rows if row.method == "bp"), None)
+    flops = next((row.flops for row in rows if row.method == "bp"), None)
+    steps = [{"name": row.title, "peak": row.estimated, "when": row.when or "",
+              "peak_text": size(row.estimated) + (f" ({row.estimated / reference:.2f})" if reference else ""),
+              "compute": f"{row.flops / flops:.2f}" if row.flops and flops else "–",
+              "parts": [[part, count, size(count)] for part, count in sorted(row.parts.items(), key=lambda x: -x[1])],
+              "live": row.curve, "phases": []}
+             for row in rows if row.curve and row.parts and row.estimated]
+    columns, lines = cells(rows, job)
+    sizes = ", ".join("x".join(map(str, given)) for given in job.inputs)
+    path.write_text(page({
+        "title": name, "subtitle": f"training methods compared, {sizes}", "graphs": [], "modules": [], "report": [],
+        "memory": {"text": "Peak memory of a training step, simulated", "steps": steps} if steps else None,
+        "table": {"columns": [{"name": title.strip(), "align": "left" if title == "method" else "right"}
+                              for title in columns], "rows": lines, "totals": []},
+        "notes": [*(f"[{number}] {line}" for number, line in enumerate(footnotes(rows), 1)), *explanation(rows, job)],
+    }), encoding="utf-8")
 
 
 def _compared(axes: Any, rows: Sequence[Row]) -> None:

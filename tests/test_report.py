@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torchvision.models import resnet18
 
-from glcan_fx import report
+import glcan_fx
+from glcan_fx import cli, report
 
 STATIC = files("glcan_fx") / "static"
 MIB = 2**20
@@ -147,9 +150,10 @@ def opened(browser: Any, tmp_path: Path) -> Iterator[Any]:
             if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: complaints.append(str(error)))
 
-    def open_report(data: dict[str, Any], fragment: str = "") -> Any:
-        path = tmp_path / "report.html"
-        path.write_text(report.page(data), encoding="utf-8")
+    def open_report(data: dict[str, Any] | Path, fragment: str = "") -> Any:
+        path = data if isinstance(data, Path) else tmp_path / "report.html"
+        if not isinstance(data, Path):
+            path.write_text(report.page(data), encoding="utf-8")
         page.on("request", lambda request: complaints.append(request.url)
                 if request.url.split("#")[0] != path.as_uri() and not request.url.startswith("data:") else None)
         page.goto(path.as_uri() + fragment)
@@ -280,3 +284,30 @@ def test_without_javascript(browser: Any, tmp_path: Path) -> None:
     page = browser.new_context(java_script_enabled=False).new_page()
     page.goto(path.as_uri())
     assert page.inner_text("h1") == "RetinaNet" and "JavaScript" in page.inner_text(".error")
+
+
+def test_a_plan_s_report(opened: Any, tmp_path: Path) -> None:
+    plan = glcan_fx.plan(resnet18(num_classes=10), k=5, task="classification", example_inputs=torch.empty(2, 3, 64, 64))
+    plan.save(tmp_path / "plan.html")
+    page = opened(tmp_path / "plan.html")
+    page.wait_for_selector(".card svg #module-4")
+    assert page.locator(".card svg g.node[id^=aux-]").count() == 4 and page.locator("#modules tbody tr").count() == 5
+    page.click(".card svg #module-2 text >> nth=0")
+    texts = page.inner_text("#details")
+    assert f"{plan.modules[2].parameters:,}" in texts and "# local module 2: " in texts and "def forward" in texts
+    assert "17.13" not in texts and "backpropagation" in page.inner_text("#memory")
+    for depth in ("modules that are alike as one", "blocks"):
+        page.select_option("#which", label=depth)
+        page.wait_for_selector(".card svg #module-0")
+
+
+def test_a_bench_s_report(opened: Any, tmp_path: Path) -> None:
+    path = tmp_path / "bench.html"
+    model = tmp_path / "model.py"
+    model.write_text("from torchvision.models import resnet18\n")
+    assert cli.main(["bench", f"{model}:resnet18", "--input", "2x3x64x64", "--task", "classification", "--device",
+                     "estimate", "--methods", "bp,glcan", "-o", str(path)]) == 0
+    page = opened(path)
+    page.wait_for_selector("#memory .chart")
+    assert page.locator("#modules tbody tr").count() == 2 and not page.is_visible("#details")
+    assert "glcan, k=9" in page.inner_text("#memory") and "glcan, k=9" in page.inner_text("#modules")

@@ -3,7 +3,7 @@
 // data: {
 //   title, subtitle: text,
 //   graphs: [{label, dot}],               DOT; ids of nodes and clusters say what they show: see idRange below
-//   table: {columns: [{name, align}], rows: [[text]], totals: [text]},   row i is local module i
+//   table: {columns: [{name, align}], rows: [[text]], totals: [text]},   row i is local module i, if there are modules
 //   modules: [{index, name, colour, facts: [[name, text]], code, aux_code, saved, aux_saved}],   bytes, for backward
 //   memory: null or {text, steps: [{name, peak, peak_text, compute, when, parts: [[name, bytes, text]],
 //           live: [bytes], phases: [[name, start]]}]},                   start: a fraction of the step
@@ -723,7 +723,8 @@
     // the bars stand under the figures that they show; a table without such a column gets one
     const own = columns.findIndex(({ name }) => name.startsWith("kept"));
     const kept = own < 0 ? columns.length : own;
-    const all = own < 0 ? [...columns, { name: "kept for backward", align: "left" }] : columns;
+    const plain = !data.modules.length; // of something else than local modules: nothing to select
+    const all = own < 0 && !plain ? [...columns, { name: "kept for backward", align: "left" }] : columns;
     const wordy = all.map((_, c) => rows.some((row) => (row[c] ?? "").length > 14 && c !== kept));
     const styleOf = (c) => (all[c].align === "right" ? "right" : wordy[c] ? "text" : null);
     const line = (texts, cell) => all.map((_, c) => make(cell, { class: styleOf(c) }, ...breakable(texts[c] ?? "")));
@@ -749,20 +750,14 @@
         }
         return make(
           "tr",
-          { id: `row-${i}`, tabindex: 0, onclick: () => select(i), onkeydown: (event) => press(event, i) },
+          plain ? {} : { id: `row-${i}`, tabindex: 0, onclick: () => select(i), onkeydown: (event) => press(event, i) },
           ...cells,
         );
       }),
     );
     byId("modules").append(
-      make("h2", {}, "Local modules"),
-      make(
-        "ul",
-        { class: "legend" },
-        make("li", {}, "Bars, kept for backward:"),
-        make("li", {}, swatch("var(--last)"), "by the module itself"),
-        make("li", {}, swatch("var(--line-2)"), "by its auxiliary network"),
-      ),
+      make("h2", {}, plain ? "Methods" : "Local modules"),
+      ...(plain ? [] : [legendOfBars()]),
       make(
         "div",
         { class: "scroll" },
@@ -786,6 +781,16 @@
         ),
       ),
     );
+
+    function legendOfBars() {
+      return make(
+        "ul",
+        { class: "legend" },
+        make("li", {}, "Bars, kept for backward:"),
+        make("li", {}, swatch("var(--last)"), "by the module itself"),
+        make("li", {}, swatch("var(--line-2)"), "by its auxiliary network"),
+      );
+    }
 
     function press(event, i) {
       const next = { ArrowUp: i - 1, ArrowDown: i + 1 }[event.key];
@@ -832,9 +837,12 @@
   );
 
   byId("columns").hidden = false;
+  byId("columns").classList.toggle("plain", !data.modules.length);
   if (data.memory) showMemory(data.memory);
-  listeners.push(showDetails);
-  showDetails();
+  if (data.modules.length) {
+    listeners.push(showDetails);
+    showDetails();
+  } else byId("details").hidden = true;
   showTable(data.table);
   showNotes();
   if (data.graphs.length) showGraphs(data.graphs);
