@@ -83,7 +83,7 @@ def _table(plan: "Plan") -> Table:
                   footer_style="bold")
     for index, (name, total) in enumerate(zip(columns, totals, strict=True)):
         table.add_column(name, total, justify="right" if index in RIGHT else "left",
-                         overflow="fold", no_wrap=index in RIGHT)
+                         overflow="fold", no_wrap=index < len(columns) - 1)
     for row in rows:
         read = Text(row[-1])
         for label, colour in _SOURCES.values():
