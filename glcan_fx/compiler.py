@@ -167,6 +167,7 @@ def estimate_memory(
     criterion: Criterion | None = None,
     example_targets: Any = None,
     recompute: bool = False,
+    in_forward: bool = False,
 ) -> Estimate:
     """Simulate a training step on fake tensors: its peak memory, what that is made of, and its compute.
 
@@ -174,18 +175,22 @@ def estimate_memory(
     which also counts library workspaces.
 
     Args:
-        model: a plan or a compiled model (then ``optimizer`` is all that may be given), or a model, for
-            backpropagation.
+        model: a plan or a compiled model (then ``optimizer`` and ``in_forward`` are all that may be given), or a model,
+            for backpropagation.
         example_inputs, task, criterion, example_targets: as for ``plan()``.
         optimizer: "sgd" (with momentum), "adam", a function of the parameters, or None.
         recompute: backpropagation with activation checkpointing on every block.
+        in_forward: the optimiser steps each local module in the forward pass (``optimizer_in_forward``).
 
     Raises TraceError, PlanError.
     """
     if isinstance(model, LocalModel):
         model = model.plan
     if isinstance(model, Plan):
-        return model.known.simulate(model, optimizer)
+        return model.known.simulate(model, optimizer, in_forward)
+    if in_forward:
+        raise PlanError("in_forward=True: only local modules can be stepped in the forward pass: estimate a plan, or a "
+                        "compiled model")
     whole = plan(model, k=1, task=task, criterion=criterion, example_inputs=example_inputs,
                  example_targets=example_targets)
     return whole.known.backpropagation(optimizer, recompute=recompute)
@@ -494,10 +499,10 @@ class _Draft:
     sizes: Any  # of the whole model's inputs
     given_targets: Any  # the user's example targets
 
-    def memory(self, plan: Plan, optimizer: OptimizerLike) -> Memory:
+    def memory(self, plan: Plan, optimizer: OptimizerLike, in_forward: bool = False) -> Memory:
         """A step of the plan, of backpropagation, and of backpropagation with recomputed blocks."""
         again = self.backpropagation(optimizer, recompute=True) if self.blocks[1] else None
-        return Memory(self.simulate(plan, optimizer), self.backpropagation(optimizer), again)
+        return Memory(self.simulate(plan, optimizer, in_forward), self.backpropagation(optimizer), again)
 
     def backpropagation(self, optimizer: OptimizerLike, *, recompute: bool = False) -> Estimate:
         """A step of backpropagation; ``recompute``: with activation checkpointing on every block. It is the same for
@@ -512,9 +517,9 @@ class _Draft:
     def _simulated(self) -> dict[tuple[OptimizerLike, bool], Estimate]:
         return {}
 
-    def simulate(self, plan: Plan, optimizer: OptimizerLike) -> Estimate:
+    def simulate(self, plan: Plan, optimizer: OptimizerLike, in_forward: bool = False) -> Estimate:
         """A step of the plan."""
-        return simulate_local(self.local(plan), self.inputs, self.targets, optimizer)
+        return simulate_local(self.local(plan), self.inputs, self.targets, optimizer, in_forward)
 
     def local(self, plan: Plan) -> LocalModel:
         """What the plan says, compiled on fake tensors."""
