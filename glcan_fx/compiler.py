@@ -28,7 +28,7 @@ from .plan import Plan
 from .planner import Savings, candidates, in_bytes, richest, within_budget
 from .replay import Call, Segments, arguments_of, calls_of, surroundings
 from .rules import Rules
-from .synthesize import Head, Options
+from .synthesize import Head, Options, share
 from .tasks import Spec, Task, make_task, specs
 from .tasks.around import Around
 from .tasks.base import Criterion
@@ -54,6 +54,7 @@ class _Request:
     head: Head | None = None
     fused_loss: bool = False
     slices: int = 1
+    share_predictors: bool = False
     memory_budget: int | str | None = None
     optimizer: OptimizerLike = "sgd"
 
@@ -79,6 +80,7 @@ def plan(
     head: Head | None = None,
     fused_loss: bool = False,
     slices: int = 1,
+    share_predictors: bool = False,
     memory_budget: int | str | None = None,
     optimizer: OptimizerLike = "sgd",
 ) -> Plan:
@@ -106,6 +108,8 @@ def plan(
         slices: run the last module's end (a detector's head, an upsampler, and the loss) in so many slices of the
             batch, each with its backward: the same gradients where the loss is a mean over images, which the first
             steps check.
+        share_predictors: auxiliary networks have their predictors in common, where shapes agree: copies of the same
+            layers of the model's head are one module, which all local losses train.
         memory_budget: bytes, or text ("6GiB"), that a training step may take at most, by simulation; the plan's notes
             say what was tried. optimizer: that the budget is for: "sgd" (with momentum), "adam", or a function of the
             parameters.
@@ -113,7 +117,7 @@ def plan(
     Raises TraceError, PlanError.
     """
     return _plan(model, _Request(k, task, example_inputs, example_targets, criterion, rules, aux_depth, aux_width,
-                                 aux_stride, head, fused_loss, slices, memory_budget, optimizer))[0]
+                                 aux_stride, head, fused_loss, slices, share_predictors, memory_budget, optimizer))[0]
 
 
 def transform(
@@ -133,6 +137,7 @@ def transform(
     head: Head | None = None,
     fused_loss: bool = False,
     slices: int = 1,
+    share_predictors: bool = False,
     memory_budget: int | str | None = None,
     optimizer: OptimizerLike = "sgd",
 ) -> LocalModel:
@@ -146,7 +151,7 @@ def transform(
     takes about a second; a difference is a TraceError. Raises TraceError, PlanError.
     """
     request = _Request(k, task, example_inputs, example_targets, criterion, rules, aux_depth, aux_width, aux_stride,
-                       head, fused_loss, slices, memory_budget, optimizer)
+                       head, fused_loss, slices, share_predictors, memory_budget, optimizer)
     if plan is None:
         chosen, build = _plan(model, request)
         return build(verify)
@@ -209,6 +214,8 @@ def apply(
         raise PlanError(f"slices={plan.options.slices}: a part of this model runs as Python, which takes whole batches")
     if isinstance(plan.around, Segments) and any(module.recompute for module in plan.modules):
         raise PlanError("recompute: this model runs as Python, so its blocks cannot run again. Leave it out.")
+    if isinstance(plan.around, Segments) and plan.options.share_predictors:
+        raise PlanError("share_predictors: this model runs as Python, and its copies differ. Leave it out.")
     if isinstance(plan.around, Segments):
         _check(model, plan.options)
         return build_segments(plan, model, task, _calls(model, plan.inputs))
@@ -225,7 +232,8 @@ def apply(
 
 def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], LocalModel]]:
     """The plan, and what builds it from what planning has found out already."""
-    choices = candidates(depth=request.aux_depth, width=request.aux_width, stride=request.aux_stride, head=request.head)
+    choices = candidates(depth=request.aux_depth, width=request.aux_width, stride=request.aux_stride, head=request.head,
+                         share_predictors=request.share_predictors)
     _check(model, replace(choices[0], slices=request.slices))
     made = make_task(request.task, request.criterion, request.rules)
     made.begin(model)
@@ -237,9 +245,9 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
     budget = _budget(model, request)
 
     def in_segments(calls: Sequence[Call], error: TraceError) -> tuple[Plan, Callable[[bool], LocalModel]]:
-        if budget is not None or request.slices > 1:
-            raise PlanError(f"memory_budget and slices need a model that can be captured: {error.reason}. Leave them "
-                            "out.")
+        if budget is not None or request.slices > 1 or request.share_predictors:
+            raise PlanError("memory_budget, slices and share_predictors need a model that can be captured: "
+                            f"{error.reason}. Leave them out.")
         planned = plan_segments(model, request.k, made, inputs, _names(model, inputs), calls, choices[0], error)
         return planned, lambda _: build_segments(planned, model, made, calls)
 
@@ -317,6 +325,8 @@ def _decide(
     options = richest(choices, extra) if len(choices) > 1 else choices[0]
     cuts = cuts_for(options)  # 3 partition
     modules = [drafts.module(unit, cuts, options) for unit in cuts]  # 4 select, and 5 synthesize as a draft
+    if options.share_predictors:
+        modules = drafts.counted_once(modules, cuts, options)
     modules.append(drafts.last(cuts))
     return Plan(
         model=type(model).__name__, task=made.name, network=made.network(model),
@@ -358,6 +368,8 @@ def _check_options(options: Options) -> None:
         raise PlanError(f"aux_stride={stride!r}: input pixels per place, 1 or more")
     if isinstance(options.slices, bool) or not isinstance(options.slices, int) or options.slices < 1:
         raise PlanError(f"slices={options.slices!r}: a number, 1 or more")
+    if not isinstance(options.share_predictors, bool):
+        raise PlanError(f"share_predictors={options.share_predictors!r}: True or False")
     if options.head not in ("full", "light", "lean"):
         raise PlanError(f"head={options.head!r}: choose 'full', 'light' or 'lean'")
 
@@ -452,18 +464,22 @@ def _connect(
     fake = fake_copy(structure.trace.mode)
     drafts: dict[str, nn.Module] = {}
     with torch.random.fork_rng(devices=cuda_devices(model)):  # building must not move the user's random state
-        auxiliaries, heads = [], []
+        auxiliaries, heads, requests = [], [], []
         for unit, info in zip(cuts, chosen.modules, strict=False):
             _, auxiliary, request = local_module(
                 structure, model, task, chosen.options, unit, cuts, info, draft=shadow is not None)
             assert auxiliary is not None
             auxiliaries.append(auxiliary)
+            requests.append(request)
             if shadow is None:
                 heads.append(task.head(model, **request))
             else:
                 key = str(request)  # fake tensors print as their sizes
                 drafts[key] = drafts.get(key) or task.head(model, **request)
                 heads.append(replicate(drafts[key], fake))
+        if chosen.options.share_predictors:
+            share(auxiliaries, heads, requests, [module.levels for module in chosen.modules[:-1]],
+                  tails=not task.outputs_are_levels)
         aux = nn.Module()
         register(aux, structure, [cut.end for cut in cuts], auxiliaries, heads, task)
     keys = list(levels_of(structure, task) or {})

@@ -43,7 +43,8 @@ def plan_table(plan: "Plan", *, width: int = 120) -> str:
     if plan.k > 1:
         kept = f", {options.depth} blocks" if options.depth else ""
         levels = f", levels of stride {options.stride} and more" if options.stride > 1 and modules[0].levels else ""
-        console.print(f"Auxiliary networks: head {options.head}, width {options.width:g}{kept}{levels}.")
+        shared = ", shared predictors" if options.share_predictors else ""
+        console.print(f"Auxiliary networks: head {options.head}, width {options.width:g}{kept}{levels}{shared}.")
     savings = ["losses from class ids"] * options.fused + [f"{options.slices} slices"] * (options.slices > 1)
     if savings:
         console.print(f"Last module: {', '.join(savings)}.")
