@@ -106,9 +106,10 @@ class OptimizerInForward(Optimizer):
         mine = [p for p, mine in zip(parameters, own, strict=True) if mine]
         if not mine:
             return own
+        for parameter in mine:
+            self._refuse_hooked(parameter)
         for index, parameter in enumerate(parameters):
             if own[index]:
-                self._refuse_hooked(parameter)
                 parameter.grad, gradients[index] = gradients[index], None
         with torch.autocast(mine[0].device.type, enabled=False):
             self._clip(mine)

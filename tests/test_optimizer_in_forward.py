@@ -229,6 +229,32 @@ def test_models_that_run_as_python(k):
     assert {"scale", "fc.weight"} <= left and "stem.weight" not in left
 
 
+class Trunk(nn.Module):
+    """All but its trunk runs as Python; what comes before the trunk is trained by the first local loss, in backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.trunk, self.fc = nn.Conv2d(3, 8, 3, padding=1), Net(), nn.Linear(5, 5)
+        self.trunk.stem[0] = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        x = self.trunk(x if x.sum() > -1e9 else -x)
+        return self.fc(x if x.sum() > -1e9 else -x)
+
+
+def test_models_around_a_trunk():
+    def make() -> LocalModel:
+        torch.manual_seed(0)
+        return glcan_fx.transform(Trunk(), task="classification", example_inputs=EXAMPLE)
+
+    local = assert_same_training(make, SGD, classes)
+    assert local.plan.report.rung == 4
+    left = waiting(local, classes)
+    assert {"before.weight", "fc.weight", "trunk.block3.conv1.weight"} <= left
+    assert not {"trunk.stem.0.weight", "trunk.block1.conv1.weight"} & left
+
+
 def test_frozen_parameters_and_gradients_of_the_input():
     def make() -> LocalModel:
         local = build()
