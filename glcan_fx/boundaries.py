@@ -145,7 +145,7 @@ def emit_segments(segments: Segments, comments: Sequence[str], trains: Sequence[
             name=f"local_loss_{index}"))
         record = graph.create_node("call_function", detach_record, (ran,), name=f"detached_{index}")
     outputs = graph.create_node("call_module", "aux.rest", (record, *inputs), name="outputs")
-    outputs.meta.update(headline=comments[-1])
+    outputs.meta.update(headline=comments[-1], local_module=len(losses), trains=list(trains[-1]))
     loss = graph.create_node("call_module", "aux.last.head", (outputs, targets), name=f"loss_{len(losses)}")
     graph.output(graph.create_node("call_function", collect, ([*losses, loss], outputs), name="result"))
     with_headlines(graph)

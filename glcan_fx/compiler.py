@@ -28,7 +28,7 @@ from .plan import Plan
 from .planner import Savings, candidates, in_bytes, richest, within_budget
 from .replay import Call, Segments, arguments_of, calls_of, surroundings
 from .rules import Rules
-from .synthesize import Head, Options
+from .synthesize import Head, Options, share
 from .tasks import Spec, Task, make_task, specs
 from .tasks.around import Around
 from .tasks.base import Criterion
@@ -54,6 +54,7 @@ class _Request:
     head: Head | None = None
     fused_loss: bool = False
     slices: int = 1
+    share_predictors: bool = False
     memory_budget: int | str | None = None
     optimizer: OptimizerLike = "sgd"
 
@@ -79,6 +80,7 @@ def plan(
     head: Head | None = None,
     fused_loss: bool = False,
     slices: int = 1,
+    share_predictors: bool = False,
     memory_budget: int | str | None = None,
     optimizer: OptimizerLike = "sgd",
 ) -> Plan:
@@ -106,6 +108,8 @@ def plan(
         slices: run the last module's end (a detector's head, an upsampler, and the loss) in so many slices of the
             batch, each with its backward: the same gradients where the loss is a mean over images, which the first
             steps check.
+        share_predictors: auxiliary networks have their predictors in common, where shapes agree: copies of the same
+            layers of the model's head are one module, which all local losses train.
         memory_budget: bytes, or text ("6GiB"), that a training step may take at most, by simulation; the plan's notes
             say what was tried. optimizer: that the budget is for: "sgd" (with momentum), "adam", or a function of the
             parameters.
@@ -113,7 +117,7 @@ def plan(
     Raises TraceError, PlanError.
     """
     return _plan(model, _Request(k, task, example_inputs, example_targets, criterion, rules, aux_depth, aux_width,
-                                 aux_stride, head, fused_loss, slices, memory_budget, optimizer))[0]
+                                 aux_stride, head, fused_loss, slices, share_predictors, memory_budget, optimizer))[0]
 
 
 def transform(
@@ -133,6 +137,7 @@ def transform(
     head: Head | None = None,
     fused_loss: bool = False,
     slices: int = 1,
+    share_predictors: bool = False,
     memory_budget: int | str | None = None,
     optimizer: OptimizerLike = "sgd",
 ) -> LocalModel:
@@ -146,7 +151,7 @@ def transform(
     takes about a second; a difference is a TraceError. Raises TraceError, PlanError.
     """
     request = _Request(k, task, example_inputs, example_targets, criterion, rules, aux_depth, aux_width, aux_stride,
-                       head, fused_loss, slices, memory_budget, optimizer)
+                       head, fused_loss, slices, share_predictors, memory_budget, optimizer)
     if plan is None:
         chosen, build = _plan(model, request)
         return build(verify)
@@ -167,6 +172,7 @@ def estimate_memory(
     criterion: Criterion | None = None,
     example_targets: Any = None,
     recompute: bool = False,
+    in_forward: bool = False,
 ) -> Estimate:
     """Simulate a training step on fake tensors: its peak memory, what that is made of, and its compute.
 
@@ -174,21 +180,25 @@ def estimate_memory(
     which also counts library workspaces.
 
     Args:
-        model: a plan or a compiled model (then ``optimizer`` is all that may be given), or a model, for
-            backpropagation.
+        model: a plan or a compiled model (then ``optimizer`` and ``in_forward`` are all that may be given), or a model,
+            for backpropagation.
         example_inputs: as for ``plan()``, as the next three.
         task: see there.
         criterion: see there.
         example_targets: see there.
         optimizer: "sgd" (with momentum), "adam", a function of the parameters, or None.
         recompute: backpropagation with activation checkpointing on every block.
+        in_forward: the optimiser steps each local module in the forward pass (``optimizer_in_forward``).
 
     Raises TraceError, PlanError.
     """
     if isinstance(model, LocalModel):
         model = model.plan
     if isinstance(model, Plan):
-        return model.known.simulate(model, optimizer)
+        return model.known.simulate(model, optimizer, in_forward)
+    if in_forward:
+        raise PlanError("in_forward=True: only local modules can be stepped in the forward pass: estimate a plan, or a "
+                        "compiled model")
     whole = plan(model, k=1, task=task, criterion=criterion, example_inputs=example_inputs,
                  example_targets=example_targets)
     return whole.known.backpropagation(optimizer, recompute=recompute)
@@ -207,6 +217,8 @@ def apply(
         raise PlanError(f"slices={plan.options.slices}: a part of this model runs as Python, which takes whole batches")
     if isinstance(plan.around, Segments) and any(module.recompute for module in plan.modules):
         raise PlanError("recompute: this model runs as Python, so its blocks cannot run again. Leave it out.")
+    if isinstance(plan.around, Segments) and plan.options.share_predictors:
+        raise PlanError("share_predictors: this model runs as Python, and its copies differ. Leave it out.")
     if isinstance(plan.around, Segments):
         _check(model, plan.options)
         return build_segments(plan, model, task, _calls(model, plan.inputs))
@@ -223,7 +235,8 @@ def apply(
 
 def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], LocalModel]]:
     """The plan, and what builds it from what planning has found out already."""
-    choices = candidates(depth=request.aux_depth, width=request.aux_width, stride=request.aux_stride, head=request.head)
+    choices = candidates(depth=request.aux_depth, width=request.aux_width, stride=request.aux_stride, head=request.head,
+                         share_predictors=request.share_predictors)
     _check(model, replace(choices[0], slices=request.slices))
     made = make_task(request.task, request.criterion, request.rules)
     made.begin(model)
@@ -235,9 +248,9 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
     budget = _budget(model, request)
 
     def in_segments(calls: Sequence[Call], error: TraceError) -> tuple[Plan, Callable[[bool], LocalModel]]:
-        if budget is not None or request.slices > 1:
-            raise PlanError(f"memory_budget and slices need a model that can be captured: {error.reason}. Leave them "
-                            "out.")
+        if budget is not None or request.slices > 1 or request.share_predictors:
+            raise PlanError("memory_budget, slices and share_predictors need a model that can be captured: "
+                            f"{error.reason}. Leave them out.")
         planned = plan_segments(model, request.k, made, inputs, _names(model, inputs), calls, choices[0], error)
         return planned, lambda _: build_segments(planned, model, made, calls)
 
@@ -315,6 +328,8 @@ def _decide(
     options = richest(choices, extra) if len(choices) > 1 else choices[0]
     cuts = cuts_for(options)  # 3 partition
     modules = [drafts.module(unit, cuts, options) for unit in cuts]  # 4 select, and 5 synthesize as a draft
+    if options.share_predictors:
+        modules = drafts.counted_once(modules, cuts, options)
     modules.append(drafts.last(cuts))
     return Plan(
         model=type(model).__name__, task=made.name, network=made.network(model),
@@ -356,6 +371,8 @@ def _check_options(options: Options) -> None:
         raise PlanError(f"aux_stride={stride!r}: input pixels per place, 1 or more")
     if isinstance(options.slices, bool) or not isinstance(options.slices, int) or options.slices < 1:
         raise PlanError(f"slices={options.slices!r}: a number, 1 or more")
+    if not isinstance(options.share_predictors, bool):
+        raise PlanError(f"share_predictors={options.share_predictors!r}: True or False")
     if options.head not in ("full", "light", "lean"):
         raise PlanError(f"head={options.head!r}: choose 'full', 'light' or 'lean'")
 
@@ -450,18 +467,22 @@ def _connect(
     fake = fake_copy(structure.trace.mode)
     drafts: dict[str, nn.Module] = {}
     with torch.random.fork_rng(devices=cuda_devices(model)):  # building must not move the user's random state
-        auxiliaries, heads = [], []
+        auxiliaries, heads, requests = [], [], []
         for unit, info in zip(cuts, chosen.modules, strict=False):
             _, auxiliary, request = local_module(
                 structure, model, task, chosen.options, unit, cuts, info, draft=shadow is not None)
             assert auxiliary is not None
             auxiliaries.append(auxiliary)
+            requests.append(request)
             if shadow is None:
                 heads.append(task.head(model, **request))
             else:
                 key = str(request)  # fake tensors print as their sizes
                 drafts[key] = drafts.get(key) or task.head(model, **request)
                 heads.append(replicate(drafts[key], fake))
+        if chosen.options.share_predictors:
+            share(auxiliaries, heads, requests, [module.levels for module in chosen.modules[:-1]],
+                  tails=not task.outputs_are_levels)
         aux = nn.Module()
         register(aux, structure, [cut.end for cut in cuts], auxiliaries, heads, task)
     keys = list(levels_of(structure, task) or {})
@@ -497,10 +518,10 @@ class _Draft:
     sizes: Any  # of the whole model's inputs
     given_targets: Any  # the user's example targets
 
-    def memory(self, plan: Plan, optimizer: OptimizerLike) -> Memory:
+    def memory(self, plan: Plan, optimizer: OptimizerLike, in_forward: bool = False) -> Memory:
         """A step of the plan, of backpropagation, and of backpropagation with recomputed blocks."""
         again = self.backpropagation(optimizer, recompute=True) if self.blocks[1] else None
-        return Memory(self.simulate(plan, optimizer), self.backpropagation(optimizer), again)
+        return Memory(self.simulate(plan, optimizer, in_forward), self.backpropagation(optimizer), again)
 
     def backpropagation(self, optimizer: OptimizerLike, *, recompute: bool = False) -> Estimate:
         """A step of backpropagation; ``recompute``: with activation checkpointing on every block. It is the same for
@@ -515,9 +536,9 @@ class _Draft:
     def _simulated(self) -> dict[tuple[OptimizerLike, bool], Estimate]:
         return {}
 
-    def simulate(self, plan: Plan, optimizer: OptimizerLike) -> Estimate:
+    def simulate(self, plan: Plan, optimizer: OptimizerLike, in_forward: bool = False) -> Estimate:
         """A step of the plan."""
-        return simulate_local(self.local(plan), self.inputs, self.targets, optimizer)
+        return simulate_local(self.local(plan), self.inputs, self.targets, optimizer, in_forward)
 
     def local(self, plan: Plan) -> LocalModel:
         """What the plan says, compiled on fake tensors."""

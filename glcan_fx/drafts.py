@@ -1,6 +1,7 @@
 """Passes 4 and 5 for one local module: select its features, draft or build its auxiliary network, say what it costs."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -8,10 +9,10 @@ from torch import Tensor, fx, nn
 
 from .analyze import Structure, Tap, Unit, multiply_adds
 from .errors import PlanError
-from .layers import Cost
+from .layers import Cost, weights_in
 from .plan import Block, LocalModule
 from .rules import Feature, Place, State
-from .synthesize import Auxiliary, Options, synthesize, tail_of
+from .synthesize import Auxiliary, Options, predictors_of, synthesize, tail_of
 from .tasks import Task
 
 
@@ -26,6 +27,21 @@ class Drafts:
     def module(self, unit: Unit, cuts: Sequence[Unit], options: Options) -> LocalModule:
         """The local module that ends with ``unit``, one of ``cuts``."""
         return local_module(self.structure, self.model, self.task, options, unit, cuts, sizes=self._costs)[0]
+
+    def counted_once(self, modules: Sequence[LocalModule], cuts: Sequence[Unit], options: Options) -> list[LocalModule]:
+        """The same local modules, but a shared predictor's parameters count for the first one that has it."""
+        seen: set[Any] = set()
+        found = []
+        for unit, module in zip(cuts, modules, strict=True):
+            _, auxiliary, request = local_module(self.structure, self.model, self.task, options, unit, cuts)
+            assert auxiliary is not None
+            sizes: dict[Any, int] = {str(request): self.task.head_cost(self.model, **request).parameters}
+            for key, path in [] if self.task.outputs_are_levels else predictors_of(auxiliary, module.levels):
+                sizes[key] = weights_in(auxiliary.network.get_submodule(path))
+            again = sum(size for key, size in sizes.items() if key in seen)
+            found.append(replace(module, aux_parameters=module.aux_parameters - again))
+            seen |= sizes.keys()
+        return found
 
     def last(self, cuts: Sequence[Unit]) -> LocalModule:
         """The last local module."""

@@ -138,9 +138,9 @@ def _simulate(
 
 
 def simulate_local(
-    local: LocalModel, inputs: Sequence[Any], targets: Any, optimizer: OptimizerLike = "sgd"
+    local: LocalModel, inputs: Sequence[Any], targets: Any, optimizer: OptimizerLike = "sgd", in_forward: bool = False
 ) -> Estimate:
-    """``simulate`` for a compiled model of fake tensors."""
+    """``simulate`` for a compiled model of fake tensors; in_forward: with ``optimizer_in_forward``."""
     last = local.plan.k - 1
     for part in local.modules():
         if isinstance(part, SlicedHead):
@@ -160,6 +160,13 @@ def simulate_local(
     def step() -> Tensor:
         return minimised(local(*inputs, targets))
 
+    if in_forward:
+        inner = OPTIMIZERS.get(optimizer) if isinstance(optimizer, str) else optimizer
+        if inner is None:
+            raise PlanError(f"in_forward=True steps an optimizer: 'sgd', 'adam', or a function, not {optimizer!r}")
+        stepping = local.optimizer_in_forward(inner)
+        stepping.checks = 0  # by the numbers, again
+        optimizer = lambda parameters: stepping  # noqa: E731
     return simulate(local, inputs, step, optimizer, [module.name for module in local.plan.modules], watch)
 
 

@@ -3,18 +3,32 @@
 import copy
 import sys
 import warnings
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.graph import PythonCode
+from torch.optim import Optimizer
 
 from .errors import PlanError, UnsupportedError, UnusedGradientsWarning
 from .graphs import Packed, Parts, pack, unpack
-from .runtime import LocalBackward, LocalOutput, LossScale, Recomputed, SlicedHead, private_graph
+from .in_forward import OptimizerInForward, refuse_distributed
+from .nested import tensors_in
+from .replay import Surroundings
+from .runtime import (
+    LocalBackward,
+    LocalOutput,
+    LossScale,
+    Recomputed,
+    SlicedHead,
+    parameters_of,
+    private_graph,
+)
+from .trace import within
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -47,7 +61,8 @@ class LocalModel(fx.GraphModule):
         _share(root, model, aux)
         super().__init__(root, graph, class_name="LocalModel")
         _share(self, model, aux)
-        self.__dict__.update(_original=model, plan=plan, task=task, _last_reached=[], _parts=parts)
+        self.__dict__.update(_original=model, plan=plan, task=task, _last_reached=[], _parts=parts,
+                             _optimizer=_no_optimizer)
         self.__dict__["training"] = model.training
         for name, part in aux.named_children():
             if name != "task":
@@ -79,8 +94,13 @@ class LocalModel(fx.GraphModule):
         self.task.check(next(iter(given.values()), None), given.get("targets"))
         _refuse_sharded(self)
         self._warn_of_unused()
-        with private_graph() if self.plan.k > 1 else nullcontext():
+        optimizer = self.__dict__["_optimizer"]()
+        stepping = optimizer is not None and torch.is_grad_enabled()
+        with private_graph() if self.plan.k > 1 else nullcontext(), \
+                optimizer.forward(_backwards(self)) if stepping else nullcontext():
             result = self._training_step(*args, **kwargs)
+            if stepping:
+                optimizer.refuse_used_again(list(tensors_in(result)))
         self.aux.get_submodule("scale").update()  # type: ignore[operator]
         self._watch_last(result)
         return result
@@ -161,6 +181,38 @@ class LocalModel(fx.GraphModule):
             {"params": [p for p in self.parameters() if id(p) not in own], "lr": lr if aux_lr is None else aux_lr},
         ]
 
+    def optimizer_in_forward(
+        self, make: Callable[..., Optimizer], *, max_norm: float | None = None, **options: Any
+    ) -> OptimizerInForward:
+        """An optimiser that steps each local module inside the forward pass, and frees its gradients at once.
+
+            optimizer = local.optimizer_in_forward(torch.optim.Adam, lr=1e-3)
+
+        The loop stays as it is, and so do the numbers; learning-rate schedulers and state dicts are those of the
+        optimiser itself. Of the gradients, only those of the last local module, and of parameters that more than one
+        trains, wait for ``loss.backward()`` and ``optimizer.step()``. It steps as long as the optimiser exists; a later
+        call replaces it. After an exception in the forward pass, the modules before it have been stepped.
+
+        Args:
+            make: an optimiser's class, or a function of the parameters, which may return parameter groups of its own; a
+                rule per parameter, as all of torch.optim but LBFGS.
+            max_norm: clip the gradients of each local module to this norm, its own.
+            options: the class's own, ``lr`` and others.
+
+        Refused with UnsupportedError, here or while it trains: a loss that is scaled or weighted before backward
+        (GradScaler, accumulation), gradients that are changed before the step (clip_grad_norm_), gradient hooks,
+        several processes. Scaled losses are looked for in the first steps only.
+        """
+        refuse_distributed()
+        inner = make(list(self.parameters()), **options)
+        if isinstance(inner, torch.optim.LBFGS):
+            raise UnsupportedError("LBFGS evaluates the loss of all parameters together, several times a step: local "
+                                   "modules cannot be stepped one by one. Use another optimiser.")
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        optimizer = OptimizerInForward(inner, partial(_trained_alone, self), names, max_norm)
+        self.__dict__["_optimizer"] = weakref.ref(optimizer)
+        return optimizer
+
     def original_state_dict(self) -> dict[str, Any]:
         """The original model's state dict: what to ship."""
         return self.original.state_dict()
@@ -220,6 +272,41 @@ def _targets(graph: fx.Graph, index: int) -> list[str]:
 
 def _called(nodes: Iterable[fx.Node]) -> list[str]:
     return list(dict.fromkeys(str(node.target) for node in nodes if node.op in ("call_module", "get_attr")))
+
+
+def _backwards(local: LocalModel) -> list[LocalBackward]:
+    parts: list[Any] = [local.aux.get_submodule(f"{index}.backward") for index in range(local.plan.k - 1)]
+    return parts
+
+
+def _trained_alone(local: LocalModel) -> dict[str, list[Tensor]]:
+    """The parameters that a local module trains and no other part of a step uses, by its name.
+
+    Others may: a criterion's, a layer that is called twice, what every module computes from parameters alone, and the
+    last module's, which also runs what lies outside the compiled part.
+    """
+    model, plan = local.original, local.plan
+    last = _targets(local.graph, plan.k - 1)
+    last += _called(local.__dict__["_parts"]["tail"].nodes) if "tail" in local.__dict__["_parts"] else []
+    last += plan.around.behind if isinstance(plan.around, Surroundings) else []
+    outside = [(model, name) for name, _ in model.named_parameters(remove_duplicate=False)
+               if plan.network and not within(name, plan.network)]
+    found = [(part.name, part.__dict__["trains"]) for part in _backwards(local)]
+    users: dict[int, set[str]] = {}
+    tensors: dict[int, Tensor] = {}
+    for name, trains in [*found, ("", [*((model, path) for path in last), *outside, (local.aux, "task")])]:
+        for parameter in parameters_of(trains):
+            tensors[id(parameter)] = parameter
+            users.setdefault(id(parameter), set()).add(name)
+    alone: dict[str, list[Tensor]] = {name: [] for name, _ in found}
+    for key, names in users.items():
+        if len(names) == 1 and "" not in names:
+            alone[next(iter(names))].append(tensors[key])
+    return alone
+
+
+def _no_optimizer() -> None:
+    """Stands for the weak reference to an optimiser that steps in the forward pass, where there is none."""
 
 
 def _share(target: nn.Module, model: nn.Module, aux: nn.Module) -> None:

@@ -117,9 +117,10 @@ class Plan:
         """
         return self.estimate()
 
-    def estimate(self, optimizer: OptimizerLike = "sgd") -> Memory:
-        """As ``memory``, with another optimiser: "sgd", "adam", a function of the parameters, or None."""
-        return self.known.memory(self, optimizer)
+    def estimate(self, optimizer: OptimizerLike = "sgd", *, in_forward: bool = False) -> Memory:
+        """As ``memory``, with another optimiser: "sgd", "adam", a function of the parameters, or None; in_forward: the
+        plan's step with ``optimizer_in_forward``."""
+        return self.known.memory(self, optimizer, in_forward)
 
     @property
     def known(self) -> "Draft":
@@ -232,9 +233,9 @@ class Plan:
 class Draft(Protocol):
     """What planning knows of the model, and a plan does not say."""
 
-    def memory(self, plan: Plan, optimizer: OptimizerLike) -> Memory: ...
+    def memory(self, plan: Plan, optimizer: OptimizerLike, in_forward: bool = False) -> Memory: ...
 
-    def simulate(self, plan: Plan, optimizer: OptimizerLike) -> Estimate: ...
+    def simulate(self, plan: Plan, optimizer: OptimizerLike, in_forward: bool = False) -> Estimate: ...
 
     def backpropagation(self, optimizer: OptimizerLike, *, recompute: bool = False) -> Estimate: ...
 

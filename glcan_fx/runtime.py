@@ -8,7 +8,8 @@ arrives (1 / accumulation steps, a GradScaler's scale, a weight) and hands them 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .errors import CriterionError, UnsupportedError
 from .nested import map_tensors, tensors_in
+
+if TYPE_CHECKING:
+    from .in_forward import OptimizerInForward
 
 
 class LocalOutput(NamedTuple):
@@ -78,9 +82,10 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, loss: Tensor, stash: list[Tensor | None], delivered: list[bool], *parameters: Tensor
+        ctx: Any, loss: Tensor, stash: list[Tensor | None], delivered: list[bool],
+        arrived: Callable[[Tensor], None] | None, *parameters: Tensor
     ) -> Tensor:
-        ctx.stash, ctx.delivered = stash, delivered
+        ctx.stash, ctx.delivered, ctx.arrived = stash, delivered, arrived
         return loss.clone()
 
     @staticmethod
@@ -95,6 +100,8 @@ class _Replay(torch.autograd.Function):
                 "backward() a second time through a local loss: its gradients were handed over the first time. "
                 "Use retain_graph=True on the first call."
             )
+        if ctx.arrived is not None:
+            ctx.arrived(grads[0])
         present = [grad for grad in ctx.stash if grad is not None]
         where = [grad is not None for grad in ctx.stash]
         if torch._C._autograd._get_current_graph_task_keep_graph():
@@ -106,7 +113,7 @@ class _Replay(torch.autograd.Function):
         ctx.delivered[:] = [True]
         moved = iter(present)
         present = []
-        return (None, None, None, *(next(moved) if there else None for there in where))
+        return (None, None, None, None, *(next(moved) if there else None for there in where))
 
 
 class LossScale(nn.Module):
@@ -161,19 +168,30 @@ class LocalBackward(nn.Module):
         self.name = name
         self.delivered: list[bool] = []  # of the last step: [False], [True] after its backward, [] when there was none
         self.__dict__["scaler"] = scale  # registered once, beside the local modules
+        self.optimizer: OptimizerInForward | None = None  # during a forward pass that steps
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # differentiating is eager: compiled graphs end here
     def forward(self, loss: Any, *inputs: Any) -> Tensor:
         """``inputs``: of the first module, whose loss also gives them their gradients (a stem before the model)."""
         scalar = total(loss)
         self.delivered = []
-        found = [*_parameters(self.__dict__["trains"]), *(t for t in tree_leaves(inputs) if isinstance(t, Tensor))]
+        found = [*parameters_of(self.__dict__["trains"]), *(t for t in tree_leaves(inputs) if isinstance(t, Tensor))]
         parameters = list({id(p): p for p in found if p.requires_grad}.values())
         if not (torch.is_grad_enabled() and scalar.requires_grad and parameters):
             return scalar.detach()
+        if self.optimizer is not None:
+            self.optimizer.refuse_used_again([scalar])
         stash = _differentiate(scalar, parameters, self.__dict__["scaler"])
         self.delivered = [False]
-        out: Tensor = _Replay.apply(scalar.detach(), stash, self.delivered, *parameters)
+        arrived = None
+        if self.optimizer is not None:
+            own = self.optimizer.take(self, parameters, stash)
+            if any(own):  # the rest waits as always, and a number, so that backward passes here in any case
+                parameters = [*(p for p, mine in zip(parameters, own, strict=True) if not mine),
+                              torch.zeros_like(scalar, requires_grad=True)]
+                stash = [*(g for g, mine in zip(stash, own, strict=True) if not mine), torch.zeros_like(scalar)]
+                arrived = partial(self.optimizer.arrived, self)
+        out: Tensor = _Replay.apply(scalar.detach(), stash, self.delivered, arrived, *parameters)
         return out
 
     def extra_repr(self) -> str:
@@ -187,8 +205,7 @@ def _differentiate(
 
     widen: they are then float32, whatever the sources are.
     """
-    device = loss.device.type
-    half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    half = is_half(loss.device.type)
     with _without_hooks(sources):
         grads = _owned_gradients(torch.autograd.grad(
             loss * scaler.scale if half else loss, sources, allow_unused=True, retain_graph=retain))
@@ -196,6 +213,11 @@ def _differentiate(
         grads = [None if grad is None else grad.float() for grad in grads] if widen else grads
         scaler.unscale(grads)
     return grads
+
+
+def is_half(device: str) -> bool:
+    """Whether float16 autocast is on, which needs loss scaling."""
+    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
 
 
 class _OfModel(nn.Module):
@@ -268,7 +290,7 @@ class SlicedHead(_OfModel):
             self._check(values, context, images)
         given = [t for t in tensors_in(values) if t.requires_grad]
         behind = [(self.__dict__["model"], path) for path in self.__dict__["behind"]]
-        trained = {id(p): p for p in _parameters([*behind, *self.__dict__["trains"]]) if p.requires_grad}
+        trained = {id(p): p for p in parameters_of([*behind, *self.__dict__["trains"]]) if p.requires_grad}
         sources = [*given, *trained.values()] if torch.is_grad_enabled() else []
         stashes: dict[str, list[Tensor | None]] = {}
         losses: dict[str, Tensor] = {}
@@ -289,7 +311,7 @@ class SlicedHead(_OfModel):
                     stash = stashes.setdefault(name, [None] * len(sources))
                     self._add(stash, term * share, own, given, list(trained.values()), start, stop,
                               index < len(terms) - 1)
-        made = {name: _Replay.apply(value, stashes[name], [], *sources) if name in stashes else value
+        made = {name: _Replay.apply(value, stashes[name], [], None, *sources) if name in stashes else value
                 for name, value in losses.items()}
         return made[""] if single else made, _joined(outputs)
 
@@ -369,7 +391,7 @@ def _joined(outputs: Sequence[Any]) -> Any:
     return map_tensors(outputs[0], lambda tensor: torch.cat(next(columns)) if tensor.dim() else next(columns)[0])
 
 
-def _parameters(trains: Sequence[tuple[nn.Module, str]]) -> Iterator[Tensor]:
+def parameters_of(trains: Sequence[tuple[nn.Module, str]]) -> Iterator[Tensor]:
     for root, path in trains:
         owner, _, name = path.rpartition(".")
         module = root.get_submodule(owner)

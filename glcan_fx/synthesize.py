@@ -9,7 +9,8 @@ one prediction at each place.
 """
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -54,8 +55,9 @@ class Options:
     """How auxiliary networks are built.
 
     depth: trunk blocks kept; width: relative channels; head: see above; stride: output levels of smaller strides are
-    left out, where there are others. Of the last module: fused: it computes losses in the memory-saving way that the
-    copies do; slices: its end and its loss run in so many slices of the batch.
+    left out, where there are others; share_predictors: copies of the same layers of the tail, or of the head, that have
+    the same shapes are one module in all auxiliary networks. Of the last module: fused: it computes losses in the
+    memory-saving way that the copies do; slices: its end and its loss run in so many slices of the batch.
     """
 
     depth: int = 0
@@ -64,6 +66,7 @@ class Options:
     stride: int = 1
     fused: bool = False
     slices: int = 1
+    share_predictors: bool = False
 
 
 @dataclass(frozen=True)
@@ -214,6 +217,32 @@ def synthesize(
             _initialise(network.get_submodule(name))
         freshen(network, build.moments)
     return Auxiliary(network, build.inputs, shapes, cost)
+
+
+def predictors_of(auxiliary: Auxiliary, levels: Sequence[int]) -> Iterator[tuple[Any, str]]:
+    """The layers with weights that an auxiliary network copies from the tail, or predicts maps with: what makes two of
+    them the same (source layer, configuration, shapes, output levels), and their paths."""
+    for node in auxiliary.network.graph.nodes:
+        path = str(node.target)
+        if node.op == "call_module" and (path.startswith("tail.") or re.match(r"predict\d+\.", path)):
+            layer = auxiliary.network.get_submodule(path)
+            shapes = tuple((name, tuple(p.shape), p.dtype) for name, p in layer.named_parameters())
+            if shapes:
+                yield (path, repr(layer), shapes, tuple(levels)), path
+
+
+def share(
+    auxiliaries: Sequence[Auxiliary], heads: Sequence[nn.Module], requests: Sequence[Mapping[str, Any]],
+    levels: Sequence[Sequence[int]], *, tails: bool,
+) -> None:
+    """Let the heads of equal requests have the same parts, and with ``tails`` auxiliary networks the same predictors:
+    those of the first local module that has them. Heads stay modules of their own, as their calls are told apart."""
+    known: dict[Any, nn.Module] = {}
+    for auxiliary, head, request, kept in zip(auxiliaries, heads, requests, levels, strict=True):
+        for name, part in head.named_children():
+            head._modules[name] = known.setdefault((name, str(request)), part)  # fake tensors print as their sizes
+        for key, path in list(predictors_of(auxiliary, kept)) if tails else []:
+            auxiliary.network.set_submodule(path, known.setdefault(key, auxiliary.network.get_submodule(path)))
 
 
 # ---------------------------------------------------------------------------------------------- tail

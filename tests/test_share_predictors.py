@@ -1,0 +1,171 @@
+"""Auxiliary networks with their predictors in common: one module, trained by all local losses."""
+
+import copy
+import pickle
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from loops_ddp import EXAMPLE, Net, batch, gradients, plain_step
+from torch import Tensor, nn
+
+import glcan_fx
+from glcan_fx import LocalModel, Plan, PlanError
+from glcan_fx.layers import weights_in
+from glcan_fx.models import edsr, retinanet
+
+BOXES = {"boxes": torch.tensor([[10.0, 12.0, 50.0, 40.0]]), "labels": torch.tensor([1])}
+
+
+def classifier() -> tuple[nn.Module, dict[str, Any], tuple[Any, ...]]:
+    return Net(), {"task": "classification", "example_inputs": EXAMPLE, "aux_width": 1.0}, batch()
+
+
+def super_resolution() -> tuple[nn.Module, dict[str, Any], tuple[Any, ...]]:
+    x = torch.rand(2, 3, 12, 12)
+    model = edsr(2, blocks=3, channels=16)
+    return model, {"task": "super_resolution", "example_inputs": x, "head": "lean"}, (x, torch.rand(2, 3, 24, 24))
+
+
+def detector() -> tuple[nn.Module, dict[str, Any], tuple[Any, ...]]:
+    images = [torch.rand(3, 64, 64) for _ in range(2)]
+    model = retinanet(depth=18, num_classes=3, fpn_channels=32, extra_levels=False, anchor_sizes=((8,), (16,), (32,)),
+                      min_size=64, max_size=64)
+    given = {"task": "detection", "k": 3, "example_inputs": images, "head": "light", "aux_width": 0.25}
+    return model, given, (images, [BOXES, BOXES])
+
+
+CASES = {"classification": classifier, "super-resolution": super_resolution, "RetinaNet": detector}
+SHARED = {"classification": "network.tail.fc.weight", "super-resolution": "network.predict0.conv.weight",
+          "RetinaNet": "head.detector.head.classification_head.cls_logits.weight"}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request) -> tuple[str, nn.Module, Plan, Plan, tuple[Any, ...]]:
+    """Name, model, a plan that shares, one that does not, a batch."""
+    torch.manual_seed(0)
+    model, given, inputs = CASES[request.param]()
+    plan = glcan_fx.plan(model, share_predictors=True, **given)
+    return request.param, model, plan, glcan_fx.plan(model, **given), inputs
+
+
+def losses_of(result: Any) -> Tensor:
+    return sum(result.values()) if isinstance(result, dict) else result.loss
+
+
+def owners(local: LocalModel) -> dict[int, list[str]]:
+    """Names of each auxiliary parameter, by identity."""
+    found: dict[int, list[str]] = {}
+    for name, parameter in local.aux.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), []).append(name)
+    return found
+
+
+def shared(local: LocalModel) -> list[list[str]]:
+    return [names for names in owners(local).values() if len(names) > 1]
+
+
+def test_gradients_are_the_sum_over_local_modules(case):
+    """Beside a twin whose copies have the same values, and beside plain autograd."""
+    name, model, plan, alone, inputs = case
+    local, twin = plan.apply(copy.deepcopy(model)).train(), alone.apply(copy.deepcopy(model)).train()
+    groups = shared(local)
+    assert [f"{index}.{SHARED[name]}" for index in range(local.plan.k - 1)] in groups
+    twin.load_state_dict(local.state_dict())
+    again = copy.deepcopy(local)
+    for one in (local, twin):
+        losses_of(one(*inputs)).backward()
+    apart = dict(twin.aux.named_parameters())
+    for names in groups:
+        expected = sum(apart[one].grad for one in names)
+        torch.testing.assert_close(local.aux.get_parameter(names[0]).grad, expected, rtol=1e-4, atol=1e-6)
+    losses_of(plain_step(again, *inputs)).backward()
+    for key, gradient in gradients(again).items():
+        torch.testing.assert_close(gradients(local)[key], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_parameters_are_fewer_and_counted_once(case):
+    _, model, plan, alone, _ = case
+    local = plan.apply(model)
+    counted, before = (sum(module.aux_parameters for module in one.modules) for one in (plan, alone))
+    assert counted == weights_in(local.aux) < before == weights_in(alone.apply(model).aux)
+    assert plan.modules[0].aux_parameters == alone.modules[0].aux_parameters
+    assert "shared predictors" in str(plan) and "shared predictors" not in str(alone)
+
+
+def test_other_shapes_are_not_shared():
+    """A narrower network behind the first modules; the third predicts from its own channels."""
+    plan = glcan_fx.plan(Net(), task="classification", example_inputs=EXAMPLE, aux_width=0.5, share_predictors=True)
+    local = plan.apply(Net()).train()
+    assert shared(local) == [[f"{index}.network.tail.fc.{name}" for index in (0, 1)] for name in ("weight", "bias")]
+    local(*batch()).loss.backward()
+
+
+def test_evaluation_copies_and_checkpoints(case):
+    _, model, plan, _, inputs = case
+    local = plan.apply(copy.deepcopy(model))
+    expected = shared(local)
+    torch.manual_seed(5)
+    other = Plan.from_json(plan.to_json()).apply(copy.deepcopy(model))
+    assert other.plan.options == plan.options and shared(other) == expected
+    other.load_state_dict(local.state_dict())
+    for one in (other, copy.deepcopy(local), pickle.loads(pickle.dumps(local)), copy.copy(local)):
+        assert shared(one) == expected
+        one.zero_grad()
+        torch.manual_seed(1)
+        losses_of(one.train()(*inputs)).backward()
+        found = gradients(one)
+        one.zero_grad()
+        torch.manual_seed(1)
+        losses_of(local.train()(*inputs)).backward()
+        assert all(torch.equal(gradient, found[name]) for name, gradient in gradients(local).items())
+        local.zero_grad()
+        one.load_state_dict(local.state_dict())
+    fresh = plan.apply(copy.deepcopy(model)).eval()
+    with torch.no_grad():
+        for a, b in zip(torch.utils._pytree.tree_leaves(fresh(inputs[0])),
+                        torch.utils._pytree.tree_leaves(model.eval()(inputs[0])), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_an_optimiser_in_the_forward_pass_leaves_them_to_the_outer_step(case):
+    _, model, plan, _, inputs = case
+    local, twin = (plan.apply(copy.deepcopy(model)).train() for _ in range(2))
+    twin.load_state_dict(local.state_dict())
+    inside = local.optimizer_in_forward(torch.optim.SGD, lr=1e-2, momentum=0.9)
+    for one, optimizer in ((local, inside), (twin, torch.optim.SGD(twin.parameters(), lr=1e-2, momentum=0.9))):
+        for _ in range(2):
+            optimizer.zero_grad()
+            losses_of(one(*inputs)).backward()
+            waiting = {name for name, p in one.named_parameters() if p.grad is not None}
+            assert {f"aux.{names[0]}" for names in shared(one)} <= waiting
+            optimizer.step()
+    expected = twin.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in local.state_dict().items())
+
+
+def test_memory_is_simulated(case):
+    _, _, plan, alone, _ = case
+    assert plan.memory.plan.parts["parameters"] < alone.memory.plan.parts["parameters"]
+    assert [when for when, _ in plan.memory.plan.timeline] == [when for when, _ in alone.memory.plan.timeline]
+
+
+def test_where_it_cannot_be_had():
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return self.c(self.b(x) if x.sum() > 0 else x).mean((2, 3))
+
+    given: dict[str, Any] = {"task": "classification", "example_inputs": EXAMPLE}
+    with pytest.raises(PlanError, match="share_predictors need a model that can be captured"):
+        glcan_fx.plan(Branches(), share_predictors=True, **given)
+    plan = glcan_fx.plan(Branches(), **given)
+    with pytest.raises(PlanError, match="runs as Python"):
+        replace(plan, options=replace(plan.options, share_predictors=True)).apply(Branches())
+    with pytest.raises(PlanError, match="share_predictors='yes'"):
+        glcan_fx.plan(Net(), share_predictors="yes", **given)
