@@ -148,7 +148,7 @@ def test_an_optimiser_in_the_forward_pass_leaves_them_to_the_outer_step(case):
 def test_memory_is_simulated(case):
     _, _, plan, alone, _ = case
     assert plan.memory.plan.parts["parameters"] < alone.memory.plan.parts["parameters"]
-    assert [when for when, _ in plan.memory.plan.timeline] == [when for when, _ in alone.memory.plan.timeline]
+    assert [p.name for p in plan.memory.plan.timeline] == [p.name for p in alone.memory.plan.timeline]
 
 
 def test_where_it_cannot_be_had():
