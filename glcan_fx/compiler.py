@@ -28,7 +28,7 @@ from .plan import Plan
 from .planner import Savings, candidates, in_bytes, richest, within_budget
 from .replay import Call, Segments, arguments_of, calls_of, surroundings
 from .rules import Rules
-from .synthesize import Head, Options, share
+from .synthesize import Head, Method, Options, share
 from .tasks import Spec, Task, make_task, specs
 from .tasks.around import Around
 from .tasks.base import Criterion
@@ -48,6 +48,7 @@ class _Request:
     example_targets: Any = None
     criterion: Criterion | None = None
     rules: Rules | None = None
+    method: Method = "glcan"
     aux_depth: int = 0
     aux_width: float | None = None
     aux_stride: int | None = None
@@ -74,6 +75,7 @@ def plan(
     example_targets: Any = None,
     criterion: Criterion | None = None,
     rules: Rules | None = None,
+    method: Method = "glcan",
     aux_depth: int = 0,
     aux_width: float | None = None,
     aux_stride: int | None = None,
@@ -99,6 +101,8 @@ def plan(
         example_targets: targets of such a batch, for estimates of memory with a criterion of your own.
         criterion: ``(outputs, targets) -> Tensor or dict``, instead of a task's own loss.
         rules: the selection rules Γ.
+        method: "glcan", or "dgl": auxiliary networks on each module's own output alone, decoupled greedy learning's
+            (Belilovsky et al. 2020, arXiv 1901.08164), to compare with.
         aux_depth: trunk blocks that each auxiliary network keeps.
         aux_width: its relative channels, in (0, 1]; 1 is the paper's.
         aux_stride: a detector's levels of smaller strides are left out of it, where there are others; 1 keeps all.
@@ -116,8 +120,9 @@ def plan(
 
     Raises TraceError, PlanError.
     """
-    return _plan(model, _Request(k, task, example_inputs, example_targets, criterion, rules, aux_depth, aux_width,
-                                 aux_stride, head, fused_loss, slices, share_predictors, memory_budget, optimizer))[0]
+    return _plan(model, _Request(
+        k, task, example_inputs, example_targets, criterion, rules, method, aux_depth, aux_width, aux_stride, head,
+        fused_loss, slices, share_predictors, memory_budget, optimizer))[0]
 
 
 def transform(
@@ -131,6 +136,7 @@ def transform(
     example_targets: Any = None,
     criterion: Criterion | None = None,
     rules: Rules | None = None,
+    method: Method = "glcan",
     aux_depth: int = 0,
     aux_width: float | None = None,
     aux_stride: int | None = None,
@@ -150,8 +156,8 @@ def transform(
     ``plan()``. ``verify``: run the captured graph beside the model, on random values at two batch sizes, where that
     takes about a second; a difference is a TraceError. Raises TraceError, PlanError.
     """
-    request = _Request(k, task, example_inputs, example_targets, criterion, rules, aux_depth, aux_width, aux_stride,
-                       head, fused_loss, slices, share_predictors, memory_budget, optimizer)
+    request = _Request(k, task, example_inputs, example_targets, criterion, rules, method, aux_depth, aux_width,
+                       aux_stride, head, fused_loss, slices, share_predictors, memory_budget, optimizer)
     if plan is None:
         chosen, build = _plan(model, request)
         return build(verify)
@@ -236,7 +242,7 @@ def apply(
 def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], LocalModel]]:
     """The plan, and what builds it from what planning has found out already."""
     choices = candidates(depth=request.aux_depth, width=request.aux_width, stride=request.aux_stride, head=request.head,
-                         share_predictors=request.share_predictors)
+                         share_predictors=request.share_predictors, method=request.method)
     _check(model, replace(choices[0], slices=request.slices))
     made = make_task(request.task, request.criterion, request.rules)
     made.begin(model)
@@ -248,9 +254,9 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
     budget = _budget(model, request)
 
     def in_segments(calls: Sequence[Call], error: TraceError) -> tuple[Plan, Callable[[bool], LocalModel]]:
-        if budget is not None or request.slices > 1 or request.share_predictors:
-            raise PlanError("memory_budget, slices and share_predictors need a model that can be captured: "
-                            f"{error.reason}. Leave them out.")
+        if budget is not None or request.slices > 1 or request.share_predictors or request.method != "glcan":
+            raise PlanError("memory_budget, slices, share_predictors and method='dgl' need a model that can be "
+                            f"captured: {error.reason}. Leave them out.")
         planned = plan_segments(model, request.k, made, inputs, _names(model, inputs), calls, choices[0], error)
         return planned, lambda _: build_segments(planned, model, made, calls)
 
@@ -373,6 +379,8 @@ def _check_options(options: Options) -> None:
         raise PlanError(f"slices={options.slices!r}: a number, 1 or more")
     if not isinstance(options.share_predictors, bool):
         raise PlanError(f"share_predictors={options.share_predictors!r}: True or False")
+    if options.method not in ("glcan", "dgl"):
+        raise PlanError(f"method={options.method!r}: choose 'glcan' or 'dgl'")
     if options.head not in ("full", "light", "lean"):
         raise PlanError(f"head={options.head!r}: choose 'full', 'light' or 'lean'")
 

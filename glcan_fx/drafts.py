@@ -121,8 +121,9 @@ def local_module(
         if not kept or any(not 0 <= i < len(keys) for i in kept):
             raise PlanError(f"rules.levels must keep some of {len(keys)} levels, not {kept!r} (module '{unit.name}')")
         if not real:
-            coarse = tuple(i for i in kept if places[i].stride >= options.stride)
-            kept = coarse or kept[-1:]
+            least = place.stride if options.method == "dgl" else options.stride
+            coarse = tuple(i for i in kept if places[i].stride >= least)
+            kept = (coarse[:1] if options.method == "dgl" else coarse) or kept[-1:]
         weights = real.sigma if real else tuple(task.rules.sigma(place, places[i]) for i in kept)
         sigma = {keys[i]: weight for i, weight in zip(kept, weights, strict=True)}
         keys = [keys[i] for i in kept]
@@ -139,12 +140,13 @@ def local_module(
                         "plan was made for another model. Plan again.")
     if real:
         features: tuple[Feature, ...] = real.features
-        if {feature.tap for feature in features} != {tap.name for tap in structure.taps if tap.node in taps}:
+        expected = {tap.name for tap in structure.taps if tap.node in taps and options.method == "glcan"}
+        if {feature.tap for feature in features} != expected:
             raise PlanError(f"the plan's module '{real.name}' reads {', '.join(f.tap for f in features)}, but this "
                             f"{type(model).__name__} has other features: it was made for another model. Plan again.")
     else:
         features = tuple(_feature(structure, task, tap, place, owner, index) for tap in structure.taps
-                         if tap.node in taps)
+                         if tap.node in taps and options.method == "glcan")
     key = (structure.shape(unit.end), unit.end in structure.channels_last, features, kept, options)
     known = sizes.get(key) if sizes is not None and options.depth == 0 else None
     auxiliary = None if known else synthesize(

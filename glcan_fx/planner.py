@@ -32,6 +32,8 @@ _CANDIDATES = (
 def candidates(**given: Any) -> list[Options]:
     """Options for auxiliary networks from the richest to the leanest; what is given, and not None, is decided."""
     decided = {name: value for name, value in given.items() if value is not None}
+    if given.get("method") == "dgl":
+        return [replace(Options(head="light"), **decided)]
     return list(dict.fromkeys(replace(options, **decided) for options in _CANDIDATES))
 
 

@@ -95,7 +95,9 @@ def _table(plan: "Plan") -> Table:
 def settings(plan: "Plan") -> list[str]:
     """How auxiliary networks are made, and what is done to save memory, in sentences."""
     options, lines = plan.options, []
-    if plan.k > 1:
+    if plan.k > 1 and options.method == "dgl":
+        lines.append("Auxiliary networks: decoupled greedy learning's, on each module's own output.")
+    elif plan.k > 1:
         kept = f", {options.depth} blocks" if options.depth else ""
         fewer = options.stride > 1 and plan.modules[0].levels
         levels = f", levels of stride {options.stride} and more" if fewer else ""

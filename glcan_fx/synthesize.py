@@ -11,6 +11,7 @@ one prediction at each place.
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import skip_init
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .analyze import Structure, ancestors, is_size, tensor_of
 from .errors import PlanError
@@ -48,6 +49,7 @@ from .rules import Feature
 from .trace import hasattr_path, is_float, quiet, shadow
 
 Head = Literal["full", "light", "lean"]
+Method = Literal["glcan", "dgl"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Options:
 
     depth: trunk blocks kept; width: relative channels; head: see above; stride: output levels of smaller strides are
     left out, where there are others; share_predictors: copies of the same layers of the tail, or of the head, that have
-    the same shapes are one module in all auxiliary networks. Of the last module: fused: it computes losses in the
+    the same shapes are one module in all auxiliary networks; method: "dgl" makes those of decoupled greedy learning, of
+    which depth, width and stride do not decide anything. Of the last module: fused: it computes losses in the
     memory-saving way that the copies do; slices: its end and its loss run in so many slices of the batch.
     """
 
@@ -67,6 +70,7 @@ class Options:
     fused: bool = False
     slices: int = 1
     share_predictors: bool = False
+    method: Method = "glcan"
 
 
 @dataclass(frozen=True)
@@ -182,23 +186,12 @@ def synthesize(
     """
     build = _Builder(structure, structure.trace.shadow if model is None else model, draft=model is None)
     own = build.input(cut)
-    sources = {feature.tap: feature.source for feature in features}
     outputs = select(structure.trace.output.args[0])
-    tail = tail_of(structure, outputs)
-    missing = []
-    for tap in structure.taps:
-        if tap.node not in tail.taps:
-            continue
-        if sources.get(tap.name, "cache") == "synthesised":
-            missing.append(tap.node)
-        else:
-            build.input(tap.node)
-    direct = _direct(structure, cut, tail) if options.head == "lean" and outputs_are_predictions else None
-    if direct is None:
-        _synthesise_taps(build, cut, own, missing, options, outputs_are_predictions)
-        _copy_tail(build, tail, options.head != "full")
+    if options.method == "dgl":
+        for index, node in enumerate(node for node in tree_leaves(outputs) if isinstance(node, fx.Node)):
+            build.values[node] = _decoupled(build, cut, own, node, f"local{index}")
     else:
-        _predict_directly(build, cut, own, *direct)
+        _collaborative(build, cut, own, features, options, tail_of(structure, outputs), outputs_are_predictions)
     results = fx.map_arg(outputs, lambda node: build.values[node])
     if sigma:
         results = {key: build.graph.call_function(scale_gradient, (value, sigma[key])) if sigma[key] != 1 else value
@@ -217,6 +210,75 @@ def synthesize(
             _initialise(network.get_submodule(name))
         freshen(network, build.moments)
     return Auxiliary(network, build.inputs, shapes, cost)
+
+
+def _collaborative(
+    build: _Builder, cut: fx.Node, own: fx.Node, features: Sequence[Feature], options: Options, tail: "Tail",
+    outputs_are_predictions: bool,
+) -> None:
+    """GLCAN's: focal features are read, analog ones made, and the tail's copy computes the outputs of both."""
+    sources = {feature.tap: feature.source for feature in features}
+    missing = []
+    for tap in build.structure.taps:
+        if tap.node not in tail.taps:
+            continue
+        if sources.get(tap.name, "cache") == "synthesised":
+            missing.append(tap.node)
+        else:
+            build.input(tap.node)
+    direct = _direct(build.structure, cut, tail) if options.head == "lean" and outputs_are_predictions else None
+    if direct is None:
+        _synthesise_taps(build, cut, own, missing, options, outputs_are_predictions)
+        _copy_tail(build, tail, options.head != "full")
+    else:
+        _predict_directly(build, cut, own, *direct)
+
+
+def _decoupled(build: _Builder, cut: fx.Node, value: fx.Node, end: fx.Node, name: str) -> fx.Node:
+    """A value of the shape of ``end`` from the module's own output alone: decoupled greedy learning's auxiliary network
+    (Belilovsky et al. 2020, arXiv 1901.08164, section 4.1, "MLP-SR-aux").
+
+    Three pointwise convolutions on a map of a quarter of the size, then on its 2 x 2 averages three layers of a
+    perceptron and the classifier. Where a map is asked for, the convolutions work at its resolution, or at the module's
+    own where that is coarser, and a fourth one predicts it.
+    """
+    structure, channels, dtype = build.structure, build.structure.channels(cut), tensor_of(cut).dtype
+    small = structure.spatial(cut)
+    if len(small) != 2 or cut in structure.channels_last:
+        raise PlanError(f"method='dgl' is for maps (N, C, H, W), but '{cut.name}' hands on "
+                        f"{'x'.join(map(str, structure.shape(cut)))}")
+    large = structure.spatial(end)
+    classifies = structure.positions(end) <= 1
+    build.full.add(name)
+
+    def layer(kind: Any, part: str, *sizes: Any, **options: Any) -> None:
+        nonlocal value
+        with structure.trace.mode if build.draft else nullcontext():
+            made = kind(*sizes, **options)
+        value = build.add(f"{name}.{part}", made, value, fresh=isinstance(made, nn.Conv2d | nn.Linear))
+
+    if classifies:
+        layer(nn.AdaptiveAvgPool2d, "pool", tuple(-(-size // 4) for size in small))
+    elif any(a > b for a, b in zip(small, large, strict=True)):
+        layer(nn.AvgPool2d, "pool", tuple(-(-a // b) for a, b in zip(small, large, strict=True)), ceil_mode=True)
+    for index in range(3):
+        layer(nn.Conv2d, f"conv{index}", channels, channels, kernel_size=1, bias=False, dtype=dtype)
+        layer(nn.BatchNorm2d, f"norm{index}", channels, dtype=dtype)
+        layer(nn.ReLU, f"relu{index}")
+    if not classifies:
+        layer(nn.Conv2d, "predict", channels, structure.channels(end), kernel_size=1, dtype=dtype)
+        if any(a < b for a, b in zip(small, large, strict=True)):
+            scale = tuple(b / a for a, b in zip(small, large, strict=True))
+            value = build.graph.call_function(F.interpolate, (value,), {"scale_factor": scale, "mode": "bilinear"})
+        return value
+    layer(nn.AdaptiveAvgPool2d, "average", 2)
+    layer(nn.Flatten, "flatten")
+    for index in range(3):
+        layer(nn.Linear, f"linear{index}", 4 * channels, 4 * channels, bias=False, dtype=dtype)
+        layer(nn.BatchNorm1d, f"linear_norm{index}", 4 * channels, dtype=dtype)
+        layer(nn.ReLU, f"linear_relu{index}")
+    layer(nn.Linear, "predict", 4 * channels, structure.channels(end), dtype=dtype)
+    return value
 
 
 def predictors_of(auxiliary: Auxiliary, levels: Sequence[int]) -> Iterator[tuple[Any, str]]:

@@ -1,0 +1,336 @@
+"""What the training programs have in common: options, methods, the loop, checkpoints, records and curves.
+
+Every method goes through the same loop with the same data in the same order. A run is a function of its options: an
+interrupted one goes on from its last checkpoint with the numbers of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+
+import glcan_fx
+from glcan_fx.estimate import backpropagated, minimised, recompute
+from glcan_fx.memory import PeakMemory
+from glcan_fx.tasks import make_task
+
+METHODS = ("bp", "checkpoint", "dgl", "glcan")
+_MEASURED = range(2, 4)  # steps whose memory is counted, and which are not timed
+MIB = 2**20
+
+
+@dataclass
+class Experiment:
+    """A task on its data.
+
+    build: makes the plain model; called with the seed set. example: sizes of a batch of inputs, (N, C, H, W). collate:
+    of the training data, to (inputs, targets). evaluate: quality of a model on held-out data, larger is better, by
+    name; the first is the one that is drawn. optimizer: of parameters and the largest learning rate.
+    """
+
+    task: str
+    build: Callable[[], nn.Module]
+    example: tuple[int, ...]
+    train: Dataset[Any]
+    evaluate: Callable[[nn.Module, torch.device], dict[str, float]]
+    optimizer: Callable[[Any, float], torch.optim.Optimizer]
+    collate: Callable[[list[Any]], Any] | None = None
+
+
+def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Add the options that every program has. defaults: epochs, batch_size, lr."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with the data set")
+    data.add_argument("--limit", type=int, metavar="N", help="train on the first N images only")
+    data.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read data (%(default)s)")
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=float, default=defaults["epochs"], metavar="N", help="(%(default)s)")
+    training.add_argument("--batch-size", type=int, default=defaults["batch_size"], metavar="N", help="(%(default)s)")
+    training.add_argument("--lr", type=float, default=defaults["lr"], help="largest learning rate (%(default)s)")
+    training.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (%(default)s)")
+    training.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    training.add_argument("--amp", action="store_true", help="autocast to bfloat16")
+    training.add_argument("--threads", type=int, metavar="N", help="of a CPU")
+    method = parser.add_argument_group("method")
+    method.add_argument("--method", choices=METHODS, default="glcan", help="(%(default)s)")
+    method.add_argument("--k", default="natural", help="local modules: a number, or natural (%(default)s)")
+    method.add_argument("--head", choices=("full", "light", "lean"), help="of auxiliary networks")
+    method.add_argument("--aux-width", type=float, metavar="W", help="their relative channels, 0 to 1")
+    method.add_argument("--aux-depth", type=int, default=0, metavar="N", help="trunk blocks in them (%(default)s)")
+    method.add_argument("--aux-stride", type=int, metavar="N", help="finest level of a detector in them")
+    method.add_argument("--memory-budget", metavar="6GiB", help="plan for a step in so much")
+    method.add_argument("--no-cache", action="store_true", help="ablation: no feature comes from the cache")
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=Path, default=None, metavar="DIR", help="(runs/TASK-METHOD-kK-sSEED)")
+    output.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    output.add_argument("--evaluate-every", type=int, default=1, metavar="EPOCHS", help="(%(default)s)")
+
+
+def prepared(experiment: Experiment, args: argparse.Namespace) -> tuple[nn.Module, glcan_fx.Plan | None]:
+    """The model as the method trains it, and its plan."""
+    torch.manual_seed(args.seed)
+    model = experiment.build().to(args.device)
+    if torch.device(args.device).type == "cpu" and len(experiment.example) == 4:
+        model.to(memory_format=torch.channels_last)
+    if args.method == "bp":
+        return model, None
+    example = torch.empty(experiment.example, device="meta")
+    k = int(args.k) if args.k.isdecimal() else args.k
+    if args.method == "checkpoint":
+        plan = glcan_fx.plan(model, k=1, task=experiment.task, example_inputs=example)
+        recompute(model, plan.known.blocks[1])
+        return model, None
+    options: dict[str, Any] = {"method": "dgl"} if args.method == "dgl" else {
+        "head": args.head, "aux_width": args.aux_width, "aux_depth": args.aux_depth, "aux_stride": args.aux_stride,
+        "memory_budget": args.memory_budget, "rules": OwnOnly() if args.no_cache else None}
+    local = glcan_fx.transform(model, k=k, task=experiment.task, example_inputs=example, **options)
+    return local, local.plan
+
+
+class OwnOnly(glcan_fx.Rules):
+    """Ablation: what an earlier module made is synthesised anew, not read from the cache (the paper's Table 3)."""
+
+    def source(self, tap: Any, at: Any, state: Any) -> Any:
+        return "own" if state == "own" else "synthesised"
+
+
+def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
+    """Train, evaluate, and write metrics.jsonl, curves.png, plan.html, checkpoint.pt and record.json to ``args.out``;
+    returns the record."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    model, plan = prepared(experiment, args)
+    out = args.out or Path("runs") / f"{experiment.task}-{args.method}-k{plan.k if plan else 1}-s{args.seed}"
+    out.mkdir(parents=True, exist_ok=True)
+    if plan is not None:
+        plan.save(out / "plan.html")
+        plan.save(out / "plan.json")
+    per_epoch = len(experiment.train) // args.batch_size  # type: ignore[arg-type]
+    if per_epoch == 0:
+        raise SystemExit(f"{len(experiment.train)} images are less than a batch of {args.batch_size}: choose a "  # type: ignore[arg-type]
+                         "smaller --batch-size")
+    steps = max(1, round(args.epochs * per_epoch))
+    optimizer = experiment.optimizer([p for p in model.parameters() if p.requires_grad], args.lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, steps, pct_start=0.2)
+    state = _State(out, model, optimizer, schedule, _identity(experiment, args))
+    if args.resume:
+        state.load(device)
+    else:
+        state.begin()
+    task = make_task(experiment.task, None, None)
+
+    def step(inputs: Any, targets: Any) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            given = (inputs, targets) if plan is not None or task.result() == "dict" else None
+            result = model(*given) if given else backpropagated(task, model, [inputs], targets)
+            loss = minimised(result)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    times: list[float] = []
+    model.train()
+    batches = _batches(experiment, args, state.step, steps)
+    with tqdm(total=steps, initial=state.step, desc=out.name, unit="step", file=sys.stderr, disable=None) as bar:
+        for inputs, targets in batches:
+            inputs, targets = _moved(inputs, device), _moved(targets, device)
+            if state.step in _MEASURED:
+                counted = partial(step, inputs, targets)
+                loss, state.peak = _measured(counted, model, optimizer, device, state.peak)
+            else:
+                begin = time.perf_counter()
+                loss = step(inputs, targets)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                times.append(time.perf_counter() - begin)
+            schedule.step()
+            state.step += 1
+            value = float(loss)
+            if not math.isfinite(value):
+                raise SystemExit(f"the loss is {value} at step {state.step}: choose a smaller --lr than {args.lr:g}")
+            state.losses.append(value)
+            if times:
+                state.seconds = statistics.median(times[-200:])
+            rate = args.batch_size / state.seconds if state.seconds else 0
+            said = f"loss {value:.3f}, {rate:.0f} images/s, peak {state.peak / MIB:.0f} MiB"
+            bar.set_postfix_str(said, refresh=False)
+            bar.update()
+            epoch, rest = divmod(state.step, per_epoch)
+            if state.step == steps or rest == 0 and epoch % args.evaluate_every == 0:
+                model.eval()
+                with torch.no_grad():
+                    quality = experiment.evaluate(model, device)
+                model.train()
+                state.note({"step": state.step, "epoch": state.step / per_epoch, "peak_bytes": state.peak,
+                            "loss": statistics.fmean(state.losses[-per_epoch:]), "seconds_a_step": state.seconds,
+                            **quality})
+                said = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
+                bar.write(f"epoch {state.step / per_epoch:g}: {said}", file=sys.stderr)
+                state.save()
+    record = {**_identity(experiment, args), "k": plan.k if plan else 1, "out": str(out), **state.metrics[-1]}
+    (out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+    _curves(out / "curves.png", state.metrics)
+    return record
+
+
+class _State:
+    """What a run has reached, and where it is kept."""
+
+    def __init__(self, out: Path, model: nn.Module, optimizer: Any, schedule: Any, identity: Mapping[str, Any]) -> None:
+        self.out, self.model, self.optimizer, self.schedule, self.identity = out, model, optimizer, schedule, identity
+        self.step, self.peak, self.seconds = 0, 0, 0.0
+        self.losses: list[float] = []
+        self.metrics: list[dict[str, Any]] = []
+
+    def begin(self) -> None:
+        for name in ("metrics.jsonl", "checkpoint.pt", "record.json"):
+            (self.out / name).unlink(missing_ok=True)
+
+    def note(self, metrics: dict[str, Any]) -> None:
+        self.metrics.append(metrics)
+        text = "".join(json.dumps(line) + "\n" for line in self.metrics)  # the whole: a resumed run rewrites its end
+        _replace(self.out / "metrics.jsonl", text.encode())
+
+    def save(self) -> None:
+        content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                   "schedule": self.schedule.state_dict(), "step": self.step, "peak": self.peak, "losses": self.losses,
+                   "metrics": self.metrics, "torch": torch.get_rng_state(), "python": random.getstate(),
+                   "numpy": np.random.get_state(), "identity": dict(self.identity)}
+        if torch.cuda.is_available():
+            content["cuda"] = torch.cuda.get_rng_state_all()
+        temporary = self.out / "checkpoint.pt.part"
+        torch.save(content, temporary)
+        os.replace(temporary, self.out / "checkpoint.pt")
+
+    def load(self, device: torch.device) -> None:
+        path = self.out / "checkpoint.pt"
+        if not path.is_file():
+            raise SystemExit(f"{path}: there is no checkpoint to go on from; leave out --resume")
+        content = torch.load(path, map_location=device, weights_only=False)
+        own = {key: value for key, value in self.identity.items() if key != "commit"}
+        other = {key: value for key, value in content["identity"].items() if key != "commit"}
+        if own != other:
+            differing = ", ".join(f"{key}: {other.get(key)} then, {own.get(key)} now" for key in own
+                                  if own[key] != other.get(key))
+            raise SystemExit(f"{path} is of a run with other options ({differing}): give the same, or another --out")
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.schedule.load_state_dict(content["schedule"])
+        self.step, self.peak = content["step"], content["peak"]
+        self.losses, self.metrics = content["losses"], content["metrics"]
+        torch.set_rng_state(content["torch"].cpu())
+        random.setstate(content["python"])
+        np.random.set_state(content["numpy"])
+        if "cuda" in content and device.type == "cuda":
+            torch.cuda.set_rng_state_all([state.cpu() for state in content["cuda"]])
+
+
+class _Order(Sampler[list[tuple[int, int]]]):
+    """Batches of (index, seed of its augmentation), from a step on: a function of seed and step alone."""
+
+    def __init__(self, images: int, batch: int, seed: int, start: int, stop: int) -> None:
+        self.images, self.batch, self.seed, self.start, self.stop = images, batch, seed, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        per_epoch = self.images // self.batch
+        for step in range(self.start, self.stop):
+            epoch, place = divmod(step, per_epoch)
+            if place == 0 or step == self.start:
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                order = torch.randperm(self.images, generator=generator)
+            chosen = order[place * self.batch:(place + 1) * self.batch].tolist()
+            yield [(index, hash((self.seed, step, number)) % 2**63) for number, index in enumerate(chosen)]
+
+
+class _Seeded(Dataset[Any]):
+    """The data set, augmented by the seed that comes with an index."""
+
+    def __init__(self, data: Dataset[Any]) -> None:
+        self.data = data
+
+    def __getitem__(self, item: tuple[int, int]) -> Any:
+        index, seed = item
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.data[index]
+
+
+def _batches(experiment: Experiment, args: argparse.Namespace, start: int, stop: int) -> DataLoader[Any]:
+    order = _Order(len(experiment.train), args.batch_size, args.seed, start, stop)  # type: ignore[arg-type]
+    # a generator of its own: the loader draws from the global one otherwise, once a run, resumed or not
+    return DataLoader(_Seeded(experiment.train), batch_sampler=order, collate_fn=experiment.collate,
+                      num_workers=args.workers, generator=torch.Generator(), pin_memory=args.device.startswith("cuda"))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, list | tuple):
+        return [_moved(item, device) for item in value]
+    return {key: _moved(item, device) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _measured(
+    step: Callable[[], Tensor], model: nn.Module, optimizer: Any, device: torch.device, before: int
+) -> tuple[Tensor, int]:
+    """A step and its peak memory in bytes."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return step(), max(before, torch.cuda.max_memory_allocated(device))
+    with PeakMemory(model, optimizer) as memory:
+        loss = step()
+    return loss, max(before, memory.bytes)
+
+
+def _identity(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
+    """What a run is a function of."""
+    kept = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
+            if key not in ("out", "resume", "workers", "threads", "evaluate_every")}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
+                            text=True).stdout.strip()
+    device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else platform.machine()
+    return {"task": experiment.task, **kept, "k_asked": kept["k"], "device_name": device, "commit": commit,
+            "torch": torch.__version__}
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.part")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def _curves(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
+    from matplotlib.figure import Figure
+
+    known = {"step", "epoch", "peak_bytes", "loss", "seconds_a_step"}
+    quality = next(name for name in metrics[0] if name not in known)
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2), ("loss", quality), strict=True):
+        axes.plot([line["epoch"] for line in metrics], [line[name] for line in metrics], marker=".")
+        axes.set(xlabel="epoch", ylabel=name)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
