@@ -56,10 +56,11 @@ class Experiment:
     collate: Callable[[list[Any]], Any] | None = None
 
 
-def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """Add the options that every program has. defaults: epochs, batch_size, lr."""
+def add_arguments(parser: argparse.ArgumentParser, *, folders: bool = False, **defaults: Any) -> None:
+    """Add the options that every program has. folders: data may be in several; defaults: epochs, batch_size, lr."""
     data = parser.add_argument_group("data")
-    data.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with the data set")
+    data.add_argument("--data", type=Path, required=True, metavar="DIR", nargs="+" if folders else None,
+                      help="folder with the data set")
     data.add_argument("--limit", type=int, metavar="N", help="train on the first N images only")
     data.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read data (%(default)s)")
     training = parser.add_argument_group("training")
@@ -308,7 +309,7 @@ def _measured(
 
 def _identity(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     """What a run is a function of."""
-    kept = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
+    kept = {key: json.loads(json.dumps(value, default=str)) for key, value in vars(args).items()
             if key not in ("out", "resume", "workers", "threads", "evaluate_every")}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
                             text=True).stdout.strip()

@@ -150,6 +150,9 @@ class CocoFolder(Dataset[Any]):
 
 def _load_json(folder: Path, split: str) -> dict[str, Any]:
     path = folder / f"instances_{split}.json"
+    downloaded = folder / "annotations" / f"instances_{split}2017.json"  # as COCO's own archives are unpacked
+    if downloaded.is_file() and not path.is_file():
+        path = downloaded
     if not path.is_file():
         raise DemoError(
             f"{path} is missing. A COCO-format detection set has instances_train.json and instances_val.json"
@@ -235,22 +238,22 @@ def held_out_batches(dataset: CocoFolder, batch_size: int) -> DataLoader[Any]:
 
 
 def average_precision(dataset: CocoFolder, results: list[dict[str, Any]]) -> dict[str, float]:
-    """COCO's box AP (mean over IoU 0.50:0.95) and AP50 of `results` on all of `dataset`, by pycocotools.
+    """COCO's box AP (mean over IoU 0.50:0.95), AP50 and AP75 of `results` on all of `dataset`, by pycocotools.
 
     Args:
         dataset: the held-out images.
         results: COCO results as `CocoFolder.results` gives them, of all images together.
     """
     if not results:  # pycocotools does not accept an empty list
-        return {"AP": 0.0, "AP50": 0.0}
+        return {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
     with _silent():
         evaluation = COCOeval(dataset.coco, dataset.coco.loadRes(results), iouType="bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     # -1 stands for "no box of any class", where no detection can be right.
-    ap, ap50 = (max(float(value), 0.0) for value in evaluation.stats[:2])
-    return {"AP": ap, "AP50": ap50}
+    return {name: max(float(value), 0.0)
+            for name, value in zip(("AP", "AP50", "AP75"), evaluation.stats[:3], strict=True)}
 
 
 @contextlib.contextmanager

@@ -228,7 +228,7 @@ def _extent(structure: Structure, cuts: Sequence[Unit], index: int) -> dict[str,
         if ends[index] < order[unit.end] <= ends[index + 1])
     end = cuts[index].end if index < len(cuts) else structure.chain[-1]
     owner = structure.assign([cut.end for cut in cuts])
-    makes = tuple(tap.name for tap in structure.taps if tap.node.op != "placeholder" and owner[tap.node] == index)
+    makes = tuple(tap.name for tap in structure.taps if tap.node.op != "placeholder" and owner.get(tap.node) == index)
     names = [block.name for block in blocks] or [cuts[index].name if index < len(cuts) else "tail"]
     return {"name": names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}", "blocks": blocks,
             "makes": makes, "shape": structure.shape(end), "stride": structure.stride(end),
