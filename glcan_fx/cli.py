@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 from . import __version__, bench, demo, inspection
 from .errors import GlcanFxError, LoadError
@@ -30,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                                formatter_class=argparse.RawDescriptionHelpFormatter, epilog=bench.EPILOG)
     bench.add_arguments(part)
     part.set_defaults(run=bench.run)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot print a sign still shows the rest
     options = parser.parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO if options.verbose else logging.WARNING,
                         format="%(name)s: %(message)s")

@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,6 +119,13 @@ def test_colours_are_for_terminals(file: Path, capsys: pytest.CaptureFixture[str
     monkeypatch.setenv("NO_COLOR", "1")
     assert cli.main(["inspect", f"{file}:model", *OPTIONS]) == 0
     assert not re.search(coloured, capsys.readouterr().out)
+
+
+def test_terminals_that_know_ascii_only(file: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "glcan_fx", "inspect", f"{file}:model", *OPTIONS], capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert b"3 local modules of 3 possible" in done.stdout and b"backpropagation: " in done.stdout
 
 
 def test_a_failing_model_shows_what_was_reached(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,156 @@
+"""The training programs in examples/: they learn, stop and go on, and every method goes through the same loop."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from glcan_fx import LocalModel
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+METHODS = ("bp", "checkpoint", "dgl", "glcan")
+
+
+def program(name: str) -> Any:
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        return __import__(name)
+    finally:
+        sys.path.remove(str(EXAMPLES))
+
+
+def call(name: str, *options: object) -> dict[str, Any]:
+    """What a program prints last, run as a user would."""
+    done = subprocess.run([sys.executable, str(EXAMPLES / f"{name}.py"), *map(str, options)], capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of images, 32 x 32: bright above, bright below."""
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 48), ("test", 16)):
+        for label in range(2):
+            (folder / split / f"class{label}").mkdir(parents=True)
+            for index in range(count // 2):
+                pixels = random.integers(0, 128, (32, 32, 3), dtype=np.uint8)
+                pixels[16 * label:16 * (label + 1)] += 100
+                Image.fromarray(pixels).save(folder / split / f"class{label}" / f"{index}.png")
+    return folder
+
+
+SMALL = ("--epochs", 4, "--batch-size", 8, "--depth", 8, "--threads", 1, "--lr", 0.05)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains(pictures: Path, tmp_path: Path, method: str) -> None:
+    out = tmp_path / "run"
+    record = call("train_classification", "--data", pictures, *SMALL, "--method", method, "--out", out)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4] and lines[-1]["loss"] < lines[0]["loss"]
+    assert record["accuracy"] == lines[-1]["accuracy"] > 10 and record["peak_bytes"] > 1e6
+    assert record["seconds_a_step"] > 0
+    assert (out / "curves.png").stat().st_size > 1000 and (out / "record.json").exists()
+    assert (out / "plan.html").exists() == (out / "plan.json").exists() == (method in ("dgl", "glcan"))
+    kept = torch.load(out / "checkpoint.pt", weights_only=False)
+    assert any(key.startswith("aux.") for key in kept["model"]) == (method in ("dgl", "glcan"))
+
+
+@pytest.mark.parametrize("method", ["bp", "glcan"])
+def test_a_killed_run_goes_on_with_the_same_numbers(pictures: Path, tmp_path: Path, method: str) -> None:
+    options = ["--data", pictures, *SMALL, "--method", method]
+    call("train_classification", *options, "--out", tmp_path / "whole")
+    command = [sys.executable, str(EXAMPLES / "train_classification.py"), *map(str, options), "--out",
+               str(tmp_path / "parts")]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        kept = tmp_path / "parts" / "checkpoint.pt"
+        deadline = time.monotonic() + 120
+        while not kept.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    first = len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines())
+    assert 1 <= first < 4 and process.returncode == -signal.SIGKILL
+    call("train_classification", *options, "--out", tmp_path / "parts", "--resume")
+
+    def numbers(folder: str) -> list[tuple[float, ...]]:
+        lines = (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
+        return [(line["step"], line["loss"], line["accuracy"], line["peak_bytes"]) for line in map(json.loads, lines)]
+
+    assert numbers("parts") == numbers("whole")
+    states = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=False)["model"] for name in ("whole", "parts")]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_other_options_do_not_go_on(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    call("train_classification", "--data", pictures, *SMALL, "--method", "bp", "--out", out)
+    done = subprocess.run([sys.executable, str(EXAMPLES / "train_classification.py"), "--data", str(pictures),
+                           *map(str, SMALL), "--method", "bp", "--seed", "1", "--out", str(out), "--resume"],
+                          capture_output=True, text=True)
+    assert done.returncode != 0 and "seed: 0 then, 1 now" in done.stderr
+    assert (out / "checkpoint.pt").exists() and (out / "metrics.jsonl").exists()
+
+
+def test_evaluation_runs_no_auxiliary_network_and_all_of_them_learn(pictures: Path, tmp_path: Path) -> None:
+    training, classification = program("training"), program("train_classification")
+    pixels, labels = classification.read(pictures, train=True)
+    data = classification.Images(pixels, labels, classification.v2.ToDtype(torch.float32, scale=True))
+    called: list[str] = []
+    before: dict[str, torch.Tensor] = {}
+    models: list[LocalModel] = []
+
+    def evaluate(model: LocalModel, device: torch.device) -> dict[str, float]:
+        handles = [part.register_forward_pre_hook(lambda part, _, name=name: called.append(name))
+                   for name, part in model.aux.named_modules()]
+        model(torch.zeros(2, 3, 32, 32))
+        for handle in handles:
+            handle.remove()
+        models.append(model)
+        return {"quality": 1.0}
+
+    def optimizer(parameters: Any, lr: float) -> torch.optim.Optimizer:
+        before.update({str(index): p.detach().clone() for index, p in enumerate(parameters)})
+        return torch.optim.SGD(parameters, lr)
+
+    parser = training.argparse.ArgumentParser()
+    training.add_arguments(parser, epochs=1, batch_size=8, lr=0.05)
+    args = parser.parse_args(["--data", str(pictures), "--out", str(tmp_path / "run")])
+    training.run(training.Experiment(
+        "classification", lambda: classification.CifarResNet(8, 2), (8, 3, 32, 32), data, evaluate, optimizer), args)
+    assert models and not called
+    trained = [p for p in models[0].parameters() if p.requires_grad]
+    assert len(trained) == len(before) and not any(
+        torch.equal(p, before[str(index)]) for index, p in enumerate(trained))
+
+
+def test_psnr_and_ssim_are_the_field_s(tmp_path: Path) -> None:
+    """On an image and a copy that is brighter by 10 of 255: known in closed form."""
+    sr = program("train_super_resolution")
+    base = torch.full((3, 24, 24), 100 / 255)
+    image = Image.fromarray(np.full((24, 24, 3), 110, np.uint8))
+    difference = 10 / 255 * (65.481 + 128.553 + 24.966)
+    psnr, ssim = sr.compare(base, image, 2)
+    assert psnr == pytest.approx(10 * np.log10(255**2 / difference**2), abs=1e-3)
+    a, b = sr.luma(base)[0, 0].item(), sr.luma(base)[0, 0].item() + difference
+    assert ssim == pytest.approx((2 * a * b + (0.01 * 255) ** 2) / (a**2 + b**2 + (0.01 * 255) ** 2), abs=1e-4)
+
+
+@pytest.mark.skipif(not (SHARED / "super_resolution").is_dir(), reason="the real data sets are not here")
+@pytest.mark.parametrize(("scale", "published"), [(2, 33.64), (3, 30.39), (4, 28.42)])
+def test_bicubic_on_set5_is_the_published_number(scale: int, published: float) -> None:
+    sr = program("train_super_resolution")
+    pairs = sr.test_pairs(SHARED / "super_resolution" / "Set5", scale)
+    values = [sr.compare(sr.bicubic(low, scale), high, scale)[0] for high, low in pairs]
+    assert sum(values) / len(values) == pytest.approx(published, abs=0.05)
