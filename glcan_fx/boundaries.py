@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .builder import Options
 from .copies import cuda_devices
 from .emit import register_task
 from .errors import PlanError, TraceError
@@ -26,7 +27,6 @@ from .partition import K, merge
 from .plan import Block, LocalModule, Plan
 from .replay import Absent, Call, Record, Segments, detach_record, empty_stand_ins, substituted
 from .runtime import collect
-from .synthesize import Options
 from .tasks import Task
 from .tasks.around import InSegments
 from .trace import Report, within

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from .analyze import Structure, Unit, analyze, unit_at
 from .boundaries import build_segments, plan_segments
+from .builder import Head, Method, Options
 from .capture import argument_names
 from .copies import cuda_devices, fake_copy, replicate
 from .drafts import Drafts, levels_of, local_module
@@ -28,7 +29,7 @@ from .plan import Plan
 from .planner import Savings, candidates, in_bytes, richest, within_budget
 from .replay import Call, Segments, arguments_of, calls_of, surroundings
 from .rules import Rules
-from .synthesize import Head, Method, Options, share
+from .synthesize import share
 from .tasks import Spec, Task, make_task, specs
 from .tasks.around import Around
 from .tasks.base import Criterion

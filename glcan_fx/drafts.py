@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from .analyze import Structure, Tap, Unit, multiply_adds
+from .builder import Auxiliary, Options
 from .errors import PlanError
 from .layers import Cost, weights_in
 from .plan import Block, LocalModule
 from .rules import Feature, Place, State
-from .synthesize import Auxiliary, Options, predictors_of, synthesize, tail_of
+from .synthesize import predictors_of, synthesize, tail_of
 from .tasks import Task
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 
 from . import runtime
 from .analyze import Structure, ancestors, common_path
+from .builder import Auxiliary
 from .graphs import Parts, with_headlines
-from .synthesize import Auxiliary
 from .tasks import Task
 from .trace import is_float
 

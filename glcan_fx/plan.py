@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
+from .builder import Options
 from .capture import Opaque, Specialisation
 from .draw import PICTURES, picture, plan_dot
 from .errors import PlanError
@@ -18,7 +19,6 @@ from .replay import Segments, Surroundings
 from .report import plan_fragment, plan_report
 from .rules import Feature
 from .show import plan_text
-from .synthesize import Options
 from .tasks import Spec, Task
 from .tasks.base import Criterion
 from .trace import Report

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from .builder import Options
 from .errors import PlanError
 from .estimate import Estimate
 from .partition import K
 from .plan import Plan
 from .show import size
-from .synthesize import Options
 
 EXTRA_COMPUTE = 0.0
 """Floating-point operations of a training step beyond backpropagation's, relative to it."""

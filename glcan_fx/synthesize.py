@@ -11,11 +11,10 @@ one prediction at each place.
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +23,12 @@ from torch.nn.utils import skip_init
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .analyze import Structure, ancestors, is_size, tensor_of
+from .builder import Auxiliary, Builder, Options
+from .decoupled import decoupled
 from .errors import PlanError
 from .graphs import Network
 from .layers import (
     ACTIVATIONS,
-    Cost,
     Moments,
     channel_axis,
     cost_of,
@@ -43,127 +43,9 @@ from .layers import (
     not_in_place,
     scale_gradient,
     set_width,
-    unhooked_copy,
 )
 from .rules import Feature
-from .trace import hasattr_path, is_float, quiet, shadow
-
-Head = Literal["full", "light", "lean"]
-Method = Literal["glcan", "dgl"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How auxiliary networks are built.
-
-    depth: trunk blocks kept; width: relative channels; head: see above; stride: output levels of smaller strides are
-    left out, where there are others; share_predictors: copies of the same layers of the tail, or of the head, that have
-    the same shapes are one module in all auxiliary networks; method: "dgl" makes those of decoupled greedy learning, of
-    which depth, width and stride do not decide anything. Of the last module: fused: it computes losses in the
-    memory-saving way that the copies do; slices: its end and its loss run in so many slices of the batch.
-    """
-
-    depth: int = 0
-    width: float = 1.0
-    head: Head = "light"
-    stride: int = 1
-    fused: bool = False
-    slices: int = 1
-    share_predictors: bool = False
-    method: Method = "glcan"
-
-
-@dataclass(frozen=True)
-class Auxiliary:
-    """An auxiliary network: ``network`` is called with the values of ``inputs`` (nodes of the traced graph)."""
-
-    network: Network
-    inputs: list[fx.Node]
-    outputs: Any  # fake values of the network's outputs, at the example size
-    cost: Cost  # at the example size
-
-
-@dataclass
-class _Builder:
-    """The graph under construction and the modules that it calls."""
-
-    structure: Structure
-    model: nn.Module
-    draft: bool
-    graph: fx.Graph = field(default_factory=fx.Graph)
-    root: nn.Module = field(default_factory=nn.Module)
-    values: dict[fx.Node, fx.Node] = field(default_factory=dict)  # source node -> new node
-    inputs: list[fx.Node] = field(default_factory=list)
-    moments: Moments = field(default_factory=dict)
-    copies: dict[str, str] = field(default_factory=dict)
-    fresh: list[str] = field(default_factory=list)  # layers that are no copies: initialised at their final width
-    full: set[str] = field(default_factory=set)  # prefixes of copies whose layers keep their widths
-
-    def add(self, name: str, module: nn.Module, *args: fx.Node, fresh: bool = False) -> fx.Node:
-        self.register(name, module, fresh=fresh)
-        return self.graph.call_module(name, args)
-
-    def register(self, name: str, module: nn.Module, *, fresh: bool = False) -> None:
-        owner = self.root
-        *parents, last = name.split(".")
-        for parent in parents:
-            if parent not in owner._modules:
-                owner.add_module(parent, nn.Module())
-            owner = owner.get_submodule(parent)
-        owner.add_module(last, module)
-        if fresh:
-            self.fresh.append(name)
-        elif not self.draft:
-            self.moments.update({f"{name}.{k}": v for k, v in moments(module).items()})
-
-    def clone(self, target: str) -> nn.Module:
-        """A copy of one of the model's modules; of its sizes only, for a draft."""
-        module = self.model.get_submodule(target)
-        return shadow(module, self.structure.trace.mode) if self.draft else unhooked_copy(module)
-
-    def input(self, node: fx.Node) -> fx.Node:
-        if node not in self.values:
-            self.inputs.append(node)
-            self.values[node] = self.graph.placeholder(node.name)
-        return self.values[node]
-
-    def copy(self, node: fx.Node, prefix: str) -> fx.Node:
-        """Copy one node of the traced graph, its module or parameter included; its inputs must be there.
-
-        What it overwrites is copied first: what a module hands on must not change under its auxiliary network.
-        """
-        for source in node.meta["mutates"]:
-            self.values[source] = self.graph.call_function(torch.clone, (self.values[source],))
-        new = self.graph.node_copy(node, lambda source: self.values[source])
-        new.meta = {}
-        if node.op in ("call_module", "get_attr"):
-            path = f"{prefix}.{node.target}"
-            if path not in self.copies:
-                self.copies[path] = path
-                self.attach(path, str(node.target), node.op)
-            new.target = path
-        self.values[node] = new
-        return new
-
-    def attach(self, path: str, target: str, op: str) -> None:
-        if op == "call_module":
-            self.register(path, self.clone(target))
-            return
-        owner, _, name = path.rpartition(".")
-        if owner and not hasattr_path(self.root, owner):
-            self.register(owner, nn.Module())
-        value = self.structure.trace.constants.get(target.rpartition(".")[2])
-        if value is None:
-            source_owner, _, source_name = target.rpartition(".")
-            value = getattr(self.model.get_submodule(source_owner), source_name)
-        module = self.root.get_submodule(owner)
-        if isinstance(value, nn.Parameter):
-            parameter = nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)
-            module.register_parameter(name, parameter)
-            if not self.draft:
-                self.moments.update({f"{owner}.{k}": v for k, v in moments(module).items() if k == name})
-        else:
-            module.register_buffer(name, value.detach().clone())
+from .trace import is_float, quiet, shadow
 
 
 def synthesize(
@@ -184,12 +66,12 @@ def synthesize(
     ``model`` None makes a draft on fake tensors: sizes without memory. Raises PlanError where a tap cannot be
     synthesised or ``options.width`` cannot be applied.
     """
-    build = _Builder(structure, structure.trace.shadow if model is None else model, draft=model is None)
+    build = Builder(structure, structure.trace.shadow if model is None else model, draft=model is None)
     own = build.input(cut)
     outputs = select(structure.trace.output.args[0])
     if options.method == "dgl":
         for index, node in enumerate(node for node in tree_leaves(outputs) if isinstance(node, fx.Node)):
-            build.values[node] = _decoupled(build, cut, own, node, f"local{index}")
+            build.values[node] = decoupled(build, cut, own, node, f"local{index}")
     else:
         _collaborative(build, cut, own, features, options, tail_of(structure, outputs), outputs_are_predictions)
     results = fx.map_arg(outputs, lambda node: build.values[node])
@@ -213,7 +95,7 @@ def synthesize(
 
 
 def _collaborative(
-    build: _Builder, cut: fx.Node, own: fx.Node, features: Sequence[Feature], options: Options, tail: "Tail",
+    build: Builder, cut: fx.Node, own: fx.Node, features: Sequence[Feature], options: Options, tail: "Tail",
     outputs_are_predictions: bool,
 ) -> None:
     """GLCAN's: focal features are read, analog ones made, and the tail's copy computes the outputs of both."""
@@ -232,53 +114,6 @@ def _collaborative(
         _copy_tail(build, tail, options.head != "full")
     else:
         _predict_directly(build, cut, own, *direct)
-
-
-def _decoupled(build: _Builder, cut: fx.Node, value: fx.Node, end: fx.Node, name: str) -> fx.Node:
-    """A value of the shape of ``end`` from the module's own output alone: decoupled greedy learning's auxiliary network
-    (Belilovsky et al. 2020, arXiv 1901.08164, section 4.1, "MLP-SR-aux").
-
-    Three pointwise convolutions on a map of a quarter of the size, then on its 2 x 2 averages three layers of a
-    perceptron and the classifier. Where a map is asked for, the convolutions work at its resolution, or at the module's
-    own where that is coarser, and a fourth one predicts it.
-    """
-    structure, channels, dtype = build.structure, build.structure.channels(cut), tensor_of(cut).dtype
-    small = structure.spatial(cut)
-    if len(small) != 2 or cut in structure.channels_last:
-        raise PlanError(f"method='dgl' is for maps (N, C, H, W), but '{cut.name}' hands on "
-                        f"{'x'.join(map(str, structure.shape(cut)))}")
-    large = structure.spatial(end)
-    classifies = structure.positions(end) <= 1
-    build.full.add(name)
-
-    def layer(kind: Any, part: str, *sizes: Any, **options: Any) -> None:
-        nonlocal value
-        with structure.trace.mode if build.draft else nullcontext():
-            made = kind(*sizes, **options)
-        value = build.add(f"{name}.{part}", made, value, fresh=isinstance(made, nn.Conv2d | nn.Linear))
-
-    if classifies:
-        layer(nn.AdaptiveAvgPool2d, "pool", tuple(-(-size // 4) for size in small))
-    elif any(a > b for a, b in zip(small, large, strict=True)):
-        layer(nn.AvgPool2d, "pool", tuple(-(-a // b) for a, b in zip(small, large, strict=True)), ceil_mode=True)
-    for index in range(3):
-        layer(nn.Conv2d, f"conv{index}", channels, channels, kernel_size=1, bias=False, dtype=dtype)
-        layer(nn.BatchNorm2d, f"norm{index}", channels, dtype=dtype)
-        layer(nn.ReLU, f"relu{index}")
-    if not classifies:
-        layer(nn.Conv2d, "predict", channels, structure.channels(end), kernel_size=1, dtype=dtype)
-        if any(a < b for a, b in zip(small, large, strict=True)):
-            scale = tuple(b / a for a, b in zip(small, large, strict=True))
-            value = build.graph.call_function(F.interpolate, (value,), {"scale_factor": scale, "mode": "bilinear"})
-        return value
-    layer(nn.AdaptiveAvgPool2d, "average", 2)
-    layer(nn.Flatten, "flatten")
-    for index in range(3):
-        layer(nn.Linear, f"linear{index}", 4 * channels, 4 * channels, bias=False, dtype=dtype)
-        layer(nn.BatchNorm1d, f"linear_norm{index}", 4 * channels, dtype=dtype)
-        layer(nn.ReLU, f"linear_relu{index}")
-    layer(nn.Linear, "predict", 4 * channels, structure.channels(end), dtype=dtype)
-    return value
 
 
 def predictors_of(auxiliary: Auxiliary, levels: Sequence[int]) -> Iterator[tuple[Any, str]]:
@@ -336,7 +171,7 @@ def tail_of(structure: Structure, outputs: Any) -> Tail:
     return Tail([node for node in structure.trace.graph.nodes if node in needed], frozenset(taps))
 
 
-def _copy_tail(build: _Builder, tail: Tail, light: bool) -> None:
+def _copy_tail(build: Builder, tail: Tail, light: bool) -> None:
     skipped = _tail_towers(build.structure, tail) if light else {}
     inside = {node for nodes, _, _ in skipped.values() for node in nodes}
     for node in tail.nodes:
@@ -413,7 +248,7 @@ def _behind(tail: Tail, made: list[fx.Node]) -> list[fx.Node]:
 
 
 def _predict_directly(
-    build: _Builder, cut: fx.Node, own: fx.Node, made: list[fx.Node], behind: list[fx.Node]
+    build: Builder, cut: fx.Node, own: fx.Node, made: list[fx.Node], behind: list[fx.Node]
 ) -> None:
     """One convolution on the module's own output for each of the network's maps, at the output's resolution.
 
@@ -433,7 +268,7 @@ def _predict_directly(
             build.copy(node, "tail")
 
 
-def _prediction(build: _Builder, cut: fx.Node, node: fx.Node, value: fx.Node, name: str) -> fx.Node:
+def _prediction(build: Builder, cut: fx.Node, node: fx.Node, value: fx.Node, name: str) -> fx.Node:
     """A map of the shape of ``node`` from ``value``, which has the shape of ``cut``."""
     structure, target = build.structure, build.structure.trace.module(node)
     assert target is not None
@@ -466,7 +301,7 @@ def _prediction(build: _Builder, cut: fx.Node, node: fx.Node, value: fx.Node, na
 
 
 def _synthesise_taps(
-    build: _Builder, cut: fx.Node, own: fx.Node, missing: list[fx.Node], options: Options, predictions: bool
+    build: Builder, cut: fx.Node, own: fx.Node, missing: list[fx.Node], options: Options, predictions: bool
 ) -> None:
     """Walk the trunk from the cut and make the missing taps on the way."""
     structure = build.structure
@@ -545,7 +380,7 @@ def _region(structure: Structure, start: fx.Node, end: fx.Node) -> list[fx.Node]
 
 
 def _copy_region(
-    build: _Builder, cut: fx.Node, start: fx.Node, end: fx.Node, value: fx.Node, prefix: str
+    build: Builder, cut: fx.Node, start: fx.Node, end: fx.Node, value: fx.Node, prefix: str
 ) -> fx.Node:
     """A fresh copy of a trunk region, applied to ``value``."""
     known, dependent = build.structure.known_by(cut), build.structure.dependent
@@ -573,7 +408,7 @@ def _copy_region(
 
 
 def _stage(
-    build: _Builder, start: fx.Node, end: fx.Node, value: fx.Node, present: fx.Node, name: str, width: float, lean: bool
+    build: Builder, start: fx.Node, end: fx.Node, value: fx.Node, present: fx.Node, name: str, width: float, lean: bool
 ) -> fx.Node:
     """One convolution (+ norm + activation) that takes the shape of ``start`` to that of ``end``.
 
@@ -667,7 +502,7 @@ def _is_pool(module: nn.Module | None) -> bool:
     return module is not None and not any(True for _ in module.parameters())
 
 
-def _reduce(build: _Builder, node: fx.Node, module: nn.Module | None, value: fx.Node, name: str) -> fx.Node:
+def _reduce(build: Builder, node: fx.Node, module: nn.Module | None, value: fx.Node, name: str) -> fx.Node:
     """A further reduction of the places: the source's own pooling, or its ratio."""
     if module is not None and _is_pool(module):
         return build.add(name, build.clone(str(node.target)), value)
@@ -691,7 +526,7 @@ def _geometry(module: nn.Module | None, structure: Structure, before: fx.Node, n
 
 
 def _conv(
-    build: _Builder, rank: int, dtype: torch.dtype, bias: bool, channels: int, target: int, **geometry: Any
+    build: Builder, rank: int, dtype: torch.dtype, bias: bool, channels: int, target: int, **geometry: Any
 ) -> nn.Module:
     """A convolution of the trunk's type; without bias in front of a norm, which would take it away."""
     kind = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[rank]
@@ -708,7 +543,7 @@ def _initialise(conv: Any) -> None:
         nn.init.zeros_(conv.bias)
 
 
-def _move_axis(build: _Builder, value: fx.Node, rank: int, *, to_last: bool) -> fx.Node:
+def _move_axis(build: Builder, value: fx.Node, rank: int, *, to_last: bool) -> fx.Node:
     order = (0, *range(2, rank + 2), 1) if to_last else (0, rank + 1, *range(1, rank + 1))
     return build.graph.call_function(torch.permute, (value, order))
 
@@ -743,7 +578,7 @@ def _is_activation(node: fx.Node, module: nn.Module | None) -> bool:
     return found and len(sources) == 1 and tensor_of(sources[0]).shape == tensor_of(node).shape
 
 
-def _activate(build: _Builder, node: fx.Node | str, value: fx.Node, name: str) -> fx.Node:
+def _activate(build: Builder, node: fx.Node | str, value: fx.Node, name: str) -> fx.Node:
     """The activation of ``node``, with its own arguments, or the module at that path, applied to ``value``."""
     if isinstance(node, str):
         return build.add(name, build.clone(node), value)
@@ -755,7 +590,7 @@ def _activate(build: _Builder, node: fx.Node | str, value: fx.Node, name: str) -
 
 
 def _fit(
-    network: Network, build: _Builder, examples: list[Any], options: Options, outputs_are_predictions: bool
+    network: Network, build: Builder, examples: list[Any], options: Options, outputs_are_predictions: bool
 ) -> None:
     """Give the copied layers the channels that they meet: found on a shadow, then applied."""
     trial = shadow(network, build.structure.trace.mode).eval()
@@ -785,7 +620,7 @@ def _like(structure: Structure, tensor: Tensor) -> Tensor:
     return out.requires_grad_() if out.is_floating_point() else out
 
 
-def _predictors_of_source(build: _Builder) -> set[str]:
+def _predictors_of_source(build: Builder) -> set[str]:
     """Paths of the layers that make the source network's outputs."""
     named = build.structure.trace.shadow.named_modules(remove_duplicate=False)
     return {path for path, module in named if module in build.structure.interface}

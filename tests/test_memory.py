@@ -20,11 +20,11 @@ from torchvision.models.detection.retinanet import RetinaNetClassificationHead
 
 import glcan_fx
 from glcan_fx import PlanError, UnsupportedError
+from glcan_fx.builder import Options
 from glcan_fx.memory import PeakMemory
 from glcan_fx.models import edsr, retinanet, yolo
 from glcan_fx.planner import candidates, in_bytes, richest
 from glcan_fx.runtime import SlicedHead
-from glcan_fx.synthesize import Options
 
 BATCH = 4
 
