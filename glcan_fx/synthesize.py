@@ -582,8 +582,9 @@ def _activate(build: Builder, node: fx.Node | str, value: fx.Node, name: str) ->
     """The activation of ``node``, with its own arguments, or the module at that path, applied to ``value``."""
     if isinstance(node, str):
         return build.add(name, build.clone(node), value)
-    fresh = build.graph.call_function(torch.clone, (value,))  # it may work in place
-    return build.graph.node_copy(node, lambda _: fresh)
+    if node.meta["mutates"]:
+        value = build.graph.call_function(torch.clone, (value,))
+    return build.graph.node_copy(node, lambda _: value)
 
 
 # ---------------------------------------------------------------------------------------------- widths
