@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
@@ -39,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         format="%(name)s: %(message)s")
     try:
         return int(options.run(options))
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (OSError, LoadError) as error:
         print(f"glcan-fx: {error}", file=sys.stderr)
         return 2

@@ -17,7 +17,7 @@ from .boundaries import build_segments, plan_segments
 from .builder import Head, Method, Options
 from .capture import argument_names
 from .copies import cuda_devices, fake_copy, replicate
-from .drafts import Drafts, levels_of, local_module
+from .drafts import Drafts, last_module, levels_of, local_module, tail_cost
 from .emit import emit, register, why_not_sliced
 from .errors import GlcanFxError, PlanError, TraceError
 from .estimate import AnyLoss, Estimate, Memory, OptimizerLike, backpropagated, simulate_local, simulate_plain
@@ -284,9 +284,10 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
             return in_segments(_calls(model, inputs), TraceError(str(first)))
 
     draft = _Draft(structure, model, made, whole, request.example_targets)
+    optimizer = "sgd" if callable(request.optimizer) else request.optimizer  # a plan is data
 
     def planned(k: K, savings: Savings) -> Plan:
-        return _decide(k, savings, drafts, choices, units, refused, inputs, draft)
+        return _decide(k, savings, drafts, choices, units, refused, inputs, draft, optimizer)
 
     if budget is None:
         chosen = planned(request.k, Savings(request.fused_loss, request.slices))
@@ -316,7 +317,7 @@ _SLICES = 4  # more would save little: other modules are then the peak
 
 def _decide(
     k: K, savings: Savings, drafts: Drafts, choices: Sequence[Options], units: Sequence[Unit],
-    refused: dict[str, PlanError], inputs: Any, draft: "_Draft",
+    refused: dict[str, PlanError], inputs: Any, draft: "_Draft", optimizer: str | None,
 ) -> Plan:
     """The plan for a number of local modules."""
     structure, model, made = drafts.structure, drafts.model, drafts.task
@@ -345,7 +346,7 @@ def _decide(
         options=replace(options, fused=savings.fused, slices=savings.slices),
         notes=(*_notes(structure, model), *(f"no cut behind '{n}': {str(e)[:200]}" for n, e in refused.items())),
         report=structure.trace.report,
-        around=made.around if isinstance(made, Around) else None,
+        around=made.around if isinstance(made, Around) else None, optimizer=optimizer,
         task_object=made.task if isinstance(made, Around) else made, draft=draft,
     )
 
@@ -363,6 +364,10 @@ def _check(model: nn.Module, options: Options) -> None:
             f"the model is wrapped in {type(model).__name__}: transform the bare model first, model.module, and wrap "
             "the result: DistributedDataParallel(glcan_fx.transform(model, ...))"
         )
+    odd = next((name for name, _ in model.named_modules() if any(sign in name for sign in "\"'\\\n")), None)
+    if odd is not None:
+        raise PlanError(f"the module {odd!r} has a name that no generated code can hold: rename it, without quotes, "
+                        "backslashes and line ends.")
     if not any(p.requires_grad for p in model.parameters()):
         raise PlanError(f"{type(model).__name__} has no trainable parameters: nothing to train. Set requires_grad_().")
     _check_options(options)
@@ -476,11 +481,12 @@ def _connect(
     fake = fake_copy(structure.trace.mode)
     drafts: dict[str, nn.Module] = {}
     with torch.random.fork_rng(devices=cuda_devices(model)):  # building must not move the user's random state
-        auxiliaries, heads, requests = [], [], []
+        modules, auxiliaries, heads, requests = [], [], [], []
         for unit, info in zip(cuts, chosen.modules, strict=False):
-            _, auxiliary, request = local_module(
+            module, auxiliary, request = local_module(
                 structure, model, task, chosen.options, unit, cuts, info, draft=shadow is not None)
             assert auxiliary is not None
+            modules.append(module)
             auxiliaries.append(auxiliary)
             requests.append(request)
             if shadow is None:
@@ -494,6 +500,10 @@ def _connect(
                   tails=not task.outputs_are_levels)
         aux = nn.Module()
         register(aux, structure, [cut.end for cut in cuts], auxiliaries, heads, task)
+    last = last_module(structure, model, task, cuts, tail_cost(structure, model, task))
+    modules.append(replace(last, recompute=chosen.modules[-1].recompute))
+    if not chosen.options.share_predictors:  # a plan may have been edited: its figures are the model's
+        chosen = replace(chosen, modules=tuple(modules))
     keys = list(levels_of(structure, task) or {})
 
     def outputs(values: Any) -> Any:

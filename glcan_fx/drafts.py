@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from .analyze import Structure, Tap, Unit, multiply_adds
+from .analyze import Structure, Tap, Unit, is_size, multiply_adds
 from .builder import Auxiliary, Options
 from .errors import PlanError
 from .layers import Cost, weights_in
@@ -149,7 +149,8 @@ def local_module(
         features = tuple(_feature(structure, task, tap, place, owner, index) for tap in structure.taps
                          if tap.node in taps and options.method == "glcan")
     key = (structure.shape(unit.end), unit.end in structure.channels_last, features, kept, options)
-    known = sizes.get(key) if sizes is not None and options.depth == 0 else None
+    alike = options.depth == 0 and len(structure.shape(unit.end)) > 2  # else it depends on the units that are left
+    known = sizes.get(key) if sizes is not None and alike else None
     auxiliary = None if known else synthesize(
         structure, None if draft or not real else model, unit.end, features, options, select=select, sigma=sigma,
         outputs_are_predictions=not task.outputs_are_levels,
@@ -159,8 +160,6 @@ def local_module(
         source = {name: node.meta["value"] for name, node in select(None).items()} if levels is not None else None
         request = {"outputs": auxiliary.outputs, "source": source, "levels": kept, "style": options.head,
                    "width": options.width, "image": _image(structure)}
-        if real:
-            return real, auxiliary, request
         known = auxiliary.cost + task.head_cost(model, **request)
         if sizes is not None:
             sizes[key] = known
@@ -169,7 +168,7 @@ def local_module(
     info = LocalModule(
         **_extent(structure, cuts, index), cut=unit.name, parameters=parameters, aux_parameters=known.parameters,
         saved=saved, aux_saved=known.saved, aux_flops=known.flops, features=features, levels=tuple(kept),
-        sigma=tuple(weights),
+        sigma=tuple(weights), recompute=real is not None and real.recompute,
     )
     return info, auxiliary, request
 
@@ -208,7 +207,8 @@ def last_module(structure: Structure, model: nn.Module, task: Task, cuts: Sequen
     ends = [cut.end for cut in cuts]
     owner = structure.assign(ends)
     features = tuple(Feature(tap.name, "own" if owner.get(tap.node) == len(cuts) else "cache")
-                     for tap in structure.taps)
+                     for tap in structure.taps if any(not is_size(user) for user in tap.node.users
+                                                      if owner.get(user, len(cuts)) == len(cuts)))
     parameters, saved = structure.uses(ends)[-1]
     traced = {id(p) for node in structure.trace.graph.nodes for p in structure.trace.parameters(node)}
     rest = sum(p.numel() for p in structure.trace.shadow.parameters() if id(p) not in traced)

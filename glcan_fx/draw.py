@@ -15,7 +15,7 @@ import graphviz
 from torch import fx
 
 from .errors import PlanError, UnsupportedError
-from .show import common_prefix, heading, size, span, taps
+from .show import common_prefix, heading, kept_bytes, size, span, taps
 
 if TYPE_CHECKING:
     from .plan import LocalModule, Plan
@@ -35,10 +35,11 @@ _FONT = "Helvetica"  # whose widths Graphviz knows, in a browser too
 
 @dataclass(frozen=True)
 class _Row:
-    """Neighbouring local modules, drawn as one where there are several."""
+    """Neighbouring local modules, drawn as one where there are several that are alike."""
 
     start: int
     modules: tuple["LocalModule", ...]
+    kept: tuple[int, int | None]  # bytes for backward, of each: its own, its auxiliary network's
 
     @property
     def stop(self) -> int:
@@ -55,7 +56,7 @@ def plan_dot(plan: "Plan", depth: str | None = None) -> str:
 
     Raises PlanError for another depth, and for operators of a plan that does not know its model.
     """
-    depth = depth or ("stages" if plan.k > _MANY else "modules")
+    depth = depth or usual_depth(plan)
     if depth not in DEPTHS:
         raise PlanError(f"depth={depth!r}: choose {', '.join(map(repr, DEPTHS))}")
     graph = graphviz.Digraph(
@@ -76,8 +77,8 @@ def plan_dot(plan: "Plan", depth: str | None = None) -> str:
     stride = 1
     for number, row in enumerate(rows):
         module = row.modules[0]
-        grown, stride = (stride, module.stride) if module.stride > stride else (0, row.modules[-1].stride or stride)
-        stride = row.modules[-1].stride or stride
+        grown = stride if module.stride > stride else 0
+        stride = module.stride or stride
         with graph.subgraph(name=f"cluster_{row.key}") as box:
             box.attr(label="", fillcolor=colours[number], style="rounded,filled", color="#8a8a8a",
                      id=f"module-{row.key}-cluster")
@@ -95,26 +96,30 @@ def plan_dot(plan: "Plan", depth: str | None = None) -> str:
     return str(graph.source)
 
 
+def usual_depth(plan: "Plan") -> str:
+    """What is drawn where nothing is asked for: local modules, alike ones together where there are many."""
+    return "stages" if plan.k > _MANY else "modules"
+
+
 def _rows(plan: "Plan", depth: str) -> Iterator[_Row]:
     """The local modules one by one, or neighbours that are alike together."""
-    start = 0
-    modules = plan.modules
+    start, modules, kept = 0, plan.modules, kept_bytes(plan)
+
+    def kind(index: int) -> tuple[object, ...]:
+        """Modules of one kind are drawn as one."""
+        module = modules[index]
+        return (module.cut is None, module.shape, module.makes, module.features, module.levels, module.recompute,
+                [(block.parameters, block.shape) for block in module.blocks], module.aux_parameters, kept[index])
+
     for index in range(1, plan.k + 1):
-        alike = depth == "stages" and index < plan.k and _kind(modules[index]) == _kind(modules[start])
-        if not alike:
-            yield _Row(start, modules[start:index])
+        if depth != "stages" or index == plan.k or kind(index) != kind(start):
+            yield _Row(start, modules[start:index], kept[start])
             start = index
-
-
-def _kind(module: "LocalModule") -> tuple[object, ...]:
-    """Modules of one kind are drawn as one."""
-    return (module.cut is None, module.shape, module.makes, module.features, module.levels, module.recompute,
-            len(module.blocks), module.aux_parameters)
 
 
 def colours(plan: "Plan") -> list[str]:
     """Of every local module: one hue per resolution."""
-    return _colours([_Row(index, (module,)) for index, module in enumerate(plan.modules)])
+    return _colours([_Row(index, (module,), (0, 0)) for index, module in enumerate(plan.modules)])
 
 
 def _colours(rows: Sequence[_Row]) -> list[str]:
@@ -217,9 +222,9 @@ def _module(row: _Row, prefix: str, grown: int, depth: str) -> str:
     blocks = len(first.blocks)
     where += [f"{blocks} blocks"] * (blocks > 1 and depth != "blocks")
     lines.append(_text(", ".join(where)))
-    lines.append(_text(f"{sum(m.parameters for m in row.modules):,} parameters"))
-    most = max(m.saved for m in row.modules)
-    lines.append(_text(f"keeps {size(most)}{' each' * (count > 1)}{', runs again' * first.recompute}"))
+    each = " each" * (count > 1)
+    lines.append(_text(f"{first.parameters:,} parameters{each}"))
+    lines.append(_text(f"keeps {size(row.kept[0])}{each}{', runs again' * first.recompute}"))
     text = "<BR/>".join(lines)
     inner = ""
     if depth == "blocks" and blocks > 1:
@@ -241,7 +246,8 @@ def _auxiliary(row: _Row, prefix: str) -> str:
     cells = "".join(f'<TD BGCOLOR="white"><FONT COLOR="{colour}">{label} {_text(tap)}</FONT></TD>'
                     for label, colour, tap in read)
     number = row.key.replace("-", "–")
-    costs = f"{module.aux_parameters:,} parameters, keeps {size(max(m.aux_saved for m in row.modules))}"
+    costs = f"{module.aux_parameters:,} parameters"
+    costs += "" if row.kept[1] is None else f", keeps {size(row.kept[1])}"
     title = f"auxiliary network{'s' * (count > 1)} {number}"
     return (f'<<TABLE BORDER="1" CELLBORDER="1" CELLSPACING="3" CELLPADDING="3" COLOR="#777777" BGCOLOR="#ffffffaa">'
             f'<TR>{cells}<TD BGCOLOR="white">local neck, head</TD><TD BGCOLOR="white">loss {number}</TD></TR>'

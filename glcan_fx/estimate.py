@@ -54,7 +54,9 @@ class Estimate:
     peak: bytes of live tensors at most, without library workspaces. when: what ran then. parts: what the peak is made
     of, in bytes; they add up to it. timeline: the step's phases in order. flops: floating-point operations of
     convolutions, matrix products and attention, forward and backward. live: live bytes over the step, thinned out: the
-    most in each of 400 parts in which equally many bytes are allocated and released, which stands for time.
+    most in each of 400 parts in which equally many bytes are allocated and released, which stands for time. kept: of
+    each local module, the bytes of its own activations and those of its auxiliary network and loss that are live when
+    its backward begins; its input counts for the module that made it.
     """
 
     peak: int
@@ -63,6 +65,7 @@ class Estimate:
     timeline: tuple[Phase, ...]
     flops: int
     live: tuple[int, ...] = field(default=(), compare=False, repr=False)
+    kept: tuple[tuple[int, int], ...] = ()
 
     def share(self, module: int) -> float:
         """A local module's part of the step's operations, its auxiliary network's included; from 0 to 1."""
@@ -165,7 +168,7 @@ def simulate_local(
         if inner is None:
             raise PlanError(f"in_forward=True steps an optimizer: 'sgd', 'adam', or a function, not {optimizer!r}")
         stepping = local.optimizer_in_forward(inner)
-        stepping.checks = 0  # by the numbers, again
+        stepping.checks = -1  # by the numbers, again
         optimizer = lambda parameters: stepping  # noqa: E731
     return simulate(local, inputs, step, optimizer, [module.name for module in local.plan.modules], watch)
 
@@ -232,7 +235,7 @@ def _account(log: Log, flops: int, names: Sequence[str]) -> Estimate:
     at = live.index(peak) if live else 0
     when = log.phase_at(at)
     parts: dict[str, int] = {}
-    for tag, size in log.at(at).items():
+    for tag, size in log.at([at])[0].items():
         name = _part(tag, when, bool(names))
         parts[name] = parts.get(name, 0) + size
     begin = log.phases[0][0] if log.phases else 0
@@ -242,7 +245,21 @@ def _account(log: Log, flops: int, names: Sequence[str]) -> Estimate:
         if end > start or after > before:
             timeline.append(Phase(_readable(phase, names), _module(phase, names), max(live[start:end], default=0),
                                   after - before, moved[min(start - begin, len(moved) - 1)] / max(1, moved[-1])))
-    return Estimate(peak, _readable(when, names), parts, tuple(timeline), flops, curve(live[begin:]))
+    return Estimate(peak, _readable(when, names), parts, tuple(timeline), flops, curve(live[begin:]),
+                    _kept(log, names))
+
+
+def _kept(log: Log, names: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    starts: dict[int, int] = {}
+    for start, phase, _ in log.phases:
+        index = _module(phase, names)
+        if index is not None and phase.endswith("backward"):
+            starts.setdefault(index, start - 1)
+    order = sorted(starts, key=starts.__getitem__)
+    found = dict(zip(order, log.at([starts[index] for index in order]), strict=True))
+    return tuple(
+        (tags.get(f"{index} forward", 0), tags.get(f"{index} auxiliary", 0) + tags.get(f"{index} loss", 0))
+        for index in range(len(names)) for tags in [found.get(index, {})])
 
 
 def _moved(live: Sequence[int]) -> list[int]:

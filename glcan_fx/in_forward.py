@@ -35,14 +35,16 @@ class OptimizerInForward(Optimizer):
         super().__init__(inner.param_groups, inner.defaults)
         self.inner = inner
         self.max_norm = max_norm
-        self.checks = 5  # steps that are still to be checked where that makes a GPU wait
+        self.checks = 5  # steps that are still to be checked where that makes a GPU wait; negative: no values to check
         self._owned, self._names = owned, names
         self._lists: dict[str, list[list[Tensor]]] = {}  # by local module, by group
         self._home: dict[int, str] = {}  # local module, by id of a parameter
         self._stepped: dict[int, str] = {}  # the same, of those that were stepped since the last step()
         self._delivered: dict[str, list[bool]] = {}  # by local module: whether its loss reached backward
         self._gradients: dict[int, tuple[int, int]] = {}  # after backward: identity and version, by id of a parameter
-        self._settings: list[dict[str, Any]] = []  # of the groups, when the forward pass began
+        self._settings: list[dict[str, Any]] = []  # of the groups, when the forward pass began; none before one
+        self._versions: dict[int, int] = {}  # of the parameters that were stepped, behind their step
+        self._queued = False  # whether the present backward pass will look at the gradients when it ends
         self._link()
 
     def _link(self) -> None:
@@ -76,16 +78,19 @@ class OptimizerInForward(Optimizer):
         After an exception the steps that were made stay, and the next forward pass is a new one.
         """
         if self._stepped:
+            self._finish()
             raise UnsupportedError(
                 "two training forward passes without optimizer.step() in between: the first has already stepped the "
-                "local modules, so gradients cannot be accumulated. Call step() after each (torch.no_grad() around a "
-                f"pass that only looks at the loss), {_INSTEAD}.")
+                "local modules, so gradients cannot be accumulated, nor a batch be skipped behind its forward pass. "
+                f"Call step() after each (torch.no_grad() around a pass that only looks at the loss), {_INSTEAD}. The "
+                "next forward pass begins a new step.")
         refuse_distributed()
         if is_half(next(p.device.type for group in self.param_groups for p in group["params"])):
             raise UnsupportedError("float16 autocast needs a GradScaler, which scales the loss after the local modules "
                                    f"have been stepped. Use bfloat16, {_INSTEAD}.")
         if not self._lists:
             self._assign()
+        self._refuse_waiting()
         self._settings = self._numbers()
         for part in parts:
             part.optimizer = self
@@ -116,13 +121,14 @@ class OptimizerInForward(Optimizer):
             self._run(self._lists[part.name])
         for parameter in mine:
             parameter.grad = None
+            self._versions[id(parameter)] = parameter._version
         self._stepped.update((id(p), part.name) for p in mine)
         self._delivered[part.name] = part.delivered
         return own
 
     def refuse_used_again(self, losses: Sequence[Tensor]) -> None:
         """Raise UnsupportedError where a loss depends on a parameter that was stepped before."""
-        if not (self.checks and self._stepped):
+        if self.checks <= 0 or not self._stepped:
             return
         for parameter in _leaves(losses):
             if id(parameter) in self._stepped:
@@ -138,14 +144,22 @@ class OptimizerInForward(Optimizer):
         if part.delivered == [True]:
             raise UnsupportedError(f"backward() a second time through the loss of the local module '{part.name}', which"
                                    f" was stepped in the forward pass, once. Call it once, {_INSTEAD}.")
-        if self.checks and float(gradient) != 1:
+        if self._may_look(gradient) and float(gradient) != 1:
+            self._finish()
             raise UnsupportedError(
                 f"the loss was scaled before backward() (the gradient of the local loss '{part.name}' is "
                 f"{float(gradient):.6g}, not 1), but its module was stepped in the forward pass, without the scale. "
                 f"Minimise the plain sum of the losses: no GradScaler, no division, no weights; {_INSTEAD}.")
-        torch.autograd.Variable._execution_engine.queue_callback(self._note_gradients)
+        self.in_backward()
+
+    def in_backward(self) -> None:
+        """Called in every backward pass: look at the gradients when it ends."""
+        if not self._queued:
+            self._queued = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._note_gradients)
 
     def _note_gradients(self) -> None:
+        self._queued = False
         self._gradients = {id(p): (id(p.grad), p.grad._version) for group in self.param_groups for p in group["params"]
                            if p.grad is not None}
 
@@ -159,13 +173,20 @@ class OptimizerInForward(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._stepped:
-            self._check_loop()
+        if not self._settings and self.checks >= 0:
+            raise UnsupportedError("optimizer.step() without a training forward pass before it: the local modules are "
+                                   f"stepped there. Call it once after each, {_INSTEAD}.")
+        try:
+            if self._settings:
+                self._check_loop()
+        except UnsupportedError:
+            self._finish()
+            raise
         rest = [[p for p in group["params"] if id(p) not in self._stepped] for group in self.param_groups]
         self._clip([p for group in rest for p in group])
         self._run(rest)
         self._finish()
-        self.checks = max(0, self.checks - 1)
+        self.checks -= self.checks > 0
         return loss
 
     def _check_loop(self) -> None:
@@ -177,6 +198,10 @@ class OptimizerInForward(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 gradient = parameter.grad
+                if self._versions.get(id(parameter), parameter._version) != parameter._version:
+                    raise UnsupportedError(
+                        f"parameter '{self._name(parameter)}' was changed between its step, in the forward pass, and "
+                        f"optimizer.step(). Change weights before the forward pass or behind step(), {_INSTEAD}.")
                 if gradient is not None and id(parameter) in self._stepped:
                     raise UnsupportedError(
                         f"parameter '{self._name(parameter)}' got a further gradient in backward() (a penalty on "
@@ -224,11 +249,25 @@ class OptimizerInForward(Optimizer):
             torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
 
     def _finish(self) -> None:
-        self._stepped, self._delivered, self._gradients = {}, {}, {}
+        self._stepped, self._delivered, self._gradients, self._versions = {}, {}, {}, {}
+        self._settings, self._queued = [], False
 
     def _numbers(self) -> list[dict[str, Any]]:
-        return [{key: value for key, value in group.items() if isinstance(value, bool | int | float | tuple)}
-                for group in self.param_groups]
+        return [{key: value.tolist() if isinstance(value, Tensor) else value for key, value in group.items()
+                 if isinstance(value, bool | int | float | tuple | Tensor)} for group in self.param_groups]
+
+    def _may_look(self, value: Tensor) -> bool:
+        return self.checks > 0 or self.checks == 0 and not value.is_cuda
+
+    def _refuse_waiting(self) -> None:
+        """Raise UnsupportedError where gradients of the last step are still there, which this one would add to."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                gradient = parameter.grad
+                if gradient is not None and self._may_look(gradient) and bool(gradient.any()):
+                    raise UnsupportedError(
+                        f"parameter '{self._name(parameter)}' has a gradient from before the forward pass, which the "
+                        "steps inside it cannot add to. Call zero_grad() before every training forward pass.")
 
     def _name(self, parameter: Tensor) -> str:
         return self._names.get(id(parameter), f"of shape {tuple(parameter.shape)}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import add_model
-from .errors import LoadError, TraceError
+from .errors import LoadError, PlanError, TraceError
 from .presets import PRESETS, Preset
 
 if TYPE_CHECKING:
@@ -44,7 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command with the options of `add_arguments`; returns the exit status."""
-    if args.output is not None and args.output.suffix in PICTURES and shutil.which("dot") is None:
+    decided = {"-k": args.k, "--memory-budget": args.memory_budget, "--input": args.input,
+               "--optimizer": args.optimizer}
+    clashing = [name for name, value in decided.items() if value is not None]
+    if clashing and args.plan is not None:
+        raise LoadError(f"{', '.join(clashing)}: the plan of --plan decides that; leave it out")
+    if args.output is not None and args.output.is_dir():
+        raise OSError(f"{args.output} is a folder: name a file")
+    if args.output is not None and args.output.suffix.lower() in PICTURES and shutil.which("dot") is None:
         from .draw import NO_DOT
 
         raise OSError(f"{args.output}: {NO_DOT}")
@@ -61,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     except TraceError as error:
         _print_reached(error)
         raise
-    for line in (*plan.report.lines(plan.model), *plan.notes):
+    for line in dict.fromkeys((*plan.report.lines(plan.model), *(n for n in plan.notes if n not in plan.report.lost))):
         print(f"note: {line}", file=sys.stderr)
     if args.json:
         print(plan.to_json())
@@ -77,14 +84,16 @@ def _print(plan: Plan) -> None:
     """The table, in colour on a terminal that wants it (NO_COLOR is obeyed)."""
     from rich.console import Console
 
-    from .show import plan_text, renderables
+    from .show import plan_text, renderables, wide_enough
 
     console = Console(highlight=False)
     if not console.is_terminal:
         print(plan_text(plan, notes=False))
         return
-    for part in renderables(plan):
-        console.print(part, markup=False)
+    parts = list(renderables(plan))
+    console.width = wide_enough(console, parts)
+    for part in parts:
+        console.print(part, markup=False, emoji=False)
 
 
 def _print_reached(error: TraceError) -> None:
@@ -99,7 +108,7 @@ def _print_reached(error: TraceError) -> None:
                       title_justify="left")
         for call in calls:
             table.add_row(*call)
-        Console().print(table, markup=False)
+        Console(stderr=True).print(table, markup=False, emoji=False)
 
 
 def _plan(args: argparse.Namespace, preset: Preset, model: nn.Module) -> Plan:
@@ -108,11 +117,17 @@ def _plan(args: argparse.Namespace, preset: Preset, model: nn.Module) -> Plan:
     from . import compiler
     from .estimate import AnyLoss
     from .plan import Plan
+    from .tasks import TASKS
 
     task = args.task or preset.task
     if args.plan is not None:
-        return compiler.transform(model, plan=Plan.from_json(args.plan.read_text()),
-                                  task=None if task else AnyLoss()).plan
+        try:
+            given = Plan.from_json(args.plan.read_text(encoding="utf-8"))
+        except (PlanError, UnicodeDecodeError) as error:
+            raise LoadError(f"{args.plan}: {error}") from error
+        if task is not None and task != given.task:
+            raise LoadError(f"--task {task}: the plan in {args.plan} is for task {given.task}")
+        return compiler.transform(model, plan=given, task=None if given.task in TASKS else AnyLoss()).plan
     sizes = args.input or preset.inputs
     dtype = getattr(torch, args.input_dtype or "float32", None)
     if not isinstance(dtype, torch.dtype):
@@ -126,6 +141,6 @@ def _plan(args: argparse.Namespace, preset: Preset, model: nn.Module) -> Plan:
 
 def _output(text: str) -> Path:
     path = Path(text)
-    if path.suffix not in ENDINGS:
+    if path.suffix.lower() not in ENDINGS:
         raise argparse.ArgumentTypeError(f"'{text}': a file that ends in {', '.join(ENDINGS)}")
     return path

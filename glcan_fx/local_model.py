@@ -109,8 +109,15 @@ class LocalModel(fx.GraphModule):
         """Note whether the last module's loss, an ordinary autograd graph, reaches backward."""
         last = result.losses[-1] if isinstance(result, LocalOutput) else list(result.values())[-1]
         reached = self.__dict__["_last_reached"] = [False] if last.requires_grad else []
+        optimizer = self.__dict__["_optimizer"]()
+
+        def arrived(_: Any) -> None:
+            reached[:] = [True]
+            if optimizer is not None:
+                optimizer.in_backward()
+
         if reached:
-            last.register_hook(lambda grad: reached.__setitem__(0, True))
+            last.register_hook(arrived)
 
     def _warn_of_unused(self) -> None:
         """Warn, before its gradients are lost, of a step in which only a part of the losses was minimised."""

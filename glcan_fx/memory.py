@@ -2,7 +2,7 @@
 
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -45,19 +45,18 @@ class Log:
         """Live bytes after every event."""
         return list(accumulate(self.blocks[i].size if new else -self.blocks[i].size for i, new in self.events))
 
-    def at(self, event: int) -> dict[str, int]:
-        """Bytes by tag of what is live after an event."""
-        alive: dict[int, None] = {}
-        for index, new in self.events[: event + 1]:
-            if new:
-                alive[index] = None
-            else:
-                alive.pop(index, None)
+    def at(self, events: Sequence[int]) -> list[dict[str, int]]:
+        """Bytes by tag of what is live after each of these events, which are in order."""
+        found: list[dict[str, int]] = []
         parts: dict[str, int] = {}
-        for index in alive:
-            block = self.blocks[index]
-            parts[block.tag] = parts.get(block.tag, 0) + block.size
-        return parts
+        done = 0
+        for event in events:
+            for index, new in self.events[done: event + 1]:
+                block = self.blocks[index]
+                parts[block.tag] = parts.get(block.tag, 0) + (block.size if new else -block.size)
+            done = max(done, event + 1)
+            found.append({tag: size for tag, size in parts.items() if size})
+        return found
 
     def phase_at(self, event: int) -> str:
         """What ran when an event happened."""

@@ -91,7 +91,7 @@ class Plan:
 
     natural: the finest split points. inputs: sizes of the example inputs of the compiled part (``network``), positional
     or by name. report: how it was captured. around: what runs as Python around the compiled part, where the whole
-    model could not be captured.
+    model could not be captured. optimizer: that ``memory`` is for.
     """
 
     model: str
@@ -104,18 +104,19 @@ class Plan:
     notes: tuple[str, ...] = ()
     report: Report = Report()
     around: Surroundings | Segments | None = None
+    optimizer: str | None = "sgd"
     task_object: Task | None = dataclasses.field(default=None, compare=False, repr=False)
     draft: "Draft | None" = dataclasses.field(default=None, compare=False, repr=False)
 
     @functools.cached_property
     def memory(self) -> Memory:
-        """Simulated memory and compute of a training step with SGD and momentum: of this plan, of backpropagation, and
-        of backpropagation with every block recomputed (activation checkpointing). Takes seconds, once.
+        """Simulated memory and compute of a training step with the plan's optimiser: of this plan, of backpropagation,
+        and of backpropagation with every block recomputed (activation checkpointing). Takes seconds, once.
 
         Raises PlanError where it cannot be simulated: for a plan read from JSON before it is applied, for a model that
         runs as Python (rung 5).
         """
-        return self.estimate()
+        return self.estimate(self.optimizer)
 
     def estimate(self, optimizer: OptimizerLike = "sgd", *, in_forward: bool = False) -> Memory:
         """As ``memory``, with another optimiser: "sgd", "adam", a function of the parameters, or None; in_forward: the
@@ -128,7 +129,7 @@ class Plan:
         if self.draft is None:
             reason = ("its local modules run as Python" if isinstance(self.around, Segments) else
                       "it was read from JSON, or copied: apply it, and ask the compiled model's plan")
-            raise PlanError(f"the memory of this plan cannot be simulated: {reason}.")
+            raise PlanError(f"this plan does not know its model: {reason}.")
         return self.draft
 
     @property
@@ -160,6 +161,7 @@ class Plan:
         del data["task_object"], data["draft"]
         try:
             data["memory"] = {name: e and {**vars(e), "live": ()} for name, e in vars(self.memory).items()}
+            data["memory_of"] = _decisions(json.loads(json.dumps(data, default=_plain)))
         except PlanError:
             data["memory"] = None
         return json.dumps({"format": "glcan_fx.plan", "version": _VERSION, **data}, indent=1, default=_plain)
@@ -171,6 +173,7 @@ class Plan:
             data = json.loads(text)
             if data.pop("format") != "glcan_fx.plan" or data.pop("version") != _VERSION:
                 raise PlanError(f"this is no plan of format version {_VERSION}: make it again with glcan_fx.plan()")
+            decisions = _decisions(data)
             data["modules"] = tuple(_module_from(item) for item in data["modules"])
             data["options"] = Options(**data["options"])
             if not isinstance(data["inputs"], list | dict):
@@ -183,10 +186,11 @@ class Plan:
                 kind: Any = Segments if "paths" in data["around"] else Surroundings
                 data["around"] = kind(*map(_tuples, data["around"].values()))
             data["natural"], data["notes"] = tuple(data["natural"]), tuple(data["notes"])
-            memory = data.pop("memory")
+            memory, memory_of = data.pop("memory"), data.pop("memory_of", None)
             made = cls(**data)
-            if memory is not None:
-                estimates: Any = {name: e and Estimate(**{**e, "timeline": tuple(Phase(*p) for p in e["timeline"])})
+            if memory is not None and memory_of == decisions:  # else it was edited
+                estimates: Any = {name: e and Estimate(**{**e, "timeline": tuple(Phase(*p) for p in e["timeline"]),
+                                                  "kept": _tuples(e["kept"])})
                                   for name, e in memory.items()}
                 made.__dict__["memory"] = Memory(**estimates)
             return made
@@ -219,9 +223,10 @@ class Plan:
         texts: dict[str, Callable[[], str]] = {
             ".html": lambda: self.to_html(depth), ".json": self.to_json, ".txt": lambda: f"{self}\n",
             ".dot": lambda: self.to_dot(depth)}
-        if path.suffix not in (*texts, *PICTURES):
+        ending = path.suffix.lower()
+        if ending not in (*texts, *PICTURES):
             raise PlanError(f"'{path}': a file that ends in {', '.join((*texts, *PICTURES))}")
-        made = picture(self, path.suffix, depth) if path.suffix in PICTURES else texts[path.suffix]().encode()
+        made = picture(self, ending, depth) if ending in PICTURES else texts[ending]().encode()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(made)
 
@@ -262,6 +267,12 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     raise TypeError(f"{type(value).__name__} is no plain data")
+
+
+def _decisions(data: dict[str, Any]) -> list[Any]:
+    """What the memory of a plan in JSON depends on, of what may be edited."""
+    kept = ("cut", "features", "levels", "sigma", "recompute")
+    return [[{key: module[key] for key in kept} for module in data["modules"]], data["options"], data["optimizer"]]
 
 
 def _tuples(value: Any) -> Any:

@@ -8,20 +8,21 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from .draw import DEPTHS, colours, picture, plan_dot
+from .draw import colours, picture, plan_dot, usual_depth
 from .errors import PlanError, UnsupportedError
 from .show import (
     RIGHT,
-    STEP,
     common_prefix,
     features,
     heading,
+    kept_bytes,
     known_memory,
     legend,
     memory_text,
     settings,
     size,
     span,
+    step_title,
     table_rows,
 )
 
@@ -37,14 +38,14 @@ def plan_report(plan: "Plan", depth: str | None = None) -> str:
     A plan that does not know its model (read from JSON) is shown without generated code and without the curves of
     memory. Raises PlanError for ``depth="operators"`` of such a plan.
     """
-    first = plan_dot(plan, depth)
-    dots = {name: plan_dot(plan, name) for name in _GRAPHS}
-    shown = depth or next(name for name, dot in dots.items() if dot == first)
-    order = sorted({**dots, shown: first}, key=lambda name: (name != shown, DEPTHS.index(name)))
+    shown = depth or usual_depth(plan)
+    dots = {name: plan_dot(plan, name) for name in sorted({*_GRAPHS, shown}, key=lambda name: (name != shown, name))}
+    if shown != "stages" and dots["stages"] == dots["modules"]:  # no two are alike
+        del dots["stages"]
     columns, rows, totals = table_rows(plan)
     return page({
         "title": plan.model, "subtitle": heading(plan).removeprefix(f"{plan.model}, "),
-        "graphs": [{"label": _GRAPHS.get(name, name), "dot": first if name == shown else dots[name]} for name in order],
+        "graphs": [{"label": _GRAPHS.get(name, name), "dot": dot} for name, dot in dots.items()],
         "table": {"columns": [{"name": name, "align": "right" if i in RIGHT else "left"}
                               for i, name in enumerate(columns)], "rows": rows, "totals": totals},
         "modules": _modules(plan), "memory": _memory(plan),
@@ -73,7 +74,7 @@ def plan_fragment(plan: "Plan") -> str:
 
 
 def _modules(plan: "Plan") -> list[dict[str, Any]]:
-    memory, prefix = known_memory(plan), common_prefix(plan)
+    memory, prefix, kept = known_memory(plan), common_prefix(plan), kept_bytes(plan)
     code = _code(plan)
     found = []
     for index, (module, colour) in enumerate(zip(plan.modules, colours(plan), strict=True)):
@@ -81,7 +82,7 @@ def _modules(plan: "Plan") -> list[dict[str, Any]]:
             ("ends behind", module.cut or "the network's output"), ("hands on", "x".join(map(str, module.shape))),
             ("stride, channels", f"{module.stride or '–'}, {module.channels}"),
             ("parameters", f"{module.parameters:,}"), ("auxiliary network's", f"{module.aux_parameters:,}"),
-            ("kept for backward", f"{size(module.saved)}, auxiliary network {size(module.aux_saved)}"),
+            ("kept for backward", f"{size(kept[index][0])}, auxiliary network and loss {_known(kept[index][1])}"),
         ]
         if memory is not None:
             facts += [("share of compute", f"{100 * memory.plan.share(index):.1f} %"),
@@ -98,8 +99,13 @@ def _modules(plan: "Plan") -> list[dict[str, Any]]:
                   for block in module.blocks if len(module.blocks) > 1]
         own, auxiliary = code[index] if code else (None, None)
         found.append({"index": index, "name": span(module, prefix), "colour": colour, "facts": [list(f) for f in facts],
-                      "code": own, "aux_code": auxiliary, "saved": module.saved, "aux_saved": module.aux_saved})
+                      "code": own, "aux_code": auxiliary, "saved": kept[index][0],
+                      "aux_saved": kept[index][1] or 0})
     return found
+
+
+def _known(count: int | None) -> str:
+    return "not known" if count is None else size(count)
 
 
 def _code(plan: "Plan") -> list[tuple[str, str | None]]:
@@ -124,7 +130,7 @@ def _memory(plan: "Plan") -> dict[str, Any] | None:
     if memory is None:
         return None
     plain = memory.backpropagation
-    return {"text": STEP, "steps": [
+    return {"text": step_title(plan), "steps": [
         {"name": name, "peak": step.peak, "peak_text": f"{size(step.peak)} ({step.peak / plain.peak:.2f})",
          "compute": f"{step.flops / max(1, plain.flops):.2f}", "when": step.when,
          "parts": [[part, count, size(count)] for part, count in sorted(step.parts.items(), key=lambda x: -x[1])],

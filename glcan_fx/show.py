@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -16,15 +17,18 @@ if TYPE_CHECKING:
     from .plan import LocalModule, Plan
 
 _WIDTH = 120  # characters, where there is no terminal
+_NAME = 44  # characters of a local module's name; a longer one is folded
 _SOURCES = {"cache": ("P", "cyan"), "own": ("own", "green"), "synthesised": ("S", "yellow")}
 
 
 def plan_text(plan: "Plan", *, notes: bool = True) -> str:
     """The plan as plain text: its table, what a step takes, its notes. Sizes are those of the example inputs."""
     text = StringIO()
+    parts = list(renderables(plan))
     console = Console(file=text, width=_WIDTH, color_system=None)
-    for part in (*renderables(plan), *(f"note: {note}" for note in plan.notes if notes)):
-        console.print(part, markup=False)
+    console.width = wide_enough(console, parts)
+    for part in (*parts, *(f"note: {note}" for note in plan.notes if notes)):
+        console.print(part, markup=False, emoji=False)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
@@ -46,11 +50,12 @@ def heading(plan: "Plan") -> str:
 
 
 def table_rows(plan: "Plan") -> tuple[list[str], list[list[str]], list[str]]:
-    """Columns, a row per local module, and totals: the sums of the rows. Of bytes, in MiB: the module's own + its
-    auxiliary network's."""
-    modules, prefix, memory = plan.modules, common_prefix(plan), known_memory(plan)
+    """Columns, a row per local module, and totals: the sums of the rows. Of bytes: the module's own + its auxiliary
+    network's."""
+    modules, prefix, memory, kept = plan.modules, common_prefix(plan), known_memory(plan), kept_bytes(plan)
+    unit = "MiB" if max(map(sum, ((own, other or 0) for own, other in kept))) >= 2**20 else "KiB"
     columns = ["", "local module", "stride", "channels", "blocks", "parameters",
-               "auxiliary", "kept, MiB", "compute", "features"]
+               "auxiliary", f"kept, {unit}", "compute", "features"]
     rows = []
     stride = 1
     for index, module in enumerate(modules):
@@ -58,11 +63,11 @@ def table_rows(plan: "Plan") -> tuple[list[str], list[list[str]], list[str]]:
         rows.append([
             str(index), span(module, prefix), f"{'▼' * grown}{module.stride or ''}", str(module.channels),
             str(len(module.blocks)), f"{module.parameters:,}", f"{module.aux_parameters:,}",
-            f"{_mib(module.saved)} + {_mib(module.aux_saved)}",
+            _sum(kept[index], unit),
             "" if memory is None else f"{100 * memory.plan.share(index):.1f} %", features(module, prefix)])
     totals = ["", "total", "", "", str(sum(len(m.blocks) for m in modules)), f"{sum(m.parameters for m in modules):,}",
               f"{sum(m.aux_parameters for m in modules):,}",
-              f"{_mib(sum(m.saved for m in modules))} + {_mib(sum(m.aux_saved for m in modules))}",
+              _sum((sum(own for own, _ in kept), sum(other or 0 for _, other in kept)), unit),
               "" if memory is None else f"{100 * sum(map(memory.plan.share, range(plan.k))):.1f} %", ""]
     return columns, rows, totals
 
@@ -70,26 +75,47 @@ def table_rows(plan: "Plan") -> tuple[list[str], list[list[str]], list[str]]:
 RIGHT = (0, *range(2, 9))  # columns of numbers
 
 
+def kept_bytes(plan: "Plan") -> list[tuple[int, int | None]]:
+    """What each local module and its auxiliary network keep for backward: of the simulated step where there is one,
+    otherwise as planned. None: not known."""
+    memory = known_memory(plan)
+    if memory is not None:
+        return list(memory.plan.kept)
+    return [(m.saved, m.aux_saved or None if m.cut else 0) for m in plan.modules]
+
+
 def legend(plan: "Plan") -> str:
     """What the table's columns mean."""
     prefix = common_prefix(plan)
     paths = f"Module paths begin with {prefix}; kept" if prefix else "Kept"
-    return f"{paths}: for backward, own + auxiliary network's; P: read from the cache, S: synthesised, still to come."
+    return (f"{paths}: for backward, own + auxiliary network's and loss's; P: read from the cache, S: synthesised, "
+            "still to come.")
 
 
 def _table(plan: "Plan") -> Table:
     columns, rows, totals = table_rows(plan)
     table = Table(box=box.SIMPLE_HEAD, show_footer=True, collapse_padding=True, pad_edge=False, header_style="bold",
                   footer_style="bold")
+    longest = max(len(row[1]) for row in rows)
     for index, (name, total) in enumerate(zip(columns, totals, strict=True)):
-        table.add_column(name, total, justify="right" if index in RIGHT else "left",
-                         overflow="fold", no_wrap=index < len(columns) - 1)
+        whole = index in RIGHT or index == 1 and longest <= _NAME
+        table.add_column(Text(name), Text(total), justify="right" if index in RIGHT else "left", overflow="fold",
+                         no_wrap=whole, max_width=_NAME if index == 1 else None,
+                         min_width=len("features") + 8 if index == len(columns) - 1 else None)
     for row in rows:
         read = Text(row[-1])
         for label, colour in _SOURCES.values():
             read.highlight_regex(rf"\b{label} [^;]*", colour)
-        table.add_row(*row[:2], Text(row[2], "bold magenta" if "▼" in row[2] else ""), *row[3:-1], read)
+        table.add_row(*map(Text, row[:2]), Text(row[2], "bold magenta" if "▼" in row[2] else ""),
+                      *map(Text, row[3:-1]), read)
     return table
+
+
+def wide_enough(console: Console, parts: Sequence[RenderableType]) -> int:
+    """The console's width, or more where numbers would be cut off."""
+    least = max(Measurement.get(console, console.options.update(width=10_000), part).minimum for part in parts
+                if isinstance(part, Table))
+    return max(console.width, least)
 
 
 def settings(plan: "Plan") -> list[str]:
@@ -112,7 +138,12 @@ def settings(plan: "Plan") -> list[str]:
     return lines
 
 
-STEP = "Peak memory of a training step with SGD and momentum, simulated"
+_OPTIMIZERS = {"sgd": " with SGD and momentum", "adam": " with Adam"}
+
+
+def step_title(plan: "Plan") -> str:
+    """What the figures of memory are of."""
+    return f"Peak memory of a training step{_OPTIMIZERS.get(plan.optimizer or '', '')}, simulated"
 
 
 def known_memory(plan: "Plan") -> "Memory | None":
@@ -130,7 +161,7 @@ def memory_text(plan: "Plan") -> list[str]:
     except GlcanFxError as error:
         return [f"note: {error}"]
     plain = memory.backpropagation
-    lines = [f"{STEP}; compute relative to backpropagation's:"]
+    lines = [f"{step_title(plan)}; compute relative to backpropagation's:"]
     lines += [f"  {name}: {size(e.peak)} ({e.peak / plain.peak:.2f}), compute {e.flops / max(plain.flops, 1):.2f}"
               for name, e in memory.named()]
     parts = sorted(memory.plan.parts.items(), key=lambda item: -item[1])
@@ -165,10 +196,12 @@ def taps(module: "LocalModule", source: str, prefix: str = "") -> Sequence[str]:
     return [feature.tap.removeprefix(prefix) for feature in module.features if feature.source == source]
 
 
-def _mib(count: int) -> str:
-    return f"{count / 2**20:.1f}"
+def _sum(parts: tuple[int, int | None], unit: str) -> str:
+    own, other = (None if part is None else f"{part / {'MiB': 2**20, 'KiB': 2**10}[unit]:.1f}" for part in parts)
+    return f"{own} + {'–' if other is None else other}"
 
 
 def size(count: int) -> str:
     """Bytes for people."""
-    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
+    return (f"{count / 2**10:.1f} KiB" if count < 2**20 else f"{count / 2**20:.1f} MiB" if count < 2**30 else
+            f"{count / 2**30:.2f} GiB")

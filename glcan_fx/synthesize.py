@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
 import torch
@@ -321,7 +321,8 @@ def _synthesise_taps(
             if not narrow:
                 build.full.add(f"block{index}")
         elif not same:
-            final = any(structure.trace.module(node) in interface for node in _region(structure, start, end))
+            final = predictions and _is_output(structure, end, way[index + 1:]) or any(
+                structure.trace.module(node) in interface for node in _region(structure, start, end))
             width = 1.0 if final else options.width
             value = _stage(build, start, end, value, present, f"stage{index}", width, options.head == "lean")
             present = end
@@ -338,6 +339,14 @@ def _synthesise_taps(
             same = structure.shape(origin) == structure.shape(tap)
             build.values[tap] = base if same else _stage(
                 build, origin, tap, base, origin, f"tap_{tap.name}", options.width, options.head == "lean")
+
+
+def _is_output(structure: Structure, made: fx.Node, ahead: Sequence[fx.Node]) -> bool:
+    """Whether a value of the trunk, or one of its shape behind it, is what the network returns: what follows the
+    network takes all of its channels."""
+    outputs = structure.trace.output.all_input_nodes
+    same = takewhile(lambda node: structure.shape(node) == structure.shape(made), ahead)
+    return any(node in outputs for node in same)
 
 
 def _way(structure: Structure, cut: fx.Node, ahead: list[fx.Node], missing: list[fx.Node]) -> list[fx.Node]:

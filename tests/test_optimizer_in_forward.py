@@ -80,6 +80,7 @@ def assert_same_training(make: Callable[[], LocalModel], optimizer: Any, data: C
 def waiting(local: LocalModel, data: Callable[[int], Any]) -> set[str]:
     """Names of the parameters that still have a gradient behind backward()."""
     optimizer = local.train().optimizer_in_forward(torch.optim.SGD, lr=0.1)
+    optimizer.zero_grad()
     losses_of(local(*data(0))).backward()
     assert optimizer is not None
     return {name for name, p in local.named_parameters() if p.grad is not None}
@@ -305,10 +306,36 @@ def test_accumulation(started):
     local(*batch()).loss.backward()
     with pytest.raises(UnsupportedError, match="two training forward passes"):
         local(*batch())
+    optimizer.zero_grad()  # a skipped batch does not end the training
+    local(*batch()).loss.backward()
     with torch.no_grad():
         local(*batch())  # only looks
     optimizer.step()
+    with pytest.raises(UnsupportedError, match="without a training forward pass"):
+        optimizer.step()
+    with pytest.raises(UnsupportedError, match=r"zero_grad\(\) before every"):
+        local(*batch())
+
+
+def test_what_comes_late_is_seen_on_a_cpu(started):
+    local, optimizer = started
+    for _ in range(7):
+        optimizer.zero_grad()
+        local(*batch()).loss.backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(UnsupportedError, match="scaled before backward"):
+        (local(*batch()).loss / 2).backward()
+    optimizer.zero_grad()
     local(*batch()).loss.backward()
+    with torch.no_grad():
+        next(p for name, p in local.named_parameters() if name.startswith("stem")).mul_(0.5)
+    with pytest.raises(UnsupportedError, match="was changed between its step"):
+        optimizer.step()
+    optimizer.zero_grad()
+    for loss in local(*batch()).losses:  # the same sum
+        loss.backward()
+    optimizer.step()
 
 
 def test_losses_that_are_left_out_or_come_twice(started):

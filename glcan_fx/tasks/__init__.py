@@ -7,7 +7,7 @@ from ..rules import Rules
 from .base import Classification, Criterion, CriterionTask, Segmentation, Spec, SuperResolution, Task, specs
 from .detection import Detection
 
-_TASKS: dict[str, type[Task]] = {
+TASKS: dict[str, type[Task]] = {
     kind.name: kind for kind in (Classification, Detection, Segmentation, SuperResolution)
 }
 
@@ -16,13 +16,13 @@ def make_task(task: "str | Task | None", criterion: Criterion | None, rules: Rul
     """The task object for ``task=`` and ``criterion=``. Raises PlanError for an unknown name or neither."""
     if rules is not None and not isinstance(rules, Rules):
         raise PlanError(f"rules= must be an instance of glcan_fx.Rules, not {type(rules).__name__}")
-    unknown = not isinstance(task, str | Task | None) or (isinstance(task, str) and task not in _TASKS)
+    unknown = not isinstance(task, str | Task | None) or (isinstance(task, str) and task not in TASKS)
     if isinstance(task, type) and issubclass(task, Task):
         raise PlanError(f"task= must be an instance, not the class: {task.__name__}()")
     if task == CriterionTask.name and criterion is None:
         raise PlanError("this plan was made with criterion=: pass criterion=(outputs, targets) -> loss again")
     if unknown and (criterion is None or not isinstance(task, str)):
-        raise PlanError(f"unknown task {task!r}: choose one of {', '.join(sorted(_TASKS))}, pass criterion=, or an "
+        raise PlanError(f"unknown task {task!r}: choose one of {', '.join(sorted(TASKS))}, pass criterion=, or an "
                         "instance of a subclass of glcan_fx.Task")
     if isinstance(task, Task):
         if criterion is not None:
@@ -31,9 +31,9 @@ def make_task(task: "str | Task | None", criterion: Criterion | None, rules: Rul
     elif criterion is not None:
         made = CriterionTask(criterion, task or CriterionTask.name)
     elif task is None:
-        raise PlanError(f"what to train for? Pass task= ({', '.join(sorted(_TASKS))}) or criterion=(outputs, targets)")
+        raise PlanError(f"what to train for? Pass task= ({', '.join(sorted(TASKS))}) or criterion=(outputs, targets)")
     else:
-        made = _TASKS[task]()
+        made = TASKS[task]()
     if rules is not None:
         made = copy.copy(made)  # the caller's object keeps its own
         made.rules = rules
@@ -41,6 +41,6 @@ def make_task(task: "str | Task | None", criterion: Criterion | None, rules: Rul
 
 
 __all__ = [
-    "Classification", "CriterionTask", "Detection", "Segmentation", "Spec", "SuperResolution", "Task", "make_task",
-    "specs",
+    "TASKS", "Classification", "CriterionTask", "Detection", "Segmentation", "Spec", "SuperResolution", "Task",
+    "make_task", "specs",
 ]
