@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _WIDTH = 120  # characters, where there is no terminal
 _NAME = 44  # characters of a local module's name; a longer one is folded
+_READ = 16  # characters that what a module reads has at least
 _SOURCES = {"cache": ("P", "cyan"), "own": ("own", "green"), "synthesised": ("S", "yellow")}
 
 
@@ -100,8 +101,7 @@ def _table(plan: "Plan") -> Table:
     for index, (name, total) in enumerate(zip(columns, totals, strict=True)):
         whole = index in RIGHT or index == 1 and longest <= _NAME
         table.add_column(Text(name), Text(total), justify="right" if index in RIGHT else "left", overflow="fold",
-                         no_wrap=whole, max_width=_NAME if index == 1 else None,
-                         min_width=len("features") + 8 if index == len(columns) - 1 else None)
+                         no_wrap=whole, max_width=_NAME if index == 1 else None)
     for row in rows:
         read = Text(row[-1])
         for label, colour in _SOURCES.values():
@@ -115,7 +115,7 @@ def wide_enough(console: Console, parts: Sequence[RenderableType]) -> int:
     """The console's width, or more where numbers would be cut off."""
     least = max(Measurement.get(console, console.options.update(width=10_000), part).minimum for part in parts
                 if isinstance(part, Table))
-    return max(console.width, least)
+    return max(console.width, least + _READ)
 
 
 def settings(plan: "Plan") -> list[str]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import glcan_fx
 from glcan_fx import PlanError, UnsupportedError, cli, targets
+from glcan_fx.memory import PeakMemory
 from glcan_fx.models import edsr, retinanet, yolo
 from glcan_fx.plan import Plan
 
@@ -314,3 +315,133 @@ def test_a_notebook_shows_it() -> None:
     text = plan._repr_html_()
     assert text.count("<tr>") == 5 and f"{sum(m.parameters for m in plan.modules):,}" in text
     assert "<script" not in text and "backpropagation: " in text
+
+
+# ---------------------------------------------------------------------------------------------- found by review
+
+
+def test_numbers_are_never_cut_off(file: Path) -> None:
+    """Long module paths, and a terminal of 80 columns."""
+
+    class Long(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vision_model_of_the_first_kind = nn.ModuleDict({
+                f"feature_extractor_stage_number_{i}": nn.Sequential(
+                    nn.Conv2d(3 if i == 0 else 64, 64, 3, 1 + i % 2, 1), nn.ReLU()) for i in range(5)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            for part in self.vision_model_of_the_first_kind.values():
+                x = part(x)
+            return x.mean((2, 3))
+
+    plan = glcan_fx.plan(Long(), k=3, task="classification", example_inputs=torch.empty(2, 3, 32, 32))
+    text = str(plan)
+    for module in plan.modules:
+        assert f" {module.parameters:,} " in text and f" {module.aux_parameters:,} " in text
+    done = subprocess.run([sys.executable, "-m", "glcan_fx", "inspect", f"{file}:model", *OPTIONS], capture_output=True,
+                          text=True, env={**os.environ, "FORCE_COLOR": "1", "COLUMNS": "60", "NO_COLOR": "1"})
+    plain = re.sub(r"\x1b\[[\d;]*m", "", done.stdout)
+    assert "parameters" in plain and "auxiliary" in plain and "features" in plain and "100.0 %" in plain
+
+
+def test_an_edited_plan_shows_the_model_s_figures() -> None:
+    model = torchvision.models.resnet18()
+    plan = glcan_fx.plan(model, k=4, task="classification", example_inputs=torch.empty(2, 3, 64, 64))
+    data = json.loads(plan.to_json())
+    del data["modules"][1]
+    edited = Plan.from_json(json.dumps(data))
+    with pytest.raises(PlanError, match="apply it"):
+        edited.memory  # noqa: B018 - the other plan's is not this one's
+    applied = edited.apply(model).plan
+    assert sum(module.parameters for module in applied.modules) == sum(p.numel() for p in model.parameters())
+    assert [b.name for m in applied.modules for b in m.blocks] == [b.name for m in plan.modules for b in m.blocks]
+    assert applied.modules[1].parameters == plan.modules[1].parameters + plan.modules[2].parameters
+    assert Plan.from_json(plan.to_json()).memory == plan.memory
+
+
+def test_what_is_kept_is_what_a_real_step_keeps() -> None:
+    """Live memory when a module's backward begins, on real tensors, counted by hooks."""
+    model = torchvision.models.resnet18(num_classes=10)
+    x, y = torch.randn(4, 3, 64, 64), torch.randint(10, (4,))
+    plan = glcan_fx.plan(model, k=4, task="classification", example_inputs=x)
+    local = plan.apply(model).train()
+    live: list[int] = []
+    with PeakMemory(local, x) as memory:
+        for index in range(3):
+            part = local.aux.get_submodule(f"{index}.backward")
+            part.register_forward_pre_hook(lambda *_: live.append(memory.live))
+            part.register_forward_hook(lambda *_: live.append(memory.live))
+        start = memory.live
+        local(x, y)
+    found = [live[0] - start]
+    kept = [sum(both) for both in plan.memory.plan.kept]
+    assert found[0] == pytest.approx(kept[0], rel=0.02)
+
+
+def test_modules_drawn_as_one_are_alike() -> None:
+    plan = PLANS["edsr"]()
+    rows = re.findall(r'id="module-(\d+)-(\d+)"', plan.to_dot("stages"))
+    for start, stop in rows:
+        alike = plan.modules[int(start):int(stop) + 1]
+        kept = plan.memory.plan.kept[int(start):int(stop) + 1]
+        assert len({(m.parameters, m.aux_parameters, m.shape, m.features) for m in alike}) == len(set(kept)) == 1
+
+
+@pytest.mark.parametrize("name", ['a"b', "a\\b", "a'b"])
+def test_names_that_code_cannot_hold(name: str) -> None:
+    model = nn.Sequential()
+    for part in (name, "c", "d"):
+        model.add_module(part, nn.Conv2d(3, 3, 3, padding=1))
+    with pytest.raises(PlanError, match="rename it"):
+        glcan_fx.plan(model, task="super_resolution", example_inputs=torch.empty(2, 3, 16, 16))
+
+
+def test_names_that_graphs_and_pages_must_escape(tmp_path: Path) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            names = ("<b>&{x|y}", ":smile:", "中 x")
+            self.parts = nn.ModuleDict({name: nn.Conv2d(3, 3, 3, padding=1) for name in names})
+
+        def forward(self, x: Tensor) -> Tensor:
+            for part in self.parts.values():
+                x = part(x)
+            return x
+
+    plan = glcan_fx.plan(Odd(), task="super_resolution", example_inputs=torch.empty(2, 3, 16, 16))
+    assert "<b>&{x|y}" in str(plan) and ":smile:" in str(plan)
+    plan.save(tmp_path / "plan.HTML")
+    if shutil.which("dot"):
+        plan.save(tmp_path / "plan.svg", depth="blocks")
+
+
+@pytest.mark.parametrize(("content", "options", "match"), [
+    ("[]", [], "no plan"), ("\udcff", [], "plan.json"), (None, ["-k", "2"], "-k"),
+    (None, ["--task", "detection"], "--task"),
+])
+def test_plans_from_files(file: Path, tmp_path: Path, content: str | None, options: list[str], match: str,
+                          capsys: pytest.CaptureFixture[str]) -> None:
+    kept = tmp_path / "plan.json"
+    assert cli.main(["inspect", f"{file}:model", *OPTIONS, "-o", str(kept)]) == 0
+    if content is not None:
+        kept.write_bytes(content.encode("utf-8", "surrogateescape"))
+    capsys.readouterr()
+    assert cli.main(["inspect", f"{file}:model", "--plan", str(kept), *options]) == 2
+    assert match in capsys.readouterr().err
+
+
+def test_memory_is_for_the_optimizer(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for optimizer in ("sgd", "adam"):
+        assert cli.main(["inspect", f"{file}:model", *OPTIONS, "--optimizer", optimizer]) == 0
+        shown.append(capsys.readouterr().out)
+    assert "with SGD and momentum" in shown[0] and "with Adam" in shown[1]
+    peaks = [re.search(r"this plan: ([\d.]+)", text)[1] for text in shown]
+    assert float(peaks[0]) < float(peaks[1])
+
+
+def test_a_reader_who_has_seen_enough(file: Path) -> None:
+    done = subprocess.run(f"{sys.executable} -m glcan_fx inspect {file}:model {' '.join(OPTIONS)} | true", shell=True,
+                          capture_output=True, text=True)
+    assert "Broken pipe" not in done.stderr and "Traceback" not in done.stderr
