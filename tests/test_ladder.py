@@ -257,3 +257,25 @@ def test_every_attempt_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "glcan_fx"):
         trace(Body(), [torch.empty(2, 8, 16, 16)])
     assert "Body captured on rung 1" in caplog.text
+
+
+@pytest.mark.parametrize("width", [None, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("k", [2, "natural"])
+def test_what_leaves_a_narrow_trunk_has_all_its_channels(k: object, width: float | None) -> None:
+    """Found by review: what follows the trunk runs as Python, on the channels that it was made for."""
+    class Decides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(Block(3, 16), Block(16, 16), Block(16, 32, 2), Block(32, 32))
+            self.out = nn.Linear(32, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if float(x.sum()) > 1e9:
+                x = x * 2
+            return self.out(self.body(x).mean((2, 3)))
+
+    x, y = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
+    local = glcan_fx.transform(Decides(), k=k, criterion=F.cross_entropy, example_inputs=x, aux_width=width)
+    assert local.plan.report.rung == 4 and local.plan.memory.plan.peak > 0
+    local.train()(x, y).loss.backward()
+    assert all(p.grad is not None for p in local.aux.parameters() if p.requires_grad)

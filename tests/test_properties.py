@@ -1053,3 +1053,20 @@ def test_targets_follow_the_inputs_of_the_example(kind: type[Small]) -> None:
     out = local(images, targets)
     assert equal(out.output, local.original(images))
     assert equal(out.losses, local(images, targets=targets).losses)
+
+
+def test_what_an_auxiliary_network_costs_depends_on_what_is_left_of_a_perceptron() -> None:
+    """Found by review: all layers hand on the same shape, and their auxiliary networks differ."""
+    class Layer(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(width, width), nn.LayerNorm(width)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.relu(self.norm(self.linear(x)))
+
+    model = nn.Sequential(*(Layer(32) for _ in range(5)), nn.Linear(32, 10))
+    plan = glcan_fx.plan(model, task="classification", example_inputs=torch.empty(4, 32))
+    local = plan.apply(model)
+    real = [sum(p.numel() for p in local.aux.get_submodule(str(i)).parameters()) for i in range(plan.k - 1)]
+    assert [module.aux_parameters for module in plan.modules[:-1]] == real and len(set(real)) > 1
