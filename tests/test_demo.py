@@ -233,12 +233,12 @@ def test_bad_folders_are_explained(tiny: Path) -> None:
 def test_average_precision(digits: Path) -> None:
     dataset = CocoFolder(digits, "val", image_size=96)
     perfect = truth(dataset)
-    assert average_precision(dataset, perfect) == {"AP": pytest.approx(1.0), "AP50": pytest.approx(1.0)}
+    assert average_precision(dataset, perfect) == pytest.approx({"AP": 1.0, "AP50": 1.0, "AP75": 1.0})
     ids = dataset.image_ids
     following = dict(zip(ids, ids[1:] + ids[:1], strict=True))
     shuffled = [result | {"image_id": following[result["image_id"]]} for result in truth(dataset)]
     assert average_precision(dataset, shuffled)["AP50"] < 0.2
-    assert average_precision(dataset, []) == {"AP": 0.0, "AP50": 0.0}
+    assert average_precision(dataset, []) == {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
 
 
 # --------------------------------------------------------------------------------------- the whole run

@@ -1,0 +1,106 @@
+"""Write docs/results.md from docs/results.json, after adding runs of the training programs to it.
+
+    python docs/make_results.py runs/a runs/b   # adds what their record.json says; equal runs are replaced
+    python docs/make_results.py                 # writes the page again
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RECORDS, PAGE = HERE / "results.json", HERE / "results.md"
+# what is said elsewhere in a row, or does not change a result
+_SAID = {"task", "data", "test", "method", "k", "k_asked", "seed", "device", "device_name", "commit", "torch", "out",
+         "step", "epoch", "peak_bytes", "loss", "seconds_a_step", "recipe", "amp"}
+_SETTING = ("limit", "epochs", "batch_size", "lr", "depth", "size", "short", "channels", "blocks", "patch", "each",
+            "scale", "model", "width", "classes", "stock")
+_OPTIONS = ("head", "aux_width", "aux_depth", "aux_stride", "memory_budget", "no_cache")
+_METHODS = ("bp", "checkpoint", "dgl", "glcan")
+MIB = 2**20
+
+
+def key(record: dict[str, Any]) -> str:
+    """What a run is a function of, but for the code."""
+    known = ("task", "method", "k", "seed", "device_name", "amp", "data", *_OPTIONS, *_SETTING)
+    return json.dumps({name: record[name] for name in sorted(record) if name in known})
+
+
+def setting(record: dict[str, Any]) -> str:
+    """Data and training, the same for all methods that are compared."""
+    data = record["data"] if isinstance(record["data"], list) else [record["data"]]
+    names = " + ".join(Path(folder).name for folder in data)
+    said = ", ".join(f"{name.replace('_', ' ')} {record[name]}" for name in _SETTING if record.get(name) is not None
+                     and record.get(name) is not False)
+    return f"{record['task']}, {names}: {said}"
+
+
+def options(record: dict[str, Any]) -> str:
+    """What of the method was asked for."""
+    given = [f"{name.replace('_', ' ')} {record[name]}" for name in _OPTIONS if record.get(name)]
+    return ", ".join(given) or "–"
+
+
+def tables(records: Sequence[dict[str, Any]]) -> list[str]:
+    lines = []
+    for name in dict.fromkeys(map(setting, records)):
+        runs = [record for record in records if setting(record) == name]
+        scores = [score for score, value in runs[0].items()
+                  if score not in _SAID | set(_SETTING) | set(_OPTIONS) and isinstance(value, float)]
+        lines += [f"## {name}", "", "| method | k | options | " + " | ".join(scores)
+                  + " | peak of a step | time of a step | seeds | commit |", "|---" * (len(scores) + 7) + "|"]
+        groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+        for run in runs:
+            groups.setdefault((run["method"], run["k"], options(run)), []).append(run)
+        plain = next((group for (method, _, _), group in groups.items() if method == "bp"), None)
+        for (method, k, given), group in sorted(groups.items(), key=lambda item: _METHODS.index(item[0][0])):
+            cells = []
+            for score in scores:
+                values = [run[score] for run in group]
+                spread = f" ± {(max(values) - min(values)) / 2:.2g}" if len(values) > 1 else ""
+                cells.append(f"{statistics.fmean(values):.4g}{spread}")
+            figures = []
+            for field, unit, name in (("peak_bytes", MIB, "MiB"), ("seconds_a_step", 1e-3, "ms")):
+                value = statistics.fmean(run[field] for run in group)
+                against = (f" ({value / statistics.fmean(run[field] for run in plain):.2f})"
+                           if plain is not None and method != "bp" else "")
+                figures.append(f"{value / unit:.0f} {name}{against}")
+            lines.append(f"| {method} | {k} | {given} | {' | '.join(cells + figures)} | "
+                         f"{', '.join(str(run['seed']) for run in group)} | "
+                         f"{', '.join(sorted({run['commit'] for run in group}))} |")
+        devices = ", ".join(sorted({run["device_name"] for run in runs}))
+        lines += ["", f"Device: {devices}, torch {', '.join(sorted({run['torch'] for run in runs}))}.", ""]
+    return lines
+
+
+TEXT = """# Results of training
+
+Written by `python docs/make_results.py` from docs/results.json, one record a run of the programs in examples/. Every
+method goes through the same loop, with the same data in the same order. In brackets: relative to backpropagation in the same
+table; ±: half of the range over seeds.
+
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of runs that ended")
+    records = {key(record): record for record in (json.loads(RECORDS.read_text()) if RECORDS.exists() else [])}
+    for folder in parser.parse_args().runs:
+        record = json.loads((folder / "record.json").read_text())
+        record = {name: value for name, value in record.items() if name not in ("out", "step", "loss")}
+        data = record["data"] if isinstance(record["data"], list) else [record["data"]]
+        record["data"] = [Path(path).name for path in data]
+        if "test" in record:
+            record["test"] = [Path(path).name for path in record["test"]]
+        records[key(record)] = record
+    chosen = sorted(records.values(), key=lambda r: (r["task"], r["method"], r["k"], r["seed"]))
+    RECORDS.write_text(json.dumps(chosen, indent=1) + "\n")
+    PAGE.write_text(TEXT + "\n".join(tables(chosen)))
+
+
+if __name__ == "__main__":
+    main()
