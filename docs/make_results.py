@@ -79,8 +79,8 @@ def tables(records: Sequence[dict[str, Any]]) -> list[str]:
 TEXT = """# Results of training
 
 Written by `python docs/make_results.py` from docs/results.json, one record a run of the programs in examples/. Every
-method goes through the same loop, with the same data in the same order. In brackets: relative to backpropagation in the same
-table; ±: half of the range over seeds.
+method goes through the same loop, with the same data in the same order. In brackets: relative to backpropagation in the
+same table; ±: half of the range over seeds.
 
 """
 
