@@ -82,7 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser, *, folders: bool = False, **d
     method.add_argument("--no-cache", action="store_true", help="ablation: no feature comes from the cache")
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, default=None, metavar="DIR", help="(runs/TASK-METHOD-kK-sSEED)")
-    output.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    kept = output.add_mutually_exclusive_group()
+    kept.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    kept.add_argument("--overwrite", action="store_true", help="begin anew where --out holds a run already")
     output.add_argument("--evaluate-every", type=int, default=1, metavar="EPOCHS", help="(%(default)s)")
 
 
@@ -120,7 +122,10 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    model, plan = prepared(experiment, args)
+    try:
+        model, plan = prepared(experiment, args)
+    except glcan_fx.GlcanFxError as error:
+        raise SystemExit(str(error)) from error
     out = args.out or Path("runs") / f"{experiment.task}-{args.method}-k{plan.k if plan else 1}-s{args.seed}"
     out.mkdir(parents=True, exist_ok=True)
     if plan is not None:
@@ -137,7 +142,7 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     if args.resume:
         state.load(device)
     else:
-        state.begin()
+        state.begin(args.overwrite)
     task = make_task(experiment.task, None, None)
 
     def step(inputs: Any, targets: Any) -> Tensor:
@@ -204,7 +209,10 @@ class _State:
         self.losses: list[float] = []
         self.metrics: list[dict[str, Any]] = []
 
-    def begin(self) -> None:
+    def begin(self, overwrite: bool) -> None:
+        if (self.out / "checkpoint.pt").exists() and not overwrite:
+            raise SystemExit(f"{self.out} holds a run already: go on with --resume, replace it with --overwrite, or "
+                             "choose another --out")
         for name in ("metrics.jsonl", "checkpoint.pt", "record.json"):
             (self.out / name).unlink(missing_ok=True)
 
@@ -310,7 +318,7 @@ def _measured(
 def _identity(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     """What a run is a function of."""
     kept = {key: json.loads(json.dumps(value, default=str)) for key, value in vars(args).items()
-            if key not in ("out", "resume", "workers", "threads", "evaluate_every")}
+            if key not in ("out", "resume", "overwrite", "workers", "threads", "evaluate_every")}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
                             text=True).stdout.strip()
     device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else platform.machine()

@@ -33,7 +33,7 @@ from .synthesize import share
 from .tasks import Spec, Task, make_task, specs
 from .tasks.around import Around
 from .tasks.base import Criterion
-from .trace import hasattr_path, trace
+from .trace import hasattr_path, trace, within
 from .verify import verify as verify_capture
 
 log = logging.getLogger("glcan_fx")
@@ -607,7 +607,8 @@ class _Draft:
 
     @cached_property
     def blocks(self) -> tuple[dict[str, str], list[str]]:
-        """Of every layer's path the unit it belongs to; and the units that are one call of a module with parts."""
+        """Of every layer's path the unit it belongs to; and the paths of the modules with parts whose calls are units,
+        or hold some of them."""
         ends = [unit.end for unit in self.structure.units]
         owner = self.structure.assign(ends)
         names = [*(unit.name for unit in self.structure.units), "neck, head, loss"]
@@ -615,7 +616,17 @@ class _Draft:
         for node, index in owner.items():
             if node.op == "call_module":
                 units.setdefault(str(node.target), names[index])
+        return units, list(dict.fromkeys(filter(None, map(self._block, self.structure.units))))
+
+    def _block(self, unit: Unit) -> str | None:
+        """The module that one would put under activation checkpointing for a unit: its own, or the one around it where
+        that is called as a whole and holds no large part of the trunk."""
         shadow = self.structure.trace.shadow
-        return units, [
-            unit.name for unit in self.structure.units if ":" not in unit.name and hasattr_path(shadow, unit.name)
-            and any(True for _ in shadow.get_submodule(unit.name).children())]
+        if ":" in unit.name or not hasattr_path(shadow, unit.name):
+            return None
+        if any(True for _ in shadow.get_submodule(unit.name).children()):
+            return unit.name
+        around = unit.name.rpartition(".")[0]
+        inside = sum(within(other.name, around) for other in self.structure.units)
+        called = around in self.structure.trace.returns
+        return around if called and 3 * inside <= len(self.structure.units) else None

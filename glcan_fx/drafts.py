@@ -134,7 +134,10 @@ def local_module(
     def select(outputs: Any) -> Any:
         return outputs if levels is None else {key: levels[key] for key in keys}
 
-    taps = tail_of(structure, select(structure.trace.output.args[0])).taps
+    tail = tail_of(structure, select(structure.trace.output.args[0]))
+    inside = {*tail.nodes, structure.trace.output}
+    taps = {tap for tap in tail.taps  # whose values are read, not their sizes alone
+            if any(user in inside and not is_size(user) for user in tap.users)}
     if real and (real.stride, real.channels) != (place.stride, place.channels):
         raise PlanError(f"the plan's module '{real.name}' ends with {real.channels} channels at stride {real.stride}, "
                         f"but in this {type(model).__name__} it has {place.channels} at stride {place.stride}: the "
@@ -145,6 +148,13 @@ def local_module(
         if {feature.tap for feature in features} != expected:
             raise PlanError(f"the plan's module '{real.name}' reads {', '.join(f.tap for f in features)}, but this "
                             f"{type(model).__name__} has other features: it was made for another model. Plan again.")
+        for given in features:
+            tap = next(tap for tap in structure.taps if tap.name == given.tap)
+            module = -1 if tap.node.op == "placeholder" else owner[tap.node]
+            if given.source != "synthesised" and (module > index or given.source == "own" and module < index):
+                when, instead = ("later", "synthesised") if module > index else ("earlier", "cache")
+                raise PlanError(f"the plan's module '{real.name}' cannot take '{given.tap}' as {given.source!r}: it is "
+                                f"made {when}. Use {instead!r}.")
     else:
         features = tuple(_feature(structure, task, tap, place, owner, index) for tap in structure.taps
                          if tap.node in taps and options.method == "glcan")

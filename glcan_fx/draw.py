@@ -196,13 +196,11 @@ def _lane(graph: graphviz.Digraph, row: _Row, live: list[list[str]], prefix: str
 def _writes(graph: graphviz.Digraph, plan: "Plan", rows: Sequence[_Row], live: list[list[str]]) -> None:
     """From a module to the next row of the cache."""
     made = _makers(plan)
+    if any(tap not in made for tap in live[rows[0].start]):  # inputs of the network
+        graph.edge("input", f"c{rows[0].start}", color=_CACHE, constraint="false", penwidth="1.3")
     for before, row in pairwise(rows):
-        new = [tap for tap in live[row.start] if before.start <= made.get(tap, -1) <= before.stop]
-        given = [tap for tap in live[row.start] if tap not in made and before.start == 0]
-        if new:  # from the module's border
+        if any(before.start <= made.get(tap, -1) <= before.stop for tap in live[row.start]):  # from the module's border
             graph.edge(f"a{before.start}", f"c{row.start}", color=_CACHE, penwidth="1.3", ltail=f"cluster_{before.key}")
-        if given:
-            graph.edge("input", f"c{row.start}", color=_CACHE, constraint="false", penwidth="1.3")
 
 
 # ---------------------------------------------------------------------------------------------- labels

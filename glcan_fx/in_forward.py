@@ -8,6 +8,7 @@ numbers are those of the ordinary loop; what would change them is refused.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -44,6 +45,8 @@ class OptimizerInForward(Optimizer):
         self._gradients: dict[int, tuple[int, int]] = {}  # after backward: identity and version, by id of a parameter
         self._settings: list[dict[str, Any]] = []  # of the groups, when the forward pass began; none before one
         self._versions: dict[int, int] = {}  # of the parameters that were stepped, behind their step
+        self._old: dict[int, tuple[ref[Tensor], int]] = {}  # gradients from before the forward pass, and their versions
+        self._both: Tensor | None = None  # a parameter whose gradient is two steps' together
         self._queued = False  # whether the present backward pass will look at the gradients when it ends
         self._link()
 
@@ -90,7 +93,7 @@ class OptimizerInForward(Optimizer):
                                    f"have been stepped. Use bfloat16, {_INSTEAD}.")
         if not self._lists:
             self._assign()
-        self._refuse_waiting()
+        self._note_old()
         self._settings = self._numbers()
         for part in parts:
             part.optimizer = self
@@ -160,6 +163,7 @@ class OptimizerInForward(Optimizer):
 
     def _note_gradients(self) -> None:
         self._queued = False
+        self._both = self._added_to()
         self._gradients = {id(p): (id(p.grad), p.grad._version) for group in self.param_groups for p in group["params"]
                            if p.grad is not None}
 
@@ -190,6 +194,10 @@ class OptimizerInForward(Optimizer):
         return loss
 
     def _check_loop(self) -> None:
+        if self._both is not None:
+            raise UnsupportedError(
+                f"the gradient of '{self._name(self._both)}' was added to the last step's, but the local modules were "
+                f"stepped with this one's alone. Call zero_grad() in every step, {_INSTEAD}.")
         missed = [name for name, delivered in self._delivered.items() if delivered != [True]]
         if missed:
             raise UnsupportedError(
@@ -251,6 +259,7 @@ class OptimizerInForward(Optimizer):
     def _finish(self) -> None:
         self._stepped, self._delivered, self._gradients, self._versions = {}, {}, {}, {}
         self._settings, self._queued = [], False
+        self._old, self._both = {}, None
 
     def _numbers(self) -> list[dict[str, Any]]:
         return [{key: value.tolist() if isinstance(value, Tensor) else value for key, value in group.items()
@@ -259,15 +268,20 @@ class OptimizerInForward(Optimizer):
     def _may_look(self, value: Tensor) -> bool:
         return self.checks > 0 or self.checks == 0 and not value.is_cuda
 
-    def _refuse_waiting(self) -> None:
-        """Raise UnsupportedError where gradients of the last step are still there, which this one would add to."""
+    def _note_old(self) -> None:
+        """Remember gradients of the last step that are still there; the loop may clear them until backward."""
+        self._old = {id(p): (ref(p.grad), p.grad._version) for group in self.param_groups for p in group["params"]
+                     if p.grad is not None and self._may_look(p.grad) and bool(p.grad.any())}
+
+    def _added_to(self) -> Tensor | None:
+        """A parameter whose gradient was added to the last step's, without zero_grad() in between."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                gradient = parameter.grad
-                if gradient is not None and self._may_look(gradient) and bool(gradient.any()):
-                    raise UnsupportedError(
-                        f"parameter '{self._name(parameter)}' has a gradient from before the forward pass, which the "
-                        "steps inside it cannot add to. Call zero_grad() before every training forward pass.")
+            for p in group["params"]:
+                old, version = self._old.get(id(p), (None, 0))
+                gradient: Tensor | None = p.grad
+                if old is not None and gradient is not None and old() is gradient and gradient._version == version + 1:
+                    return p
+        return None
 
     def _name(self, parameter: Tensor) -> str:
         return self._names.get(id(parameter), f"of shape {tuple(parameter.shape)}")

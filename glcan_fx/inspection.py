@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 PICTURES = (".svg", ".png", ".pdf")
 ENDINGS = (".html", *PICTURES, ".dot", ".json", ".txt")
 DEPTHS = ("stages", "modules", "blocks", "operators")
+_SHOWN = 12  # calls before an error
 EPILOG = """examples:
   glcan-fx inspect retinanet-r50
   glcan-fx inspect torchvision.models:resnet50 --input 8x3x224x224 --task classification -o report.html
@@ -91,7 +92,7 @@ def _print(plan: Plan) -> None:
         print(plan_text(plan, notes=False))
         return
     parts = list(renderables(plan))
-    console.width = wide_enough(console, parts)
+    console.width = wide_enough(console, plan, parts)
     for part in parts:
         console.print(part, markup=False, emoji=False)
 
@@ -104,9 +105,9 @@ def _print_reached(error: TraceError) -> None:
 
     calls = error.reached()
     if calls:
-        table = Table("module", "class", "returned", box=box.SIMPLE_HEAD, title="reached before the error",
-                      title_justify="left")
-        for call in calls:
+        title = f"the last of {len(calls)} calls before the error" if len(calls) > _SHOWN else "calls before the error"
+        table = Table("module", "class", "returned", box=box.SIMPLE_HEAD, title=title, title_justify="left")
+        for call in calls[-_SHOWN:]:
             table.add_row(*call)
         Console(stderr=True).print(table, markup=False, emoji=False)
 

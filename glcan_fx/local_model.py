@@ -211,6 +211,9 @@ class LocalModel(fx.GraphModule):
         several processes. Scaled losses are looked for in the first steps only.
         """
         refuse_distributed()
+        if isinstance(make, Optimizer):
+            raise UnsupportedError("optimizer_in_forward() makes the optimiser itself: pass its class and options, for "
+                                   "example optimizer_in_forward(torch.optim.SGD, lr=0.1)")
         inner = make(list(self.parameters()), **options)
         if isinstance(inner, torch.optim.LBFGS):
             raise UnsupportedError("LBFGS evaluates the loss of all parameters together, several times a step: local "

@@ -194,8 +194,11 @@ class Plan:
                                   for name, e in memory.items()}
                 made.__dict__["memory"] = Memory(**estimates)
             return made
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PlanError(f"this is no plan in JSON: {error!r}") from error
+        except KeyError as error:
+            raise PlanError(f"this is no plan in JSON, or not all of one: it has no {error}") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            said = str(error).replace(".__init__() got an unexpected keyword argument", " has nothing called")
+            raise PlanError(f"this is no plan in JSON, or was edited wrongly: {said}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "draft": None}

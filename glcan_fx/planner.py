@@ -147,13 +147,14 @@ def within_budget(
             found = search.fits(found.k, savings) or found
             if found.options.slices == 1:
                 break
-    number = most if k is None else k
-    while found is None:
-        over = search.over(number, best)
-        if over <= best.recompute:
-            break
-        best = replace(best, recompute=best.recompute | over)
-        found = search.fits(number, best)
+    for number in dict.fromkeys(finest) if k is None else [k]:
+        savings = best
+        while found is None:
+            over = search.over(number, savings)
+            if over <= savings.recompute:
+                break
+            savings = replace(savings, recompute=savings.recompute | over)
+            found = search.fits(number, savings)
     if found is None:
         what, least = min(search.steps(), key=lambda one: one[1].peak)
         parts = ", ".join(f"{name} {size(part)}" for name, part in sorted(least.parts.items(), key=lambda x: -x[1]))

@@ -27,7 +27,7 @@ def plan_text(plan: "Plan", *, notes: bool = True) -> str:
     text = StringIO()
     parts = list(renderables(plan))
     console = Console(file=text, width=_WIDTH, color_system=None)
-    console.width = wide_enough(console, parts)
+    console.width = wide_enough(console, plan, parts)
     for part in (*parts, *(f"note: {note}" for note in plan.notes if notes)):
         console.print(part, markup=False, emoji=False)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
@@ -111,11 +111,13 @@ def _table(plan: "Plan") -> Table:
     return table
 
 
-def wide_enough(console: Console, parts: Sequence[RenderableType]) -> int:
-    """The console's width, or more where numbers would be cut off."""
+def wide_enough(console: Console, plan: "Plan", parts: Sequence[RenderableType]) -> int:
+    """The console's width, or more where numbers would be cut off, or names broken."""
+    prefix = common_prefix(plan)
+    longest = 4 + max((len(f.tap.removeprefix(prefix)) for m in plan.modules for f in m.features), default=0)
     least = max(Measurement.get(console, console.options.update(width=10_000), part).minimum for part in parts
                 if isinstance(part, Table))
-    return max(console.width, least + _READ)
+    return max(console.width, least + max(_READ, min(longest, _NAME)))
 
 
 def settings(plan: "Plan") -> list[str]:
@@ -134,7 +136,7 @@ def settings(plan: "Plan") -> list[str]:
         lines.append(f"Last module: {', '.join(savings)}.")
     again = [str(index) for index, module in enumerate(plan.modules) if module.recompute]
     if again:
-        lines.append(f"Blocks run again in backward in modules {', '.join(again)}.")
+        lines.append(f"Blocks run again in backward in local module{'s' * (len(again) > 1)} {', '.join(again)}.")
     return lines
 
 
@@ -164,6 +166,8 @@ def memory_text(plan: "Plan") -> list[str]:
     lines = [f"{step_title(plan)}; compute relative to backpropagation's:"]
     lines += [f"  {name}: {size(e.peak)} ({e.peak / plain.peak:.2f}), compute {e.flops / max(plain.flops, 1):.2f}"
               for name, e in memory.named()]
+    if memory.checkpointing is None:
+        lines.append("  with every block recomputed: not known, as no block is one call of a sub-module with parts")
     parts = sorted(memory.plan.parts.items(), key=lambda item: -item[1])
     lines.append(f"This plan's peak is during {memory.plan.when}: "
                  + ", ".join(f"{name} {size(part)}" for name, part in parts if part >= 0.005 * memory.plan.peak))

@@ -44,7 +44,8 @@ class Report:
 
     def lines(self, model: str) -> list[str]:
         """The report in words, a fact a line."""
-        rungs = ("as it is", "sizes answered", "some modules are opaque", "around its trunk", "at calls of sub-modules")
+        rungs = ("whole", "whole, for the example's answers about sizes", "with some modules called as they are",
+                 "around its trunk, which is the rest of it", "at calls of its sub-modules")
         return [
             f"{model} was captured on rung {self.rung} of 5: {rungs[self.rung - 1]}",
             *(f"holds while {s.code} is {s.answer} ({s.where})" for s in self.specialisations),

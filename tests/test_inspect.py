@@ -360,6 +360,33 @@ def test_an_edited_plan_shows_the_model_s_figures() -> None:
     assert Plan.from_json(plan.to_json()).memory == plan.memory
 
 
+@pytest.mark.parametrize(("edit", "match"), [
+    (lambda data: data["modules"][0]["features"][0].update(source="cache"), "made later"),
+    (lambda data: data["modules"][0].pop("cut"), "cut"),
+    (lambda data: data["modules"][0].update(cutt="x"), "LocalModule has nothing called 'cutt'"),
+    (lambda data: data.pop("options"), "it has no 'options'"),
+])
+def test_plans_that_were_edited_wrongly(edit: Callable[[dict], object], match: str) -> None:
+    model = torchvision.models.resnet18()
+    plan = glcan_fx.plan(model, k=4, task="classification", example_inputs=torch.empty(2, 3, 64, 64))
+    data = json.loads(plan.to_json())
+    edit(data)
+    with pytest.raises(PlanError, match=match):
+        Plan.from_json(json.dumps(data)).apply(model)
+
+
+def test_sizes_are_no_features() -> None:
+    """The decoder asks for the size of the image, which every segmentation network does."""
+
+    class Net(UNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.interpolate(super().forward(x), size=x.shape[-2:])
+
+    plan = glcan_fx.plan(Net(), task="segmentation", example_inputs=torch.empty(4, 3, 64, 64))
+    assert not [feature for module in plan.modules for feature in module.features if feature.tap in ("x", "input")]
+    plan.apply(Net())
+
+
 def test_what_is_kept_is_what_a_real_step_keeps() -> None:
     """Live memory when a module's backward begins, on real tensors, counted by hooks."""
     model = torchvision.models.resnet18(num_classes=10)

@@ -313,8 +313,32 @@ def test_accumulation(started):
     optimizer.step()
     with pytest.raises(UnsupportedError, match="without a training forward pass"):
         optimizer.step()
-    with pytest.raises(UnsupportedError, match=r"zero_grad\(\) before every"):
-        local(*batch())
+    local(*batch()).loss.backward()
+    with pytest.raises(UnsupportedError, match=r"zero_grad\(\) in every step"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_zero_grad_anywhere(to_none):
+    def steps(local, optimizer, where):
+        for seed in range(4):
+            if where == "before":
+                optimizer.zero_grad(set_to_none=to_none)
+            loss = local(*batch(seed=seed)).loss
+            if where == "between":
+                optimizer.zero_grad(set_to_none=to_none)
+            loss.backward()
+            optimizer.step()
+            if where == "behind":
+                optimizer.zero_grad(set_to_none=to_none)
+
+    for where in ("before", "between", "behind"):
+        torch.manual_seed(0)
+        local = build().train()
+        twin = copy.deepcopy(local)
+        steps(local, local.optimizer_in_forward(SGD), where)
+        steps(twin, SGD(twin.parameters()), where)
+        assert_same(local, twin)
 
 
 def test_what_comes_late_is_seen_on_a_cpu(started):

@@ -100,6 +100,9 @@ def test_other_options_do_not_go_on(pictures: Path, tmp_path: Path) -> None:
                            *map(str, SMALL), "--method", "bp", "--seed", "1", "--out", str(out), "--resume"],
                           capture_output=True, text=True)
     assert done.returncode != 0 and "seed: 0 then, 1 now" in done.stderr
+    done = subprocess.run([sys.executable, str(EXAMPLES / "train_classification.py"), "--data", str(pictures),
+                           *map(str, SMALL), "--method", "bp", "--out", str(out)], capture_output=True, text=True)
+    assert done.returncode != 0 and "--overwrite" in done.stderr
     assert (out / "checkpoint.pt").exists() and (out / "metrics.jsonl").exists()
 
 
