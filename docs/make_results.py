@@ -80,7 +80,8 @@ TEXT = """# Results of training
 
 Written by `python docs/make_results.py` from docs/results.json, one record a run of the programs in examples/. Every
 method goes through the same loop, with the same data in the same order. In brackets: relative to backpropagation in the
-same table; ±: half of the range over seeds.
+same table; ±: half of the range over seeds. Runs shared two CPU cores with others, so that step times are rough;
+[performance](performance.md) has careful ones.
 
 """
 
