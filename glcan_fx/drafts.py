@@ -13,7 +13,7 @@ from .errors import PlanError
 from .layers import Cost, weights_in
 from .plan import Block, LocalModule
 from .rules import Feature, Place, State
-from .synthesize import predictors_of, synthesize, tail_of
+from .synthesize import predictors_of, reads, synthesize, tail_of
 from .tasks import Task
 
 
@@ -142,9 +142,12 @@ def local_module(
         raise PlanError(f"the plan's module '{real.name}' ends with {real.channels} channels at stride {real.stride}, "
                         f"but in this {type(model).__name__} it has {place.channels} at stride {place.stride}: the "
                         "plan was made for another model. Plan again.")
+    selected = tuple(_feature(structure, task, tap, place, owner, index) for tap in structure.taps
+                     if tap.node in taps and options.method == "glcan")
+    selected = reads(structure, unit.end, tail, selected, options, not task.outputs_are_levels)
+    features = real.features if real else selected
     if real:
-        features: tuple[Feature, ...] = real.features
-        expected = {tap.name for tap in structure.taps if tap.node in taps and options.method == "glcan"}
+        expected = {feature.tap for feature in selected}
         if {feature.tap for feature in features} != expected:
             raise PlanError(f"the plan's module '{real.name}' reads {', '.join(f.tap for f in features)}, but this "
                             f"{type(model).__name__} has other features: it was made for another model. Plan again.")
@@ -155,9 +158,6 @@ def local_module(
                 when, instead = ("later", "synthesised") if module > index else ("earlier", "cache")
                 raise PlanError(f"the plan's module '{real.name}' cannot take '{given.tap}' as {given.source!r}: it is "
                                 f"made {when}. Use {instead!r}.")
-    else:
-        features = tuple(_feature(structure, task, tap, place, owner, index) for tap in structure.taps
-                         if tap.node in taps and options.method == "glcan")
     key = (structure.shape(unit.end), unit.end in structure.channels_last, features, kept, options)
     alike = options.depth == 0 and len(structure.shape(unit.end)) > 2  # else it depends on the units that are left
     known = sizes.get(key) if sizes is not None and alike else None

@@ -192,7 +192,7 @@ def features(module: "LocalModule", prefix: str = "") -> str:
     """What a local loss is computed from."""
     parts = [f"{label} {', '.join(names)}" for source, (label, _) in _SOURCES.items()
              if (names := taps(module, source, prefix))]
-    return "; ".join(parts + ["neck and head"] * (module.cut is None))
+    return "; ".join(parts + ["neck and head"] * (module.cut is None)) or "its output alone"
 
 
 def taps(module: "LocalModule", source: str, prefix: str = "") -> Sequence[str]:

@@ -100,6 +100,11 @@ def _collaborative(
 ) -> None:
     """GLCAN's: focal features are read, analog ones made, and the tail's copy computes the outputs of both."""
     sources = {feature.tap: feature.source for feature in features}
+    direct = _direct(build.structure, cut, tail) if options.head == "lean" and outputs_are_predictions else None
+    if direct is not None:
+        focal = [build.input(tap.node) for tap in build.structure.taps if tap.name in sources and tap.node is not cut]
+        _predict_directly(build, cut, own, focal, *direct)
+        return
     missing = []
     for tap in build.structure.taps:
         if tap.node not in tail.taps:
@@ -108,12 +113,22 @@ def _collaborative(
             missing.append(tap.node)
         else:
             build.input(tap.node)
-    direct = _direct(build.structure, cut, tail) if options.head == "lean" and outputs_are_predictions else None
-    if direct is None:
-        _synthesise_taps(build, cut, own, missing, options, outputs_are_predictions)
-        _copy_tail(build, tail, options.head != "full")
-    else:
-        _predict_directly(build, cut, own, *direct)
+    _synthesise_taps(build, cut, own, missing, options, outputs_are_predictions)
+    _copy_tail(build, tail, options.head != "full")
+
+
+def reads(
+    structure: Structure, cut: fx.Node, tail: "Tail", features: Sequence[Feature], options: Options,
+    outputs_are_predictions: bool,
+) -> tuple[Feature, ...]:
+    """Of the features that the rules select, those that the auxiliary network reads or makes. Where it predicts the
+    network's maps directly from the module's own output, these are the focal ones of the output's shape (the long skip
+    of a residual network)."""
+    if options.head != "lean" or not outputs_are_predictions or _direct(structure, cut, tail) is None:
+        return tuple(features)
+    alike = {tap.name for tap in structure.taps if _is_map(tap.node) and tap.node.op != "placeholder"
+             and structure.shape(tap.node) == structure.shape(cut)}
+    return tuple(feature for feature in features if feature.source != "synthesised" and feature.tap in alike)
 
 
 def predictors_of(auxiliary: Auxiliary, levels: Sequence[int]) -> Iterator[tuple[Any, str]]:
@@ -248,19 +263,13 @@ def _behind(tail: Tail, made: list[fx.Node]) -> list[fx.Node]:
 
 
 def _predict_directly(
-    build: Builder, cut: fx.Node, own: fx.Node, made: list[fx.Node], behind: list[fx.Node]
+    build: Builder, cut: fx.Node, own: fx.Node, focal: Sequence[fx.Node], made: list[fx.Node], behind: list[fx.Node]
 ) -> None:
-    """One convolution on the module's own output for each of the network's maps, at the output's resolution.
-
-    Focal features of the output's shape are added to it (the long skip of a residual network).
-    """
-    structure, value = build.structure, own
-    for tap in [node for node in build.inputs if node is not cut and _is_map(node)]:
-        if structure.shape(tap) == structure.shape(cut) and tap.op != "placeholder":
-            value = build.graph.call_function(operator.add, (value, build.values[tap]))
-        else:
-            build.inputs.remove(tap)
-            build.graph.erase_node(build.values.pop(tap))
+    """One convolution on the module's own output, and the focal features added to it, for each of the network's maps,
+    at the output's resolution."""
+    value = own
+    for feature in focal:
+        value = build.graph.call_function(operator.add, (value, feature))
     for index, node in enumerate(made):
         build.values[node] = _prediction(build, cut, node, value, f"predict{index}")
     for node in behind:

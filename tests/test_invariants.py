@@ -275,7 +275,7 @@ class PlainUNet(nn.Module):
 
 def test_5_values_of_one_shared_activation_are_different_taps():
     case = CASES[-1]
-    local = glcan_fx.transform(PlainUNet(), task=case.task, example_inputs=case.example)
+    local = glcan_fx.transform(PlainUNet(), task=case.task, example_inputs=case.example, head="light")
     assert built(local, case) == local.plan.k == 3
     for index, module in enumerate(local.plan.modules[:-1]):
         assert len({feature.tap for feature in module.features}) == 3
@@ -439,12 +439,11 @@ def test_9_activations_are_freed_before_the_next_local_module_ends(local, case, 
     Of all that earlier modules made, at most the value handed on and the cached features are left.
     """
     counts = alive_at_start(local, case, LocalModel.__call__)
-    taps = {feature.tap for module in local.plan.modules[:-1] for feature in module.features
-            if feature.source == "cache"}
+    taps = {feature.tap for module in local.plan.modules for feature in module.features if feature.source == "cache"}
     assert len(counts) == local.plan.k - 1
     assert max(counts) <= 1 + len(taps)
     kept = alive_at_start(copy.deepcopy(compiled[case.task]), case, plain_step)
-    assert max(kept) > 1 + len(taps)  # by plain autograd they are all still there
+    assert max(kept) > max(counts)  # by plain autograd they are all still there
 
 
 def test_9_nothing_but_gradients_is_left_after_a_step(local, case):

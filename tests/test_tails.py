@@ -69,3 +69,20 @@ def test_training_output_is_the_models(model, head):
     torch.testing.assert_close(out.output, reference(x.clone()), rtol=0, atol=0)
     out.loss.backward()
     assert all(p.grad is not None for p in local.parameters())
+
+
+def test_features_are_what_the_auxiliary_network_reads() -> None:
+    """Found by looking at a U-Net's report: a lean auxiliary network predicts from the module's own output."""
+    from test_invariants import UNet
+
+    from glcan_fx.models import edsr
+
+    for model, task, size in ((UNet(), "segmentation", (2, 3, 64, 64)),
+                              (edsr(blocks=3, channels=16), "super_resolution", (2, 3, 16, 16))):
+        for head in ("lean", "light"):
+            plan = glcan_fx.plan(model, task=task, example_inputs=torch.empty(size), head=head)
+            local = plan.apply(model)
+            for index, module in enumerate(plan.modules[:-1]):
+                network = local.aux.get_submodule(f"{index}.network")
+                read = [f.tap for f in module.features if f.source != "synthesised" and f.tap != module.cut]
+                assert len(network.graph.find_nodes(op="placeholder")) == 1 + len(read), (task, head, index)
