@@ -51,7 +51,7 @@ def tables(records: Sequence[dict[str, Any]]) -> list[str]:
         scores = [score for score, value in runs[0].items()
                   if score not in _SAID | set(_SETTING) | set(_OPTIONS) and isinstance(value, float)]
         lines += [f"## {name}", "", "| method | k | options | " + " | ".join(scores)
-                  + " | peak of a step | time of a step | seeds | commit |", "|---" * (len(scores) + 7) + "|"]
+                  + " | peak of a step | seeds | commit |", "|---" * (len(scores) + 6) + "|"]
         groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
         for run in runs:
             groups.setdefault((run["method"], run["k"], options(run)), []).append(run)
@@ -62,13 +62,10 @@ def tables(records: Sequence[dict[str, Any]]) -> list[str]:
                 values = [run[score] for run in group]
                 spread = f" ± {(max(values) - min(values)) / 2:.2g}" if len(values) > 1 else ""
                 cells.append(f"{statistics.fmean(values):.4g}{spread}")
-            figures = []
-            for field, unit, name in (("peak_bytes", MIB, "MiB"), ("seconds_a_step", 1e-3, "ms")):
-                value = statistics.fmean(run[field] for run in group)
-                against = (f" ({value / statistics.fmean(run[field] for run in plain):.2f})"
-                           if plain is not None and method != "bp" else "")
-                figures.append(f"{value / unit:.0f} {name}{against}")
-            lines.append(f"| {method} | {k} | {given} | {' | '.join(cells + figures)} | "
+            peak = statistics.fmean(run["peak_bytes"] for run in group)
+            against = (f" ({peak / statistics.fmean(run['peak_bytes'] for run in plain):.2f})"
+                       if plain is not None and method != "bp" else "")
+            lines.append(f"| {method} | {k} | {given} | {' | '.join(cells)} | {peak / MIB:.0f} MiB{against} | "
                          f"{', '.join(str(run['seed']) for run in group)} | "
                          f"{', '.join(sorted({run['commit'] for run in group}))} |")
         devices = ", ".join(sorted({run["device_name"] for run in runs}))
@@ -80,8 +77,8 @@ TEXT = """# Results of training
 
 Written by `python docs/make_results.py` from docs/results.json, one record a run of the programs in examples/. Every
 method goes through the same loop, with the same data in the same order. In brackets: relative to backpropagation in the
-same table; ±: half of the range over seeds. Runs shared two CPU cores with others, so that step times are rough;
-[performance](performance.md) has careful ones.
+same table; ±: half of the range over seeds. Runs shared two CPU cores, so that their times say nothing: for those see
+[performance](performance.md).
 
 """
 
