@@ -29,8 +29,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 import glcan_fx
+from glcan_fx.demo_train import peak_of
 from glcan_fx.estimate import backpropagated, minimised, recompute
-from glcan_fx.memory import PeakMemory
+from glcan_fx.nested import map_tensors
 from glcan_fx.tasks import make_task
 
 METHODS = ("bp", "checkpoint", "dgl", "glcan")
@@ -128,9 +129,6 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit(str(error)) from error
     out = args.out or Path("runs") / f"{experiment.task}-{args.method}-k{plan.k if plan else 1}-s{args.seed}"
     out.mkdir(parents=True, exist_ok=True)
-    if plan is not None:
-        plan.save(out / "plan.html")
-        plan.save(out / "plan.json")
     per_epoch = len(experiment.train) // args.batch_size  # type: ignore[arg-type]
     if per_epoch == 0:
         raise SystemExit(f"{len(experiment.train)} images are less than a batch of {args.batch_size}: choose a "  # type: ignore[arg-type]
@@ -143,12 +141,15 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
         state.load(device)
     else:
         state.begin(args.overwrite)
+    if plan is not None:
+        plan.save(out / "plan.html")
+        plan.save(out / "plan.json")
     task = make_task(experiment.task, None, None)
 
     def step(inputs: Any, targets: Any) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            given = (inputs, targets) if plan is not None or task.result() == "dict" else None
-            result = model(*given) if given else backpropagated(task, model, [inputs], targets)
+            local = plan is not None
+            result = model(inputs, targets) if local else backpropagated(task, model, [inputs], targets)
             loss = minimised(result)
         loss.backward()
         optimizer.step()
@@ -160,10 +161,10 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     batches = _batches(experiment, args, state.step, steps)
     with tqdm(total=steps, initial=state.step, desc=out.name, unit="step", file=sys.stderr, disable=None) as bar:
         for inputs, targets in batches:
-            inputs, targets = _moved(inputs, device), _moved(targets, device)
+            inputs, targets = map_tensors((inputs, targets), lambda tensor: tensor.to(device, non_blocking=True))
             if state.step in _MEASURED:
-                counted = partial(step, inputs, targets)
-                loss, state.peak = _measured(counted, model, optimizer, device, state.peak)
+                loss, peak = peak_of(partial(step, inputs, targets), model, optimizer, device)
+                state.peak = max(state.peak, peak)
             else:
                 begin = time.perf_counter()
                 loss = step(inputs, targets)
@@ -293,26 +294,6 @@ def _batches(experiment: Experiment, args: argparse.Namespace, start: int, stop:
     # a generator of its own: the loader draws from the global one otherwise, once a run, resumed or not
     return DataLoader(_Seeded(experiment.train), batch_sampler=order, collate_fn=experiment.collate,
                       num_workers=args.workers, generator=torch.Generator(), pin_memory=args.device.startswith("cuda"))
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, list | tuple):
-        return [_moved(item, device) for item in value]
-    return {key: _moved(item, device) for key, item in value.items()} if isinstance(value, dict) else value
-
-
-def _measured(
-    step: Callable[[], Tensor], model: nn.Module, optimizer: Any, device: torch.device, before: int
-) -> tuple[Tensor, int]:
-    """A step and its peak memory in bytes."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return step(), max(before, torch.cuda.max_memory_allocated(device))
-    with PeakMemory(model, optimizer) as memory:
-        loss = step()
-    return loss, max(before, memory.bytes)
 
 
 def _identity(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ MEASURE_ONLY_STEPS = 10  # of a method that is measured but not trained
 
 HEAD_LOSSES = ("classification", "bbox_regression")  # RetinaNet's names; a compiled model adds local losses
 
+T = TypeVar("T")
 Losses = dict[str, float]
 Detections = dict[int, dict[str, Tensor]]  # image id -> boxes, scores, labels on the CPU
 
@@ -153,7 +154,7 @@ def train(
         for step, (images, targets) in enumerate(batches, start=1):
             run_step = partial(_training_step, model, optimizer, *_to_device(images, targets, recipe.device))
             if step in measured:
-                losses, peak = _peak_of(run_step, model, optimizer, recipe.device)
+                losses, peak = peak_of(run_step, model, optimizer, recipe.device)
                 outcome.peak_bytes = max(outcome.peak_bytes, peak)
                 outcome.resident_bytes = _resident_bytes(model, optimizer)
             else:
@@ -187,7 +188,7 @@ def train(
     if recipe.memory_batch != recipe.batch_size:
         [batch] = training_batches(train_set, steps=1, batch_size=recipe.memory_batch, seed=recipe.seed)
         run_step = partial(_training_step, model, optimizer, *_to_device(batch[0], batch[1], recipe.device))
-        _, outcome.large_peak_bytes = _peak_of(run_step, model, optimizer, recipe.device)
+        _, outcome.large_peak_bytes = peak_of(run_step, model, optimizer, recipe.device)
     return outcome
 
 
@@ -216,9 +217,9 @@ def _evaluate(model: nn.Module, dataset: CocoFolder, recipe: Recipe, outcome: Ou
     return scores["AP"], scores["AP50"]
 
 
-def _peak_of(
-    step: Callable[[], Losses], model: nn.Module, optimizer: Optimizer, device: torch.device
-) -> tuple[Losses, int]:
+def peak_of(
+    step: Callable[[], T], model: nn.Module, optimizer: Optimizer, device: torch.device
+) -> tuple[T, int]:
     """What `step` returns, and its peak memory in bytes."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

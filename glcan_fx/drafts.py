@@ -153,7 +153,7 @@ def local_module(
                             f"{type(model).__name__} has other features: it was made for another model. Plan again.")
         for given in features:
             tap = next(tap for tap in structure.taps if tap.name == given.tap)
-            module = -1 if tap.node.op == "placeholder" else owner[tap.node]
+            module = _maker(tap, owner)
             if given.source != "synthesised" and (module > index or given.source == "own" and module < index):
                 when, instead = ("later", "synthesised") if module > index else ("earlier", "cache")
                 raise PlanError(f"the plan's module '{real.name}' cannot take '{given.tap}' as {given.source!r}: it is "
@@ -183,10 +183,15 @@ def local_module(
     return info, auxiliary, request
 
 
+def _maker(tap: Tap, owner: dict[fx.Node, int]) -> int:
+    """The local module that makes a tap; -1 for an input."""
+    return -1 if tap.node.op == "placeholder" else owner[tap.node]
+
+
 def _feature(
     structure: Structure, task: Task, tap: Tap, place: Place, owner: dict[fx.Node, int], index: int
 ) -> Feature:
-    module = -1 if tap.node.op == "placeholder" else owner[tap.node]
+    module = _maker(tap, owner)
     state: State = "past" if module < index else "own" if module == index else "future"
     if tap.node.op == "placeholder" or not isinstance(tap.node.meta["value"], Tensor):
         return Feature(tap.name, "cache")

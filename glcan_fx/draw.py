@@ -15,7 +15,7 @@ import graphviz
 from torch import fx
 
 from .errors import PlanError, UnsupportedError
-from .show import common_prefix, heading, kept_bytes, size, span, taps
+from .show import common_prefix, heading, input_sizes, kept_bytes, size, span, taps
 
 if TYPE_CHECKING:
     from .plan import LocalModule, Plan
@@ -68,12 +68,12 @@ def plan_dot(plan: "Plan", depth: str | None = None) -> str:
         edge_attr={"fontname": _FONT, "fontsize": "9", "color": "#444444", "arrowsize": "0.7"},
     )
     rows = list(_rows(plan, depth))
-    colours = _colours(rows)
+    colours = _colours([row.modules[-1].stride for row in rows])
     prefix = common_prefix(plan)
     live = _live(plan)
     operators = _operators(plan) if depth == "operators" else {}
     ends = {index: body.end for index, body in operators.items()}
-    graph.node("input", f"input  {_inputs(plan)}", shape="box", style="rounded", id="input")
+    graph.node("input", f"input  {input_sizes(plan)}", shape="box", style="rounded", id="input")
     stride = 1
     for number, row in enumerate(rows):
         module = row.modules[0]
@@ -119,14 +119,13 @@ def _rows(plan: "Plan", depth: str) -> Iterator[_Row]:
 
 def colours(plan: "Plan") -> list[str]:
     """Of every local module: one hue per resolution."""
-    return _colours([_Row(index, (module,), (0, 0)) for index, module in enumerate(plan.modules)])
+    return _colours([module.stride for module in plan.modules])
 
 
-def _colours(rows: Sequence[_Row]) -> list[str]:
-    found, hue, stride = [], -1, -1
-    for number, row in enumerate(rows):
-        if row.modules[-1].stride != stride:
-            hue, stride = hue + 1, row.modules[-1].stride
+def _colours(strides: Sequence[int]) -> list[str]:
+    found, hue, before = [], -1, -1
+    for number, stride in enumerate(strides):
+        hue, before = hue + (stride != before), stride
         found.append(_HUES[hue % len(_HUES)][number % 2])
     return found
 
@@ -269,10 +268,6 @@ def _title(plan: "Plan") -> str:
     ]
     return (f'<<TABLE BORDER="0" CELLSPACING="9"><TR><TD COLSPAN="{len(legend)}"><FONT POINT-SIZE="14">'
             f"{_text(heading(plan))}</FONT></TD></TR><TR>{''.join(legend)}</TR></TABLE>>")
-
-
-def _inputs(plan: "Plan") -> str:
-    return heading(plan).rpartition("planned for ")[2]
 
 
 def _text(text: str) -> str:

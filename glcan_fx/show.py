@@ -44,10 +44,14 @@ def renderables(plan: "Plan") -> Iterator[RenderableType]:
 
 def heading(plan: "Plan") -> str:
     """What was planned, in a line."""
-    sizes = plan.inputs.values() if isinstance(plan.inputs, dict) else plan.inputs
-    planned = ", ".join("x".join(map(str, value.shape)) if hasattr(value, "shape") else "…" for value in sizes)
     return (f"{plan.model}, task {plan.task}: {plan.k} local modules of {len(plan.natural) + 1} possible, planned for "
-            f"{planned}")
+            f"{input_sizes(plan)}")
+
+
+def input_sizes(plan: "Plan") -> str:
+    """Sizes of the compiled part's inputs."""
+    values = plan.inputs.values() if isinstance(plan.inputs, dict) else plan.inputs
+    return ", ".join("x".join(map(str, value.shape)) if hasattr(value, "shape") else "…" for value in values)
 
 
 def table_rows(plan: "Plan") -> tuple[list[str], list[list[str]], list[str]]:

@@ -95,14 +95,19 @@ def test_a_killed_run_goes_on_with_the_same_numbers(pictures: Path, tmp_path: Pa
 
 def test_other_options_do_not_go_on(pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    call("train_classification", "--data", pictures, *SMALL, "--method", "bp", "--out", out)
+    call("train_classification", "--data", pictures, *SMALL, "--method", "glcan", "--out", out)
     done = subprocess.run([sys.executable, str(EXAMPLES / "train_classification.py"), "--data", str(pictures),
-                           *map(str, SMALL), "--method", "bp", "--seed", "1", "--out", str(out), "--resume"],
+                           *map(str, SMALL), "--method", "glcan", "--seed", "1", "--out", str(out), "--resume"],
                           capture_output=True, text=True)
     assert done.returncode != 0 and "seed: 0 then, 1 now" in done.stderr
     done = subprocess.run([sys.executable, str(EXAMPLES / "train_classification.py"), "--data", str(pictures),
-                           *map(str, SMALL), "--method", "bp", "--out", str(out)], capture_output=True, text=True)
+                           *map(str, SMALL), "--method", "glcan", "--out", str(out)], capture_output=True, text=True)
     assert done.returncode != 0 and "--overwrite" in done.stderr
+    plan = (out / "plan.json").read_bytes()
+    done = subprocess.run([sys.executable, str(EXAMPLES / "train_classification.py"), "--data", str(pictures),
+                           *map(str, SMALL), "--method", "glcan", "--k", "2", "--out", str(out)], capture_output=True,
+                          text=True)
+    assert done.returncode != 0 and (out / "plan.json").read_bytes() == plan  # nothing of the run that is there
     assert (out / "checkpoint.pt").exists() and (out / "metrics.jsonl").exists()
 
 
