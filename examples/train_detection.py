@@ -1,9 +1,10 @@
-"""Train a RetinaNet by backpropagation, checkpointing, DGL or GLCAN, on a COCO-format folder.
+"""Train a RetinaNet by backpropagation, checkpointing, DGL or GLCAN, on a COCO-format or VOC-format folder.
 
     python examples/train_detection.py --data DIR --method glcan --depth 34
 
 DIR holds COCO as it is downloaded (annotations/instances_train2017.json, train2017/, val2017/), or instances_train.json
-and instances_val.json with the images in images/ or beside them. AP, AP50 and AP75 are pycocotools'.
+and instances_val.json with the images in images/ or beside them, or a Pascal VOC folder (Annotations/, JPEGImages/,
+ImageSets/Main/train.txt and val.txt). AP, AP50 and AP75 are pycocotools'.
 """
 
 from __future__ import annotations

@@ -251,9 +251,7 @@ def _data(options: dict[str, Any]) -> tuple[CocoFolder, CocoFolder]:
         written = compose_digits(folder, settings)
         _note(f"{'Composed' if written else 'Found'} {folder}: handwritten digits in photographs.")
     flip = options["data"] is not None  # a mirrored digit is no digit
-    train_set = CocoFolder(
-        folder, "train", image_size=size, flip=flip, limit=options["train_images"], seed=options["seed"]
-    )
+    train_set = CocoFolder(folder, "train", image_size=size, flip=flip, limit=options["train_images"])
     val_set = CocoFolder(folder, "val", image_size=size, limit=options["val_images"])
     dropped = train_set.dropped_boxes + val_set.dropped_boxes
     classes = len(train_set.classes)

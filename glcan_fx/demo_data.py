@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import torch
 from PIL import Image
@@ -16,6 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import tv_tensors
+from torchvision.datasets import VOCDetection
 from torchvision.transforms import v2
 
 from .errors import GlcanFxError
@@ -29,21 +31,22 @@ class DemoError(GlcanFxError):
 
 
 class CocoFolder(Dataset[Any]):
-    """One split of a COCO-format detection folder, resized for fast training.
+    """One split of a COCO-format or VOC-format detection folder, resized for fast training.
 
-    The folder holds `instances_train.json` and `instances_val.json`; an image is looked for in `images/`,
-    `<split>2017/`, `<split>/` and the folder itself. Items are `(image, target)`: image float32 [3, H, W] in
-    0..1 with max(H, W) == image_size; target has `boxes` float32 [N, 4] (x1, y1, x2, y2, pixels of the new
-    size), `labels` int64 [N] in 0..K-1 (contiguous, whatever the category ids) and `image_id`. N may be 0.
-    Boxes without area and, for training, crowd regions are left out.
+    The folder holds `instances_train.json` and `instances_val.json` (or `annotations/instances_train2017.json` ..., as
+    it is downloaded); an image is looked for in `images/`, `<split>2017/`, `<split>/` and the folder itself. A Pascal VOC
+    folder holds `Annotations/`, `JPEGImages/` and `ImageSets/Main/`; its "difficult" objects are crowd regions.
+
+    Items are `(image, target)`: image float32 [3, H, W] in 0..1 with max(H, W) == image_size; target has `boxes`
+    float32 [N, 4] (x1, y1, x2, y2, pixels of the new size), `labels` int64 [N] in 0..K-1 (contiguous, whatever the
+    category ids) and `image_id`. N may be 0. Boxes without area and, for training, crowd regions are left out.
 
     Args:
         folder: the set.
         split: "train" or "val".
         image_size: length of the longer image side in pixels.
-        flip: mirror half of the images at random.
+        flip: mirror half of the images at random; see `reseed`.
         limit: use only the first so many images.
-        seed: of the flips.
     """
 
     def __init__(
@@ -54,14 +57,13 @@ class CocoFolder(Dataset[Any]):
         image_size: int,
         flip: bool = False,
         limit: int | None = None,
-        seed: int = 0,
     ) -> None:
         self.folder, self.split, self.image_size, self.flip = Path(folder), split, image_size, flip
         self.coco, self.dropped_boxes = _read(self.folder, split, limit)
         # Labels come from the training file in every split: the files may list their categories differently.
         categories = self.coco.dataset["categories"]
         if split != "train":
-            categories = _load_json(self.folder, "train")["categories"]
+            categories = _load(self.folder, "train")["categories"]
         categories = sorted(categories, key=lambda category: category["id"])
         self.category_ids: list[int] = [category["id"] for category in categories]
         self.classes: list[str] = [str(category.get("name", category["id"])) for category in categories]
@@ -76,7 +78,7 @@ class CocoFolder(Dataset[Any]):
         self._paths = _find_images(self.folder, split, self.coco.dataset["images"])
         self._cache: dict[int, tuple[Tensor, Target]] = {}
         self._scale: dict[int, tuple[float, float]] = {}
-        self.reseed(seed)
+        self._generator: torch.Generator | None = None
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -97,7 +99,8 @@ class CocoFolder(Dataset[Any]):
         return image, {**target, "boxes": target["boxes"].as_subclass(Tensor)}
 
     def reseed(self, seed: int) -> None:
-        """Restart the sequence of random flips, so that every method sees the same ones."""
+        """Restart the sequence of random flips, so that every method sees the same ones. Until this is called they come
+        from PyTorch's global generator."""
         self._generator = torch.Generator().manual_seed(seed)
 
     def _load(self, index: int) -> tuple[Tensor, Target]:
@@ -148,7 +151,10 @@ class CocoFolder(Dataset[Any]):
         ]
 
 
-def _load_json(folder: Path, split: str) -> dict[str, Any]:
+def _load(folder: Path, split: str) -> dict[str, Any]:
+    """A split's annotations in COCO's format."""
+    if (folder / "Annotations").is_dir() and (folder / "ImageSets" / "Main").is_dir():
+        return _load_voc(folder, split)
     path = folder / f"instances_{split}.json"
     downloaded = folder / "annotations" / f"instances_{split}2017.json"  # as COCO's own archives are unpacked
     if downloaded.is_file() and not path.is_file():
@@ -157,7 +163,7 @@ def _load_json(folder: Path, split: str) -> dict[str, Any]:
         raise DemoError(
             f"{path} is missing. A COCO-format detection set has instances_train.json and instances_val.json"
             " (keys 'images', 'annotations', 'categories') and the images in images/, in train2017/ and"
-            " val2017/, or beside these files."
+            " val2017/, or beside these files; a VOC-format one Annotations/, JPEGImages/ and ImageSets/Main/."
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -171,9 +177,47 @@ def _load_json(folder: Path, split: str) -> dict[str, Any]:
     return content
 
 
+def _load_voc(folder: Path, split: str) -> dict[str, Any]:
+    """The same of a Pascal VOC folder; categories are all that its annotations name, in alphabetical order."""
+    listed = folder / "ImageSets" / "Main" / f"{split}.txt"
+    if not listed.is_file():
+        raise DemoError(f"{listed} is missing: it names the images of the split, one a line.")
+    names = [line.split()[0] for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not names:
+        raise DemoError(f"{listed} lists no images: nothing to train on.")
+    found = {}
+    for path in sorted((folder / "Annotations").glob("*.xml")):
+        try:
+            found[path.stem] = _voc_image(path)
+        except (ElementTree.ParseError, KeyError, TypeError, ValueError) as error:
+            raise DemoError(f"{path} is not a VOC annotation: {error!r}.") from error
+    missing = next((name for name in names if name not in found), None)
+    if missing is not None:
+        raise DemoError(f"{folder / 'Annotations' / missing}.xml is missing, but {listed} lists it.")
+    kinds = sorted({kind for _, boxes in found.values() for kind, _, _ in boxes})
+    number = {kind: index for index, kind in enumerate(kinds, 1)}
+    return {"images": [{"id": index, **found[name][0]} for index, name in enumerate(names, 1)],
+            "annotations": [{"image_id": index, "category_id": number[kind], "bbox": box, "iscrowd": difficult}
+                            for index, name in enumerate(names, 1) for kind, box, difficult in found[name][1]],
+            "categories": [{"id": index, "name": kind} for kind, index in number.items()]}
+
+
+def _voc_image(path: Path) -> tuple[dict[str, Any], list[tuple[str, list[float], int]]]:
+    """An image's entry, and (class, box, difficult) of its objects; VOC's pixels count from 1 and include the last."""
+    content = VOCDetection.parse_voc_xml(ElementTree.parse(path).getroot())["annotation"]
+    entry = {"file_name": content.get("filename", f"{path.stem}.jpg"),
+             **{side: int(content["size"][side]) for side in ("width", "height")}}
+    objects = []
+    for thing in content.get("object", []):
+        left, top, right, bottom = (float(thing["bndbox"][side]) for side in ("xmin", "ymin", "xmax", "ymax"))
+        left, top = max(left - 1, 0.0), max(top - 1, 0.0)
+        objects.append((thing["name"], [left, top, right - left, bottom - top], int(thing.get("difficult", 0))))
+    return entry, objects
+
+
 def _read(folder: Path, split: str, limit: int | None) -> tuple[COCO, int]:
     """The annotation file in the form pycocotools needs, and the number of boxes left out of it."""
-    content = _load_json(folder, split)
+    content = _load(folder, split)
     images = sorted(content["images"], key=lambda image: image["id"])[:limit]
     kept_ids = {image["id"] for image in images}
     annotations: list[dict[str, Any]] = []
@@ -204,7 +248,7 @@ def _read(folder: Path, split: str, limit: int | None) -> tuple[COCO, int]:
 
 
 def _find_images(folder: Path, split: str, images: Sequence[Mapping[str, Any]]) -> list[Path]:
-    places = [folder / "images", folder / f"{split}2017", folder / split, folder]
+    places = [folder / "images", folder / "JPEGImages", folder / f"{split}2017", folder / split, folder]
     paths = []
     for image in images:
         path = next((p / image["file_name"] for p in places if (p / image["file_name"]).is_file()), None)

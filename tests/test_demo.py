@@ -207,6 +207,40 @@ def test_image_folders(tiny: Path, layout: str) -> None:
     assert len(CocoFolder(tiny, "train", image_size=32)) == 2
 
 
+VOC = """<annotation><filename>{name}.png</filename><size><width>40</width><height>20</height><depth>3</depth></size>
+{objects}</annotation>"""
+OBJECT = """<object><name>{0}</name><difficult>{1}</difficult><bndbox><xmin>{2}</xmin><ymin>{3}</ymin><xmax>{4}</xmax>
+<ymax>{5}</ymax></bndbox></object>"""
+
+
+def test_a_voc_folder(tmp_path: Path) -> None:
+    for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (tmp_path / part).mkdir(parents=True)
+    objects = {"one": OBJECT.format("dog", 0, 1, 1, 10, 20) + OBJECT.format("cat", 1, 11, 1, 40, 10),
+               "two": OBJECT.format("cat", 0, 5, 6, 8, 8), "none": ""}
+    for name, inside in objects.items():
+        (tmp_path / "Annotations" / f"{name}.xml").write_text(VOC.format(name=name, objects=inside))
+        Image.new("RGB", (40, 20)).save(tmp_path / "JPEGImages" / f"{name}.png")
+    (tmp_path / "ImageSets/Main/train.txt").write_text("one\nnone\n")
+    (tmp_path / "ImageSets/Main/val.txt").write_text("two\n")
+    train, val = (CocoFolder(tmp_path, split, image_size=40) for split in ("train", "val"))
+    assert train.classes == val.classes == ["cat", "dog"] and len(train) == 2
+    assert train[0][1]["boxes"].tolist() == [[0, 0, 10, 20]] and train[0][1]["labels"].tolist() == [1]  # not difficult
+    assert train[1][1]["boxes"].shape == (0, 4)
+    [found] = val.coco.dataset["annotations"]
+    assert found["bbox"] == [4, 5, 4, 3] and found["category_id"] == 1
+    assert [a["iscrowd"] for a in train.coco.dataset["annotations"]] == [0, 1]
+    (tmp_path / "ImageSets/Main/val.txt").write_text("three\n")
+    with pytest.raises(DemoError, match=r"three\.xml is missing"):
+        CocoFolder(tmp_path, "val", image_size=40)
+    (tmp_path / "Annotations/two.xml").write_text("<annotation><size/></annotation>")
+    with pytest.raises(DemoError, match=r"two\.xml is not a VOC annotation"):
+        CocoFolder(tmp_path, "train", image_size=40)
+    (tmp_path / "ImageSets/Main/train.txt").unlink()
+    with pytest.raises(DemoError, match=r"train\.txt is missing"):
+        CocoFolder(tmp_path, "train", image_size=40)
+
+
 def test_bad_folders_are_explained(tiny: Path) -> None:
     with pytest.raises(DemoError, match=r"instances_train\.json is missing.*annotations"):
         CocoFolder(tiny / "nowhere", "train", image_size=32)

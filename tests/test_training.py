@@ -18,6 +18,7 @@ from glcan_fx import LocalModel
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 METHODS = ("bp", "checkpoint", "dgl", "glcan")
+real = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not here")
 
 
 def program(name: str) -> Any:
@@ -68,29 +69,45 @@ def test_every_method_trains(pictures: Path, tmp_path: Path, method: str) -> Non
     assert any(key.startswith("aux.") for key in kept["model"]) == (method in ("dgl", "glcan"))
 
 
-@pytest.mark.parametrize("method", ["bp", "glcan"])
-def test_a_killed_run_goes_on_with_the_same_numbers(pictures: Path, tmp_path: Path, method: str) -> None:
-    options = ["--data", pictures, *SMALL, "--method", method]
-    call("train_classification", *options, "--out", tmp_path / "whole")
-    command = [sys.executable, str(EXAMPLES / "train_classification.py"), *map(str, options), "--out",
-               str(tmp_path / "parts")]
+def goes_on_after_a_kill(folder: Path, name: str, *options: object) -> None:
+    """A run that is killed after its first checkpoint and resumed has the numbers and weights of a whole one."""
+    call(name, *options, "--out", folder / "whole")
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *map(str, options), "--out", str(folder / "parts")]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
-        kept = tmp_path / "parts" / "checkpoint.pt"
+        kept = folder / "parts" / "checkpoint.pt"
         deadline = time.monotonic() + 120
         while not kept.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
-    first = len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines())
-    assert 1 <= first < 4 and process.returncode == -signal.SIGKILL
-    call("train_classification", *options, "--out", tmp_path / "parts", "--resume")
 
-    def numbers(folder: str) -> list[tuple[float, ...]]:
-        lines = (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
-        return [(line["step"], line["loss"], line["accuracy"], line["peak_bytes"]) for line in map(json.loads, lines)]
+    def numbers(part: str) -> list[dict[str, float]]:
+        lines = (folder / part / "metrics.jsonl").read_text().splitlines()
+        return [{key: value for key, value in json.loads(line).items() if key != "seconds_a_step"} for line in lines]
 
+    assert 1 <= len(numbers("parts")) < len(numbers("whole")) and process.returncode == -signal.SIGKILL
+    call(name, *options, "--out", folder / "parts", "--resume")
     assert numbers("parts") == numbers("whole")
-    states = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=False)["model"] for name in ("whole", "parts")]
+    states = [torch.load(folder / part / "checkpoint.pt", weights_only=False)["model"] for part in ("whole", "parts")]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.parametrize("method", ["bp", "glcan"])
+def test_a_killed_run_goes_on_with_the_same_numbers(pictures: Path, tmp_path: Path, method: str) -> None:
+    goes_on_after_a_kill(tmp_path, "train_classification", "--data", pictures, *SMALL, "--method", method)
+
+
+@real
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train_detection", "train_super_resolution", "train_segmentation"])
+def test_a_killed_run_goes_on_with_every_kind_of_augmentation(tmp_path: Path, name: str) -> None:
+    own: dict[str, list[object]] = {
+        "train_detection": ["--data", SHARED / "detection" / "bccd", "--size", 96, "--channels", 32, "--limit", 32],
+        "train_super_resolution": ["--data", SHARED / "super_resolution" / "T91", "--test",
+                                   SHARED / "super_resolution" / "Set5", "--blocks", 2, "--channels", 16, "--limit", 32,
+                                   "--each", 1],
+        "train_segmentation": ["--data", SHARED / "segmentation" / "camvid", "--limit", 32, "--size", 64, 96,
+                               "--width", 8]}
+    goes_on_after_a_kill(tmp_path, name, *own[name], "--epochs", 3, "--batch-size", 8, "--threads", 1)
 
 
 def test_other_options_do_not_go_on(pictures: Path, tmp_path: Path) -> None:
@@ -155,7 +172,7 @@ def test_psnr_and_ssim_are_the_field_s(tmp_path: Path) -> None:
     assert ssim == pytest.approx((2 * a * b + (0.01 * 255) ** 2) / (a**2 + b**2 + (0.01 * 255) ** 2), abs=1e-4)
 
 
-@pytest.mark.skipif(not (SHARED / "super_resolution").is_dir(), reason="the real data sets are not here")
+@real
 @pytest.mark.parametrize(("scale", "published"), [(2, 33.64), (3, 30.39), (4, 28.42)])
 def test_bicubic_on_set5_is_the_published_number(scale: int, published: float) -> None:
     sr = program("train_super_resolution")
