@@ -34,8 +34,8 @@ class CocoFolder(Dataset[Any]):
     """One split of a COCO-format or VOC-format detection folder, resized for fast training.
 
     The folder holds `instances_train.json` and `instances_val.json` (or `annotations/instances_train2017.json` ..., as
-    it is downloaded); an image is looked for in `images/`, `<split>2017/`, `<split>/` and the folder itself. A Pascal VOC
-    folder holds `Annotations/`, `JPEGImages/` and `ImageSets/Main/`; its "difficult" objects are crowd regions.
+    it is downloaded); an image is looked for in `images/`, `<split>2017/`, `<split>/` and the folder itself. A Pascal
+    VOC folder holds `Annotations/`, `JPEGImages/` and `ImageSets/Main/`; its "difficult" objects are crowd regions.
 
     Items are `(image, target)`: image float32 [3, H, W] in 0..1 with max(H, W) == image_size; target has `boxes`
     float32 [N, 4] (x1, y1, x2, y2, pixels of the new size), `labels` int64 [N] in 0..K-1 (contiguous, whatever the
