@@ -17,7 +17,8 @@ def decoupled(build: Builder, cut: fx.Node, value: fx.Node, end: fx.Node, name: 
 
     Three pointwise convolutions on a map of a quarter of the size, then on its 2 x 2 averages three layers of a
     perceptron and the classifier. Where a map is asked for, the convolutions work at its resolution, or at the module's
-    own where that is coarser, and a fourth one predicts it.
+    own where that is coarser, and a fourth one predicts it. Weights begin at the scale of PyTorch's own initialisation,
+    as in the authors' code.
     """
     structure, channels, dtype = build.structure, build.structure.channels(cut), tensor_of(cut).dtype
     small = structure.spatial(cut)
@@ -32,7 +33,7 @@ def decoupled(build: Builder, cut: fx.Node, value: fx.Node, end: fx.Node, name: 
         nonlocal value
         with structure.trace.mode if build.draft else nullcontext():
             made = kind(*sizes, **options)
-        value = build.add(f"{name}.{part}", made, value, fresh=isinstance(made, nn.Conv2d | nn.Linear))
+        value = build.add(f"{name}.{part}", made, value)
 
     if classifies:
         layer(nn.AdaptiveAvgPool2d, "pool", tuple(-(-size // 4) for size in small))

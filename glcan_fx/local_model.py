@@ -188,6 +188,16 @@ class LocalModel(fx.GraphModule):
             {"params": [p for p in self.parameters() if id(p) not in own], "lr": lr if aux_lr is None else aux_lr},
         ]
 
+    def parameters_by_module(self) -> dict[str, list[nn.Parameter]]:
+        """The original model's parameters by the local module that trains them first; names are the plan's. The last
+        module has the neck and head, and what no other trains."""
+        left = {id(p): p for p in self.original.parameters()}
+        found = {
+            info.name: [left.pop(id(p)) for p in parameters_of([(self.original, path) for path in _targets(
+                self.graph, index)]) if id(p) in left]
+            for index, info in enumerate(self.plan.modules[:-1])}
+        return {**found, self.plan.modules[-1].name: list(left.values())}
+
     def optimizer_in_forward(
         self, make: Callable[..., Optimizer], *, max_norm: float | None = None, **options: Any
     ) -> OptimizerInForward:

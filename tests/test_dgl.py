@@ -56,6 +56,8 @@ def test_is_the_published_one() -> None:
     channels = shape[1]
     assert [tuple(part.weight.shape[:2]) for part in layers if not isinstance(part, nn.AdaptiveAvgPool2d)] == [
         (channels, channels)] * 3 + [(4 * channels, 4 * channels)] * 3 + [(5, 4 * channels)]
+    for part in layers[1:4] + layers[5:]:  # as large as PyTorch makes them
+        assert part.weight.std().item() == pytest.approx((3 * part.weight[0].numel()) ** -0.5, rel=0.15)
 
 
 def test_what_it_cannot_do_is_said() -> None:

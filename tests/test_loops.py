@@ -831,6 +831,16 @@ def test_parameter_groups(k):
         torch.testing.assert_close(parameter.detach(), before[name] - rate * parameter.grad)
 
 
+@pytest.mark.parametrize("k", ["natural", 2, 1])
+def test_parameters_by_module(k):
+    local = build(k=k)
+    by_module = local.parameters_by_module()
+    assert list(by_module) == [module.name for module in local.plan.modules]
+    assert sorted(map(id, sum(by_module.values(), []))) == sorted(map(id, local.original.parameters()))
+    for module in local.plan.modules:
+        assert sum(p.numel() for p in by_module[module.name]) == module.parameters
+
+
 def test_the_optimizer_moves_the_users_model():
     torch.manual_seed(0)
     model = Net()
