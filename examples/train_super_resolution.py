@@ -135,7 +135,7 @@ def main() -> None:
     sets = {folder.name: test_pairs(folder, args.scale) for folder in args.test}
 
     def scores(make: Any) -> dict[str, float]:
-        found = {}
+        found: dict[str, float] = {}
         for name, pairs in sets.items():
             values = [compare(make(low), high, args.scale) for high, low in pairs]
             found |= {f"{kind} {name}": sum(column) / len(values)

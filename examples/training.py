@@ -79,6 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, folders: bool = False, **d
     method.add_argument("--aux-width", type=float, metavar="W", help="their relative channels, 0 to 1")
     method.add_argument("--aux-depth", type=int, default=0, metavar="N", help="trunk blocks in them (%(default)s)")
     method.add_argument("--aux-stride", type=int, metavar="N", help="finest level of a detector in them")
+    method.add_argument("--aux-lr", type=float, default=1.0, metavar="F",
+                        help="their learning rate, relative (%(default)s)")
     method.add_argument("--memory-budget", metavar="6GiB", help="plan for a step in so much")
     method.add_argument("--no-cache", action="store_true", help="ablation: no feature comes from the cache")
     output = parser.add_argument_group("output")
@@ -87,6 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, folders: bool = False, **d
     kept.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     kept.add_argument("--overwrite", action="store_true", help="begin anew where --out holds a run already")
     output.add_argument("--evaluate-every", type=int, default=1, metavar="EPOCHS", help="(%(default)s)")
+    output.add_argument("--cosines", action="store_true", help="with each evaluation, between every local module's "
+                        "gradient and backpropagation's; takes backpropagation's memory")
 
 
 def prepared(experiment: Experiment, args: argparse.Namespace) -> tuple[nn.Module, glcan_fx.Plan | None]:
@@ -117,6 +121,24 @@ class OwnOnly(glcan_fx.Rules):
         return "own" if state == "own" else "synthesised"
 
 
+def cosines(task: Any, model: glcan_fx.LocalModel, inputs: Any, targets: Any) -> dict[str, float]:
+    """Between the gradients that a local module's own loss and backpropagation give its parameters, by its name."""
+    modules = model.parameters_by_module()
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    found: list[dict[str, Tensor]] = []
+    for result in (partial(backpropagated, task, model.original, [inputs], targets), partial(model, inputs, targets)):
+        model.zero_grad()
+        with torch.random.fork_rng():
+            minimised(result()).backward()
+        found.append({name: torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
+                                       for p in parameters]) for name, parameters in modules.items() if parameters})
+        for buffer, value in buffers:
+            buffer.copy_(value)
+    model.zero_grad()
+    own, plain = found[1], found[0]
+    return {name: torch.nn.functional.cosine_similarity(own[name], plain[name], 0).item() for name in own}
+
+
 def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     """Train, evaluate, and write metrics.jsonl, curves.png, plan.html, checkpoint.pt and record.json to ``args.out``;
     returns the record."""
@@ -134,8 +156,13 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit(f"{len(experiment.train)} images are less than a batch of {args.batch_size}: choose a "  # type: ignore[arg-type]
                          "smaller --batch-size")
     steps = max(1, round(args.epochs * per_epoch))
-    optimizer = experiment.optimizer([p for p in model.parameters() if p.requires_grad], args.lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, steps, pct_start=0.2)
+    groups = (model.parameter_groups(args.lr, args.lr * args.aux_lr) if isinstance(model, glcan_fx.LocalModel)
+              else [{"params": list(model.parameters()), "lr": args.lr}])
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p.requires_grad]
+    optimizer = experiment.optimizer(groups, args.lr)
+    rates = [group["lr"] for group in groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps, pct_start=0.2)
     state = _State(out, model, optimizer, schedule, _identity(experiment, args))
     if args.resume:
         state.load(device)
@@ -189,9 +216,11 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
                 with torch.no_grad():
                     quality = experiment.evaluate(model, device)
                 model.train()
+                aligned = ({"cosines": cosines(task, model, inputs, targets)}
+                           if args.cosines and isinstance(model, glcan_fx.LocalModel) else {})
                 state.note({"step": state.step, "epoch": state.step / per_epoch, "peak_bytes": state.peak,
                             "loss": statistics.fmean(state.losses[-per_epoch:]), "seconds_a_step": state.seconds,
-                            **quality})
+                            **quality, **aligned})
                 said = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
                 bar.write(f"epoch {state.step / per_epoch:g}: {said}", file=sys.stderr)
                 state.save()
@@ -299,7 +328,7 @@ def _batches(experiment: Experiment, args: argparse.Namespace, start: int, stop:
 def _identity(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     """What a run is a function of."""
     kept = {key: json.loads(json.dumps(value, default=str)) for key, value in vars(args).items()
-            if key not in ("out", "resume", "overwrite", "workers", "threads", "evaluate_every")}
+            if key not in ("out", "resume", "overwrite", "workers", "threads", "evaluate_every", "cosines")}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
                             text=True).stdout.strip()
     device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else platform.machine()

@@ -160,6 +160,18 @@ def test_evaluation_runs_no_auxiliary_network_and_all_of_them_learn(pictures: Pa
         torch.equal(p, before[str(index)]) for index, p in enumerate(trained))
 
 
+def test_cosines_between_local_and_backpropagated_gradients(pictures: Path, tmp_path: Path) -> None:
+    """The last module's gradient is backpropagation's; looking changes nothing of the run."""
+    out = tmp_path / "run"
+    options = ["--data", pictures, *SMALL, "--method", "glcan", "--aux-lr", 2]
+    plain = call("train_classification", *options, "--out", tmp_path / "plain")
+    record = call("train_classification", *options, "--cosines", "--out", out)
+    names = [module["name"] for module in json.loads((out / "plan.json").read_text())["modules"]]
+    assert list(record["cosines"]) == names and record["cosines"][names[-1]] == pytest.approx(1, abs=1e-4)
+    assert all(-1 <= value < 0.999 for name, value in record["cosines"].items() if name != names[-1])
+    assert record["loss"] == plain["loss"] and record["accuracy"] == plain["accuracy"]
+
+
 def test_psnr_and_ssim_are_the_field_s(tmp_path: Path) -> None:
     """On an image and a copy that is brighter by 10 of 255: known in closed form."""
     sr = program("train_super_resolution")
