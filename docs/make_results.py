@@ -6,10 +6,13 @@
 
 import argparse
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from matplotlib import rcParams
 
 HERE = Path(__file__).parent
 RECORDS, PAGE = HERE / "results.json", HERE / "results.md"
@@ -18,7 +21,7 @@ _SAID = {"task", "data", "test", "method", "k", "k_asked", "seed", "device", "de
          "step", "epoch", "peak_bytes", "loss", "seconds_a_step", "recipe", "amp"}
 _SETTING = ("limit", "epochs", "batch_size", "lr", "depth", "size", "short", "channels", "blocks", "patch", "each",
             "scale", "model", "width", "classes", "stock")
-_OPTIONS = ("head", "aux_width", "aux_depth", "aux_stride", "memory_budget", "no_cache")
+_OPTIONS = ("head", "aux_width", "aux_depth", "aux_stride", "aux_lr", "memory_budget", "no_cache")
 _METHODS = ("bp", "checkpoint", "dgl", "glcan")
 MIB = 2**20
 
@@ -40,7 +43,8 @@ def setting(record: dict[str, Any]) -> str:
 
 def options(record: dict[str, Any]) -> str:
     """What of the method was asked for."""
-    given = [f"{name.replace('_', ' ')} {record[name]}" for name in _OPTIONS if record.get(name)]
+    given = [name.replace("_", " ") if record[name] is True else f"{name.replace('_', ' ')} {record[name]}"
+             for name in _OPTIONS if record.get(name) and (name, record[name]) != ("aux_lr", 1.0)]
     return ", ".join(given) or "–"
 
 
@@ -52,7 +56,7 @@ def tables(records: Sequence[dict[str, Any]]) -> list[str]:
                   if score not in _SAID | set(_SETTING) | set(_OPTIONS) and isinstance(value, float)]
         lines += [f"## {name}", "", "| method | k | options | " + " | ".join(scores)
                   + " | peak of a step | seeds | commit |", "|---" * (len(scores) + 6) + "|"]
-        groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+        groups: Groups = {}
         for run in runs:
             groups.setdefault((run["method"], run["k"], options(run)), []).append(run)
         plain = next((group for (method, _, _), group in groups.items() if method == "bp"), None)
@@ -69,8 +73,53 @@ def tables(records: Sequence[dict[str, Any]]) -> list[str]:
                          f"{', '.join(str(run['seed']) for run in group)} | "
                          f"{', '.join(sorted({run['commit'] for run in group}))} |")
         devices = ", ".join(sorted({run["device_name"] for run in runs}))
-        lines += ["", f"Device: {devices}, torch {', '.join(sorted({run['torch'] for run in runs}))}.", ""]
+        lines += ["", *curves(name, scores[0], groups), *alignment(groups)]
+        lines += [f"Device: {devices}, torch {', '.join(sorted({run['torch'] for run in runs}))}.", ""]
     return lines
+
+
+Groups = dict[tuple[str, int, str], list[dict[str, Any]]]
+
+
+def said(method: str, k: int, given: str) -> str:
+    return method if method in ("bp", "checkpoint") else f"{method} k={k}" + (f", {given}" if given != "–" else "")
+
+
+def curves(name: str, score: str, groups: Groups) -> list[str]:
+    """Draws the score over the epochs, the mean of the seeds, of what was trained without options."""
+    from matplotlib.figure import Figure
+
+    drawn = {key: group for key, group in groups.items() if key[2] == "–" and all(run.get("curve") for run in group)}
+    if len(drawn) < 2:
+        return []
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    styles = {"bp": "-", "checkpoint": ":", "dgl": "--", "glcan": "-"}
+    for key, group in sorted(drawn.items(), key=lambda item: (_METHODS.index(item[0][0]), item[0][1])):
+        epochs = [point[0] for point in group[0]["curve"]]
+        runs = [[value for _, value in run["curve"]] for run in group]
+        means = [statistics.fmean(values) for values in zip(*runs, strict=True)]
+        axes.plot(epochs, means, styles[key[0]], label=said(*key), color="black" if key[0] == "bp" else None)
+    axes.set(xlabel="epoch", ylabel=score)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    file = "results-" + re.sub("[^a-z0-9]+", "-", name.partition(":")[0].lower()) + ".svg"
+    rcParams["svg.hashsalt"] = "glcan_fx"
+    figure.savefig(HERE / "pictures" / file, metadata={"Date": None})
+    return [f"![{score} over the epochs](pictures/{file})", ""]
+
+
+def alignment(groups: Groups) -> list[str]:
+    """Cosines between the gradients of local losses and of backpropagation, at the end of training."""
+    lines = []
+    for key, group in groups.items():
+        found = [run["cosines"] for run in group if "cosines" in run]
+        if found:
+            means = [statistics.fmean(values) for values in zip(*(run.values() for run in found), strict=True)]
+            lines.append(f"| {said(*key)} | {' '.join(f'{mean:.2f}' for mean in means[:-1])} |")
+    head = ["Cosine between the gradients of the local losses and of backpropagation, on one batch at the end, from "
+            "the first module on:", "", "| | modules |", "|---|---|"]
+    return [*head, *lines, ""] if lines else []
 
 
 TEXT = """# Results of training
@@ -91,6 +140,9 @@ def main() -> None:
         record = json.loads((folder / "record.json").read_text())
         record = {name: value for name, value in record.items() if name not in ("out", "step", "loss")}
         data = record["data"] if isinstance(record["data"], list) else [record["data"]]
+        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        first = next(name for name, value in metrics[0].items() if name not in _SAID and isinstance(value, float))
+        record["curve"] = [[line["epoch"], round(line[first], 4)] for line in metrics]
         record["data"] = [Path(path).name for path in data]
         if "test" in record:
             record["test"] = [Path(path).name for path in record["test"]]
