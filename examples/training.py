@@ -78,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, folders: bool = False, **d
     method.add_argument("--head", choices=("full", "light", "lean"), help="of auxiliary networks")
     method.add_argument("--aux-width", type=float, metavar="W", help="their relative channels, 0 to 1")
     method.add_argument("--aux-depth", type=int, default=0, metavar="N", help="trunk blocks in them (%(default)s)")
+    method.add_argument("--aux-hidden", type=int, metavar="N", help="layers in them in front of the predictions")
     method.add_argument("--aux-stride", type=int, metavar="N", help="finest level of a detector in them")
     method.add_argument("--aux-lr", type=float, default=1.0, metavar="F",
                         help="their learning rate, relative (%(default)s)")
@@ -108,7 +109,8 @@ def prepared(experiment: Experiment, args: argparse.Namespace) -> tuple[nn.Modul
         recompute(model, plan.known.blocks[1])
         return model, None
     options: dict[str, Any] = {"method": "dgl"} if args.method == "dgl" else {
-        "head": args.head, "aux_width": args.aux_width, "aux_depth": args.aux_depth, "aux_stride": args.aux_stride,
+        "head": args.head, "aux_width": args.aux_width, "aux_depth": args.aux_depth,
+        "aux_hidden": args.aux_hidden, "aux_stride": args.aux_stride,
         "memory_budget": args.memory_budget, "rules": OwnOnly() if args.no_cache else None}
     local = glcan_fx.transform(model, k=k, task=experiment.task, example_inputs=example, **options)
     return local, local.plan

@@ -19,14 +19,16 @@ Method = Literal["glcan", "dgl"]
 class Options:
     """How auxiliary networks are built.
 
-    depth: trunk blocks kept; width: relative channels; head: see above; stride: output levels of smaller strides are
-    left out, where there are others; share_predictors: copies of the same layers of the tail, or of the head, that have
-    the same shapes are one module in all auxiliary networks; method: "dgl" makes those of decoupled greedy learning, of
-    which depth, width and stride do not decide anything. Of the last module: fused: it computes losses in the
-    memory-saving way that the copies do; slices: its end and its loss run in so many slices of the batch.
+    depth: trunk blocks kept; hidden: layers in front of what is copied of the tail; width: relative channels; head: see
+    above; stride: output levels of smaller strides are left out, where there are others; share_predictors: copies of
+    the same layers of the tail, or of the head, that have the same shapes are one module in all auxiliary networks;
+    method: "dgl" makes those of decoupled greedy learning, of which depth, hidden, width and stride do not decide
+    anything. Of the last module: fused: it computes losses in the memory-saving way that the copies do; slices: its end
+    and its loss run in so many slices of the batch.
     """
 
     depth: int = 0
+    hidden: int = 0
     width: float = 1.0
     head: Head = "light"
     stride: int = 1

@@ -51,6 +51,7 @@ class _Request:
     rules: Rules | None = None
     method: Method = "glcan"
     aux_depth: int = 0
+    aux_hidden: int | None = None
     aux_width: float | None = None
     aux_stride: int | None = None
     head: Head | None = None
@@ -78,6 +79,7 @@ def plan(
     rules: Rules | None = None,
     method: Method = "glcan",
     aux_depth: int = 0,
+    aux_hidden: int | None = None,
     aux_width: float | None = None,
     aux_stride: int | None = None,
     head: Head | None = None,
@@ -89,8 +91,8 @@ def plan(
 ) -> Plan:
     """Decide how ``model`` is cut into local modules and what their auxiliary networks are; changes nothing.
 
-    What is left out of ``aux_width``, ``aux_stride`` and ``head`` is chosen: the richest auxiliary networks with which
-    a training step takes no more compute than backpropagation's.
+    What is left out of ``aux_hidden``, ``aux_width``, ``aux_stride`` and ``head`` is chosen: the richest auxiliary
+    networks with which a training step takes no more compute than backpropagation's.
 
     Args:
         model: any module that runs, on any device, in either mode; `plan.report` says how it was captured.
@@ -104,7 +106,9 @@ def plan(
         rules: the selection rules Γ.
         method: "glcan", or "dgl": auxiliary networks on each module's own output alone, decoupled greedy learning's
             (Belilovsky et al. 2020, arXiv 1901.08164), to compare with.
-        aux_depth: trunk blocks that each auxiliary network keeps.
+        aux_depth: trunk blocks that each auxiliary network keeps, as copies.
+        aux_hidden: layers (convolution, norm, activation) in each auxiliary network in front of what it copies of the
+            tail; on half the size where the mean over all places follows.
         aux_width: its relative channels, in (0, 1]; 1 is the paper's.
         aux_stride: a detector's levels of smaller strides are left out of it, where there are others; 1 keeps all.
         head: "full" copies neck and head as they are (the paper's), "light" without their shape-keeping towers, "lean"
@@ -122,8 +126,8 @@ def plan(
     Raises TraceError, PlanError.
     """
     return _plan(model, _Request(
-        k, task, example_inputs, example_targets, criterion, rules, method, aux_depth, aux_width, aux_stride, head,
-        fused_loss, slices, share_predictors, memory_budget, optimizer))[0]
+        k, task, example_inputs, example_targets, criterion, rules, method, aux_depth, aux_hidden, aux_width,
+        aux_stride, head, fused_loss, slices, share_predictors, memory_budget, optimizer))[0]
 
 
 def transform(
@@ -139,6 +143,7 @@ def transform(
     rules: Rules | None = None,
     method: Method = "glcan",
     aux_depth: int = 0,
+    aux_hidden: int | None = None,
     aux_width: float | None = None,
     aux_stride: int | None = None,
     head: Head | None = None,
@@ -157,8 +162,8 @@ def transform(
     ``plan()``. ``verify``: run the captured graph beside the model, on random values at two batch sizes, where that
     takes about a second; a difference is a TraceError. Raises TraceError, PlanError.
     """
-    request = _Request(k, task, example_inputs, example_targets, criterion, rules, method, aux_depth, aux_width,
-                       aux_stride, head, fused_loss, slices, share_predictors, memory_budget, optimizer)
+    request = _Request(k, task, example_inputs, example_targets, criterion, rules, method, aux_depth, aux_hidden,
+                       aux_width, aux_stride, head, fused_loss, slices, share_predictors, memory_budget, optimizer)
     if plan is None:
         chosen, build = _plan(model, request)
         return build(verify)
@@ -242,8 +247,9 @@ def apply(
 
 def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], LocalModel]]:
     """The plan, and what builds it from what planning has found out already."""
-    choices = candidates(depth=request.aux_depth, width=request.aux_width, stride=request.aux_stride, head=request.head,
-                         share_predictors=request.share_predictors, method=request.method)
+    choices = candidates(depth=request.aux_depth, hidden=request.aux_hidden, width=request.aux_width,
+                         stride=request.aux_stride, head=request.head, share_predictors=request.share_predictors,
+                         method=request.method)
     _check(model, replace(choices[0], slices=request.slices))
     made = make_task(request.task, request.criterion, request.rules)
     made.begin(model)
@@ -377,6 +383,8 @@ def _check_options(options: Options) -> None:
     depth, width, stride = options.depth, options.width, options.stride
     if isinstance(depth, bool) or not isinstance(depth, int) or depth < 0:
         raise PlanError(f"aux_depth={depth!r}: a number of blocks, 0 or more")
+    if isinstance(options.hidden, bool) or not isinstance(options.hidden, int) or options.hidden < 0:
+        raise PlanError(f"aux_hidden={options.hidden!r}: a number of layers, 0 or more")
     if isinstance(width, bool) or not isinstance(width, int | float) or not 0 < width <= 1:
         raise PlanError(f"aux_width={width!r}: relative channels, above 0 and at most 1")
     if isinstance(stride, bool) or not isinstance(stride, int) or stride < 1:

@@ -131,6 +131,7 @@ def settings(plan: "Plan") -> list[str]:
         lines.append("Auxiliary networks: decoupled greedy learning's, on each module's own output.")
     elif plan.k > 1:
         kept = f", {options.depth} blocks" if options.depth else ""
+        kept += f", {options.hidden} hidden layer{'s' * (options.hidden > 1)}" if options.hidden else ""
         fewer = options.stride > 1 and plan.modules[0].levels
         levels = f", levels of stride {options.stride} and more" if fewer else ""
         shared = ", shared predictors" if options.share_predictors else ""

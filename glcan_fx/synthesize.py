@@ -103,17 +103,22 @@ def _collaborative(
     direct = _direct(build.structure, cut, tail) if options.head == "lean" and outputs_are_predictions else None
     if direct is not None:
         focal = [build.input(tap.node) for tap in build.structure.taps if tap.name in sources and tap.node is not cut]
-        _predict_directly(build, cut, own, focal, *direct)
+        _predict_directly(build, cut, own, focal, options, *direct)
         return
-    missing = []
+    missing, learning = [], []
     for tap in build.structure.taps:
         if tap.node not in tail.taps:
             continue
-        if sources.get(tap.name, "cache") == "synthesised":
+        source = sources.get(tap.name, "cache")
+        if source == "synthesised":
             missing.append(tap.node)
         else:
             build.input(tap.node)
+        if source != "cache":
+            learning.append(tap.node)
     _synthesise_taps(build, cut, own, missing, options, outputs_are_predictions)
+    for node in learning:
+        build.values[node] = _hidden(build, node, build.values[node], options, _is_averaged(build, node, tail))
     _copy_tail(build, tail, options.head != "full")
 
 
@@ -263,13 +268,16 @@ def _behind(tail: Tail, made: list[fx.Node]) -> list[fx.Node]:
 
 
 def _predict_directly(
-    build: Builder, cut: fx.Node, own: fx.Node, focal: Sequence[fx.Node], made: list[fx.Node], behind: list[fx.Node]
+    build: Builder, cut: fx.Node, own: fx.Node, focal: Sequence[fx.Node], options: Options, made: list[fx.Node],
+    behind: list[fx.Node]
 ) -> None:
     """One convolution on the module's own output, and the focal features added to it, for each of the network's maps,
     at the output's resolution."""
     value = own
     for feature in focal:
         value = build.graph.call_function(operator.add, (value, feature))
+    build.full.add("hidden_" + cut.name)  # the predictions take all channels
+    value = _hidden(build, cut, value, options, averaged=False)
     for index, node in enumerate(made):
         build.values[node] = _prediction(build, cut, node, value, f"predict{index}")
     for node in behind:
@@ -383,8 +391,7 @@ def _sampled_blocks(structure: Structure, way: list[fx.Node], depth: int) -> set
     blocks = [end for start, end in pairwise(way) if structure.shape(start) == structure.shape(end)]
     if depth >= len(blocks):
         return set(blocks) if depth else set()
-    return {blocks[round((j + 1) * (len(blocks) - 1) / depth)] if depth > 1 else blocks[len(blocks) // 2]
-            for j in range(depth)}
+    return {blocks[round((j + 1) * (len(blocks) - 1) / depth)] for j in range(depth)}
 
 
 def _can_shorten(structure: Structure, start: fx.Node, end: fx.Node) -> bool:
@@ -470,16 +477,75 @@ def _stage(
                           fresh=True)
     if last_out:
         value = _move_axis(build, value, rank, to_last=True)
+    return _normalised(build, value, name, target, norm, activation)
+
+
+def _normalised(
+    build: Builder, value: fx.Node, name: str, channels: int, norm: fx.Node | None, activation: fx.Node | str | None
+) -> fx.Node:
+    """Copies of a norm layer, at another width, and of an activation."""
     if norm is not None:
         new = build.clone(str(norm.target))
         own: Moments = {} if build.draft else moments(new)  # those of the source, whatever its width
-        if not fits(new, target):
-            set_width(new, target)
+        if not fits(new, channels):
+            set_width(new, channels)
         value = build.add(f"{name}.norm", new, value)
         build.moments.update({f"{name}.norm.{k}": v for k, v in own.items()})
     if activation is not None:
         value = _activate(build, activation, value, f"{name}.activation")
     return value
+
+
+GRID = 3
+"""Places on a side of a map before its mean is taken, so that each layer still has some (batch statistics)."""
+
+
+def _hidden(build: Builder, tap: fx.Node, value: fx.Node, options: Options, averaged: bool) -> fx.Node:
+    """``options.hidden`` layers, of a convolution and the trunk's kinds of norm and activation, on ``value``, which
+    stands for ``tap``.
+
+    A map keeps its size: 3x3 convolutions. What is ``averaged`` next becomes small first, and the layers a perceptron
+    on it, which costs next to nothing (after Belilovsky et al. 2020, arXiv 1901.08164, section 4.1).
+    """
+    structure, channels, dtype = build.structure, build.structure.channels(tap), tensor_of(tap).dtype
+    rank, last = len(structure.spatial(tap)), tap in build.structure.channels_last
+    if not options.hidden or rank == 0:
+        return value
+    start = structure.chain[0]
+    region = set(_region(structure, start, tap))
+    norm, activation = _kinds(structure, region, _heaviest_path(structure, region, start, tap), tap)
+    for index in range(options.hidden):
+        name = f"hidden_{tap.name}.layer{index}"
+        conv = partial(_conv, build, rank, dtype)
+        kernel, depthwise = (1 if averaged or rank == 1 else 3), options.head == "lean"
+        if last:
+            value = _move_axis(build, value, rank, to_last=False)
+        if averaged and index == 0 and all(size >= GRID for size in structure.spatial(tap)):
+            pool = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}[rank]
+            value = build.add(f"hidden_{tap.name}.pool", pool(GRID), value)
+            kernel, depthwise = 2, False
+        if depthwise and kernel > 1:
+            one = conv(False, channels, channels, kernel_size=kernel, padding=kernel // 2, groups=channels)
+            value = build.add(f"{name}.depthwise", one, value, fresh=True)
+            kernel = 1
+        made = conv(norm is None, channels, channels, kernel_size=kernel, padding=kernel // 2 if kernel != 2 else 0)
+        value = build.add(f"{name}.conv", made, value, fresh=True)
+        if last:
+            value = _move_axis(build, value, rank, to_last=True)
+        value = _normalised(build, value, name, channels, norm, activation)
+    return value
+
+
+def _is_averaged(build: Builder, tap: fx.Node, tail: Tail) -> bool:
+    """Whether all that reads a tap's values takes their mean over all places."""
+    def mean(user: fx.Node) -> bool:
+        module = build.structure.trace.module(user)
+        name = user.target if module is None else type(module).__name__
+        name = (name if isinstance(name, str) else getattr(name, "__name__", "")).lower().replace("_", "")
+        return ("mean" in name or "adaptiveavgpool" in name) and _is_map(user) and build.structure.positions(user) <= 1
+
+    readers = [user for user in tap.users if user in tail.nodes and not is_size(user)]
+    return bool(readers) and all(map(mean, readers))
 
 
 def _heaviest_path(structure: Structure, region: set[fx.Node], start: fx.Node, end: fx.Node) -> list[fx.Node]:
