@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, folders: bool = False, **d
     method.add_argument("--head", choices=("full", "light", "lean"), help="of auxiliary networks")
     method.add_argument("--aux-width", type=float, metavar="W", help="their relative channels, 0 to 1")
     method.add_argument("--aux-depth", type=int, default=0, metavar="N", help="trunk blocks in them (%(default)s)")
-    method.add_argument("--aux-hidden", type=int, metavar="N", help="layers in them in front of the predictions")
+    method.add_argument("--aux-hidden", type=int, metavar="N", help="layers in them in front of a mean over all places")
     method.add_argument("--aux-stride", type=int, metavar="N", help="finest level of a detector in them")
     method.add_argument("--aux-lr", type=float, default=1.0, metavar="F",
                         help="their learning rate, relative (%(default)s)")

@@ -19,7 +19,7 @@ Method = Literal["glcan", "dgl"]
 class Options:
     """How auxiliary networks are built.
 
-    depth: trunk blocks kept; hidden: layers in front of what is copied of the tail; width: relative channels; head: see
+    depth: trunk blocks kept; hidden: layers in front of a mean over all places; width: relative channels; head: see
     above; stride: output levels of smaller strides are left out, where there are others; share_predictors: copies of
     the same layers of the tail, or of the head, that have the same shapes are one module in all auxiliary networks;
     method: "dgl" makes those of decoupled greedy learning, of which depth, hidden, width and stride do not decide

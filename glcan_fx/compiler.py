@@ -26,10 +26,10 @@ from .local_model import LocalModel, assemble, is_compiled
 from .nested import map_tensors
 from .partition import K, partition
 from .plan import Plan
-from .planner import Savings, candidates, in_bytes, richest, within_budget
+from .planner import EXTRA_COMPUTE, EXTRA_MEMORY, Savings, candidates, in_bytes, richest, within_budget
 from .replay import Call, Segments, arguments_of, calls_of, surroundings
 from .rules import Rules
-from .synthesize import share
+from .synthesize import averages, share
 from .tasks import Spec, Task, make_task, specs
 from .tasks.around import Around
 from .tasks.base import Criterion
@@ -92,7 +92,8 @@ def plan(
     """Decide how ``model`` is cut into local modules and what their auxiliary networks are; changes nothing.
 
     What is left out of ``aux_hidden``, ``aux_width``, ``aux_stride`` and ``head`` is chosen: the richest auxiliary
-    networks with which a training step takes no more compute than backpropagation's.
+    networks with which a training step takes at most 5 % more compute than backpropagation's, within a
+    ``memory_budget`` no more, and whose weights add at most a tenth to its memory.
 
     Args:
         model: any module that runs, on any device, in either mode; `plan.report` says how it was captured.
@@ -107,8 +108,8 @@ def plan(
         method: "glcan", or "dgl": auxiliary networks on each module's own output alone, decoupled greedy learning's
             (Belilovsky et al. 2020, arXiv 1901.08164), to compare with.
         aux_depth: trunk blocks that each auxiliary network keeps, as copies.
-        aux_hidden: layers (convolution, norm, activation) in each auxiliary network in front of what it copies of the
-            tail; on half the size where the mean over all places follows.
+        aux_hidden: layers (convolution, norm, activation) that each auxiliary network has in front of the mean over all
+            places, where the tail begins with one (classifiers).
         aux_width: its relative channels, in (0, 1]; 1 is the paper's.
         aux_stride: a detector's levels of smaller strides are left out of it, where there are others; 1 keeps all.
         head: "full" copies neck and head as they are (the paper's), "light" without their shape-keeping towers, "lean"
@@ -247,9 +248,11 @@ def apply(
 
 def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], LocalModel]]:
     """The plan, and what builds it from what planning has found out already."""
-    choices = candidates(depth=request.aux_depth, hidden=request.aux_hidden, width=request.aux_width,
-                         stride=request.aux_stride, head=request.head, share_predictors=request.share_predictors,
-                         method=request.method)
+    given: dict[str, Any] = {
+        "depth": request.aux_depth, "hidden": request.aux_hidden, "width": request.aux_width,
+        "stride": request.aux_stride, "head": request.head, "share_predictors": request.share_predictors,
+        "method": request.method}
+    choices = candidates(**given)
     _check(model, replace(choices[0], slices=request.slices))
     made = make_task(request.task, request.criterion, request.rules)
     made.begin(model)
@@ -278,6 +281,11 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
             return in_segments(calls, found)
         structure, made, inputs = found
 
+    averaged = averages(structure)
+    if request.aux_hidden and not averaged:
+        raise PlanError(f"aux_hidden={request.aux_hidden}: {type(model).__name__} takes no mean over all places behind "
+                        "its trunk, so there are no hidden layers in front of one. Leave it out.")
+    choices = candidates(averaged=averaged, **given)
     drafts = Drafts(structure, model, made)
     units, refused = structure.units, {}
     if isinstance(request.k, int | str):  # where the choice is ours, leave out cuts behind which nothing can be built
@@ -293,7 +301,8 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
     optimizer = "sgd" if callable(request.optimizer) else request.optimizer  # a plan is data
 
     def planned(k: K, savings: Savings) -> Plan:
-        return _decide(k, savings, drafts, choices, units, refused, inputs, draft, optimizer)
+        most = EXTRA_COMPUTE if budget is None else 0.0
+        return _decide(k, savings, drafts, choices, most, units, refused, inputs, draft, optimizer)
 
     if budget is None:
         chosen = planned(request.k, Savings(request.fused_loss, request.slices))
@@ -322,7 +331,7 @@ _SLICES = 4  # more would save little: other modules are then the peak
 
 
 def _decide(
-    k: K, savings: Savings, drafts: Drafts, choices: Sequence[Options], units: Sequence[Unit],
+    k: K, savings: Savings, drafts: Drafts, choices: Sequence[Options], most: float, units: Sequence[Unit],
     refused: dict[str, PlanError], inputs: Any, draft: "_Draft", optimizer: str | None,
 ) -> Plan:
     """The plan for a number of local modules."""
@@ -332,14 +341,15 @@ def _decide(
         return partition(structure, k, units, lambda unit: drafts.cost(unit, options).saved,
                          lambda: drafts.tail.saved)
 
-    def extra(options: Options) -> float:
+    def excess(options: Options) -> float:
         try:
-            return drafts.extra(cuts_for(options), options)
+            cuts = cuts_for(options)
+            return max(drafts.extra(cuts, options) - most, drafts.weight(cuts, options) - EXTRA_MEMORY)
         except PlanError as error:  # a layer that cannot be made narrower
             log.debug("%s: %s", options, error)
             return math.inf
 
-    options = richest(choices, extra) if len(choices) > 1 else choices[0]
+    options = richest(choices, excess) if len(choices) > 1 else choices[0]
     cuts = cuts_for(options)  # 3 partition
     modules = [drafts.module(unit, cuts, options) for unit in cuts]  # 4 select, and 5 synthesize as a draft
     if options.share_predictors:

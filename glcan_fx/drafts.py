@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from .analyze import Structure, Tap, Unit, is_size, multiply_adds
@@ -73,6 +74,13 @@ class Drafts:
         auxiliary = sum(self.cost(unit, options).flops for unit in cuts)
         readers = {user for unit in cuts for user in unit.end.users}
         return (3 * auxiliary - 2 * multiply_adds(self.structure, readers)) / (3 * self.flops)
+
+    def weight(self, cuts: Sequence[Unit], options: Options) -> float:
+        """Memory of the auxiliary networks' weights, with gradients and momentum, relative to backpropagation's."""
+        each = 3 * torch.finfo(torch.float32).bits // 8
+        parameters, saved = self.structure.uses([])[0]
+        return (each * sum(self.cost(unit, options).parameters for unit in cuts)
+                / max(1, each * parameters + saved + self.tail.saved))
 
     def refused(self, options: Options) -> dict[str, PlanError]:
         """Units behind which no auxiliary network can be built, and why."""

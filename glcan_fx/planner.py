@@ -18,36 +18,45 @@ from .partition import K
 from .plan import Plan
 from .show import size
 
-EXTRA_COMPUTE = 0.0
-"""Floating-point operations of a training step beyond backpropagation's, relative to it."""
+EXTRA_COMPUTE, EXTRA_MEMORY = 0.05, 0.1
+"""What the best auxiliary networks may add to a training step: floating-point operations, relative to
+backpropagation's, none within a memory budget; their weights, gradients and momentum, relative to its memory."""
 
-# From the richest to the leanest. A narrower network costs less accuracy than fewer predictions or fewer levels.
-_CANDIDATES = (
+# From the richest to the leanest, by measured accuracy (docs/results.md). Where the trunk's last map is averaged, depth
+# pays more than dense layers do; elsewhere a narrower network costs less than fewer predictions or fewer levels.
+_AVERAGED = (
+    *(Options(head="light", hidden=layers) for layers in (4, 3)), *(Options(head="lean", hidden=layers)
+                                                                    for layers in (4, 3, 2)),
+    *(Options(head="lean", width=0.5, hidden=layers) for layers in (3, 2)),
+    *(Options(head="lean", width=0.25, hidden=layers) for layers in (3, 2, 0)), Options(head="lean", width=0.125),
+)
+_MAPS = (
     Options(head="light", width=1.0), Options(head="light", width=0.5), Options(head="light", width=0.25),
     Options(head="lean", width=0.25), Options(head="lean", width=0.25, stride=16),
     Options(head="lean", width=0.125, stride=16), Options(head="lean", width=0.125, stride=32),
 )
 
 
-def candidates(**given: Any) -> list[Options]:
-    """Options for auxiliary networks from the richest to the leanest; what is given, and not None, is decided."""
+def candidates(*, averaged: bool = False, **given: Any) -> list[Options]:
+    """Options for auxiliary networks from the richest to the leanest; what is given, and not None, is decided.
+    averaged: the tail begins with the mean over all places."""
     decided = {name: value for name, value in given.items() if value is not None}
     if given.get("method") == "dgl":
         return [replace(Options(head="light"), **decided)]
-    return list(dict.fromkeys(replace(options, **decided) for options in _CANDIDATES))
+    return list(dict.fromkeys(replace(options, **decided) for options in (_AVERAGED if averaged else _MAPS)))
 
 
-def richest(choices: Sequence[Options], extra: Callable[[Options], float]) -> Options:
-    """The richest options whose ``extra`` compute stays within ``EXTRA_COMPUTE``; the
-    leanest where none does, and the first where those cannot be built."""
+def richest(choices: Sequence[Options], excess: Callable[[Options], float]) -> Options:
+    """The richest options that take no more than they may (``excess`` 0 or less); the leanest where all do, and the
+    first where those cannot be built."""
     low, high = 0, len(choices) - 1
     while low < high:
         middle = (low + high) // 2
-        if extra(choices[middle]) <= EXTRA_COMPUTE:
+        if excess(choices[middle]) <= 0:
             high = middle
         else:
             low = middle + 1
-    return choices[low] if math.isfinite(extra(choices[low])) else choices[0]
+    return choices[low] if math.isfinite(excess(choices[low])) else choices[0]
 
 
 @dataclass(frozen=True)

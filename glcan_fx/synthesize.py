@@ -103,7 +103,7 @@ def _collaborative(
     direct = _direct(build.structure, cut, tail) if options.head == "lean" and outputs_are_predictions else None
     if direct is not None:
         focal = [build.input(tap.node) for tap in build.structure.taps if tap.name in sources and tap.node is not cut]
-        _predict_directly(build, cut, own, focal, options, *direct)
+        _predict_directly(build, cut, own, focal, *direct)
         return
     missing, learning = [], []
     for tap in build.structure.taps:
@@ -118,7 +118,8 @@ def _collaborative(
             learning.append(tap.node)
     _synthesise_taps(build, cut, own, missing, options, outputs_are_predictions)
     for node in learning:
-        build.values[node] = _hidden(build, node, build.values[node], options, _is_averaged(build, node, tail))
+        if options.hidden and _is_averaged(build.structure, node, tail):
+            build.values[node] = _hidden(build, node, build.values[node], options.hidden)
     _copy_tail(build, tail, options.head != "full")
 
 
@@ -268,16 +269,13 @@ def _behind(tail: Tail, made: list[fx.Node]) -> list[fx.Node]:
 
 
 def _predict_directly(
-    build: Builder, cut: fx.Node, own: fx.Node, focal: Sequence[fx.Node], options: Options, made: list[fx.Node],
-    behind: list[fx.Node]
+    build: Builder, cut: fx.Node, own: fx.Node, focal: Sequence[fx.Node], made: list[fx.Node], behind: list[fx.Node]
 ) -> None:
     """One convolution on the module's own output, and the focal features added to it, for each of the network's maps,
     at the output's resolution."""
     value = own
     for feature in focal:
         value = build.graph.call_function(operator.add, (value, feature))
-    build.full.add("hidden_" + cut.name)  # the predictions take all channels
-    value = _hidden(build, cut, value, options, averaged=False)
     for index, node in enumerate(made):
         build.values[node] = _prediction(build, cut, node, value, f"predict{index}")
     for node in behind:
@@ -497,55 +495,56 @@ def _normalised(
 
 
 GRID = 3
-"""Places on a side of a map before its mean is taken, so that each layer still has some (batch statistics)."""
+"""Places on a side of the map that a hidden perceptron begins with: batch statistics need some behind it, too."""
 
 
-def _hidden(build: Builder, tap: fx.Node, value: fx.Node, options: Options, averaged: bool) -> fx.Node:
-    """``options.hidden`` layers, of a convolution and the trunk's kinds of norm and activation, on ``value``, which
-    stands for ``tap``.
+def _hidden(build: Builder, tap: fx.Node, value: fx.Node, layers: int) -> fx.Node:
+    """Layers of a convolution and the trunk's kinds of norm and activation on ``value``, which stands for ``tap`` and
+    whose mean is taken next: 3x3 on half the size, the last two a perceptron on a few places.
 
-    A map keeps its size: 3x3 convolutions. What is ``averaged`` next becomes small first, and the layers a perceptron
-    on it, which costs next to nothing (after Belilovsky et al. 2020, arXiv 1901.08164, section 4.1).
+    On so small a map they cost little (as in Belilovsky et al. 2020, arXiv 1901.08164, section 4.1), and the mean alone
+    would hide from the module where its features are.
     """
     structure, channels, dtype = build.structure, build.structure.channels(tap), tensor_of(tap).dtype
-    rank, last = len(structure.spatial(tap)), tap in build.structure.channels_last
-    if not options.hidden or rank == 0:
-        return value
-    start = structure.chain[0]
+    sides, last = structure.spatial(tap), tap in build.structure.channels_last
+    rank, start, name = len(sides), structure.chain[0], f"hidden_{tap.name}"
     region = set(_region(structure, start, tap))
     norm, activation = _kinds(structure, region, _heaviest_path(structure, region, start, tap), tap)
-    for index in range(options.hidden):
-        name = f"hidden_{tap.name}.layer{index}"
-        conv = partial(_conv, build, rank, dtype)
-        kernel, depthwise = (1 if averaged or rank == 1 else 3), options.head == "lean"
+    half = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}[rank]
+    few = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}[rank]
+    large = min(sides) >= 2 * GRID
+    for index in range(layers):
         if last:
             value = _move_axis(build, value, rank, to_last=False)
-        if averaged and index == 0 and all(size >= GRID for size in structure.spatial(tap)):
-            pool = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}[rank]
-            value = build.add(f"hidden_{tap.name}.pool", pool(GRID), value)
-            kernel, depthwise = 2, False
-        if depthwise and kernel > 1:
-            one = conv(False, channels, channels, kernel_size=kernel, padding=kernel // 2, groups=channels)
-            value = build.add(f"{name}.depthwise", one, value, fresh=True)
-            kernel = 1
-        made = conv(norm is None, channels, channels, kernel_size=kernel, padding=kernel // 2 if kernel != 2 else 0)
-        value = build.add(f"{name}.conv", made, value, fresh=True)
+        kernel = 3 if index < layers - 2 else 1
+        if index == 0 and kernel == 3 and large:
+            value = build.add(f"{name}.reduced", half(2, ceil_mode=True), value)
+        if index == max(layers - 2, 0) and min(sides) >= GRID:
+            value, kernel = build.add(f"{name}.few", few(GRID), value), 2
+        conv = _conv(build, rank, dtype, norm is None, channels, channels, kernel_size=kernel, padding=int(kernel == 3))
+        value = build.add(f"{name}.layer{index}.conv", conv, value, fresh=True)
         if last:
             value = _move_axis(build, value, rank, to_last=True)
-        value = _normalised(build, value, name, channels, norm, activation)
+        value = _normalised(build, value, f"{name}.layer{index}", channels, norm, activation)
     return value
 
 
-def _is_averaged(build: Builder, tap: fx.Node, tail: Tail) -> bool:
+def averages(structure: Structure) -> bool:
+    """Whether the mean over all places of one of the trunk's maps is taken, as classifiers do."""
+    tail = tail_of(structure, structure.trace.output.args[0])
+    return any(_is_averaged(structure, tap, tail) for tap in tail.taps)
+
+
+def _is_averaged(structure: Structure, tap: fx.Node, tail: Tail) -> bool:
     """Whether all that reads a tap's values takes their mean over all places."""
     def mean(user: fx.Node) -> bool:
-        module = build.structure.trace.module(user)
+        module = structure.trace.module(user)
         name = user.target if module is None else type(module).__name__
         name = (name if isinstance(name, str) else getattr(name, "__name__", "")).lower().replace("_", "")
-        return ("mean" in name or "adaptiveavgpool" in name) and _is_map(user) and build.structure.positions(user) <= 1
+        return ("mean" in name or "adaptiveavgpool" in name) and _is_map(user) and structure.positions(user) <= 1
 
     readers = [user for user in tap.users if user in tail.nodes and not is_size(user)]
-    return bool(readers) and all(map(mean, readers))
+    return len(structure.spatial(tap)) > 0 and bool(readers) and all(map(mean, readers))
 
 
 def _heaviest_path(structure: Structure, region: set[fx.Node], start: fx.Node, end: fx.Node) -> list[fx.Node]:

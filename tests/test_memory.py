@@ -325,9 +325,9 @@ def test_auxiliary_networks_stay_within_their_compute(model: nn.Module, task: st
     assert full.memory.plan.flops > plan.memory.plan.flops
 
 
-def test_the_richest_networks_that_fit() -> None:
-    choices = candidates()
-    assert choices == sorted(choices, key=lambda options: (-options.width if options.head == "light" else 0))
+@pytest.mark.parametrize("averaged", [False, True])
+def test_the_richest_networks_that_fit(averaged: bool) -> None:
+    choices = candidates(averaged=averaged)
     for best in range(len(choices)):
         assert richest(choices, lambda options, best=best: choices.index(options) < best) == choices[best]
     assert richest(choices, lambda options: 1.0) == choices[-1]
