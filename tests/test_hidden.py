@@ -53,7 +53,9 @@ class Tokens(nn.Module):
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "method": (Net, (3, 24, 24)), "function": (Pooled, (3, 24, 24)), "no norm": (lambda: Net(norm=False), (3, 24, 24)),
-    "rank 1": (lambda: Net(1), (3, 48)), "rank 3": (lambda: Net(3), (3, 12, 12, 12)), "channels last": (Tokens, (3, 32, 32)), "small": (Net, (3, 4, 4)),
+    "rank 1": (lambda: Net(1), (3, 48)),
+    "rank 3": (lambda: Net(3), (3, 12, 12, 12)),
+    "channels last": (Tokens, (3, 32, 32)), "small": (Net, (3, 4, 4)),
     "module": (lambda: torchvision.models.resnet18(num_classes=5), (3, 96, 96)),
 }
 
@@ -80,8 +82,8 @@ def test_hidden_layers_are_trained(name: str, batch: int) -> None:
 
 def test_what_they_are() -> None:
     """3x3 on half the size, then a perceptron that begins with a few places; of the auxiliary network's width."""
-    local = glcan_fx.transform(Net(), k=2, task="classification", example_inputs=torch.empty(2, 3, 24, 24, device="meta"),
-                               aux_hidden=3, aux_width=0.5)
+    x = torch.empty(2, 3, 24, 24, device="meta")
+    local = glcan_fx.transform(Net(), k=2, task="classification", example_inputs=x, aux_hidden=3, aux_width=0.5)
     shapes = []
     network = local.aux.get_submodule("0.network").train()
     for name, part in network.named_modules():
