@@ -65,7 +65,12 @@ def tables(records: Sequence[dict[str, Any]]) -> list[str]:
             for score in scores:
                 values = [run[score] for run in group]
                 spread = f" ± {(max(values) - min(values)) / 2:.2g}" if len(values) > 1 else ""
-                cells.append(f"{statistics.fmean(values):.4g}{spread}")
+                gap = ""
+                if plain is not None and method != "bp":
+                    own, other = statistics.fmean(values), statistics.fmean(run[score] for run in plain)
+                    gap = f" ({own / other:.2f})" if score.startswith("AP") else f" ({own - other:+.2f})"
+                    gap = "" if score.startswith("SSIM") else gap
+                cells.append(f"{statistics.fmean(values):.4g}{spread}{gap}")
             peak = statistics.fmean(run["peak_bytes"] for run in group)
             against = (f" ({peak / statistics.fmean(run['peak_bytes'] for run in plain):.2f})"
                        if plain is not None and method != "bp" else "")
@@ -125,9 +130,9 @@ def alignment(groups: Groups) -> list[str]:
 TEXT = """# Results of training
 
 Written by `python docs/make_results.py` from docs/results.json, one record a run of the programs in examples/. Every
-method goes through the same loop, with the same data in the same order. In brackets: relative to backpropagation in the
-same table; ±: half of the range over seeds. Runs shared two CPU cores, so that their times say nothing: for those see
-[performance](performance.md).
+method goes through the same loop, with the same data in the same order. In brackets: beside backpropagation in the same
+table, AP and memory as a ratio, accuracy, mIoU and dB as a difference; ±: half of the range over seeds. Runs shared two
+CPU cores, so that their times say nothing: for those see [performance](performance.md).
 
 """
 

@@ -110,6 +110,30 @@ def test_a_killed_run_goes_on_with_every_kind_of_augmentation(tmp_path: Path, na
     goes_on_after_a_kill(tmp_path, name, *own[name], "--epochs", 3, "--batch-size", 8, "--threads", 1)
 
 
+LEARNS: dict[str, tuple[list[object], str, float]] = {  # options, score, floor; chance or bicubic in the comment
+    "train_classification": (["--data", SHARED / "classification" / "cifar10", "--limit", 6400, "--epochs", 6,
+                              "--batch-size", 64, "--lr", 0.1], "accuracy", 42),  # 10
+    "train_super_resolution": (["--data", SHARED / "super_resolution" / "T91", "--test",
+                                SHARED / "super_resolution" / "Set5", "--blocks", 4, "--channels", 16, "--epochs", 8,
+                                "--lr", 2e-3], "PSNR Set5", 34.0),  # 33.67
+    "train_segmentation": (["--data", SHARED / "segmentation" / "camvid", "--size", 80, 112, "--epochs", 6],
+                           "pixel accuracy", 45),  # the largest class: 32
+    "train_detection": (["--data", SHARED / "detection" / "bccd", "--size", 128, "--channels", 64, "--epochs", 12,
+                         "--lr", 2e-3, "--evaluate-every", 6], "AP50", 0.2),  # 0
+}
+
+
+@real
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEARNS)
+def test_glcan_learns_real_data_in_two_minutes(tmp_path: Path, name: str) -> None:
+    options, score, floor = LEARNS[name]
+    record = call(name, *options, "--method", "glcan", "--k", "natural", "--threads", 2, "--out", tmp_path / "run")
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.9 * losses[0]
+    assert record[score] > floor
+
+
 def test_other_options_do_not_go_on(pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     call("train_classification", "--data", pictures, *SMALL, "--method", "glcan", "--out", out)
