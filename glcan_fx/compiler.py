@@ -92,8 +92,8 @@ def plan(
     """Decide how ``model`` is cut into local modules and what their auxiliary networks are; changes nothing.
 
     What is left out of ``aux_hidden``, ``aux_width``, ``aux_stride`` and ``head`` is chosen: the richest auxiliary
-    networks with which a training step takes at most 5 % more compute than backpropagation's, within a
-    ``memory_budget`` no more, and whose weights add at most a tenth to its memory.
+    networks with which a training step takes no more compute than backpropagation's (a classifier's: 5 % more, where
+    there is no ``memory_budget``), and whose weights add at most a tenth to its memory.
 
     Args:
         model: any module that runs, on any device, in either mode; `plan.report` says how it was captured.
@@ -301,7 +301,7 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
     optimizer = "sgd" if callable(request.optimizer) else request.optimizer  # a plan is data
 
     def planned(k: K, savings: Savings) -> Plan:
-        most = EXTRA_COMPUTE if budget is None else 0.0
+        most = EXTRA_COMPUTE if averaged and budget is None else 0.0
         return _decide(k, savings, drafts, choices, most, units, refused, inputs, draft, optimizer)
 
     if budget is None:

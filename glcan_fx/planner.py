@@ -19,8 +19,9 @@ from .plan import Plan
 from .show import size
 
 EXTRA_COMPUTE, EXTRA_MEMORY = 0.05, 0.1
-"""What the best auxiliary networks may add to a training step: floating-point operations, relative to
-backpropagation's, none within a memory budget; their weights, gradients and momentum, relative to its memory."""
+"""What auxiliary networks may add to a training step. Floating-point operations, relative to backpropagation's: where
+they were found to buy accuracy, in front of a mean over all places, and without a memory budget; else none. Their
+weights, gradients and momentum, relative to its memory."""
 
 # From the richest to the leanest, by measured accuracy (docs/results.md). Where the trunk's last map is averaged, depth
 # pays more than dense layers do; elsewhere a narrower network costs less than fewer predictions or fewer levels.
