@@ -22,6 +22,7 @@ _SAID = {"task", "data", "test", "method", "k", "k_asked", "seed", "device", "de
 _SETTING = ("limit", "epochs", "batch_size", "lr", "depth", "size", "short", "channels", "blocks", "patch", "each",
             "scale", "model", "width", "classes", "stock")
 _OPTIONS = ("head", "aux_width", "aux_depth", "aux_hidden", "aux_stride", "aux_lr", "memory_budget", "no_cache")
+_DEFAULTS = {"aux_lr": 1.0, "aux_depth": 0}
 _METHODS = ("bp", "checkpoint", "dgl", "glcan")
 MIB = 2**20
 
@@ -29,7 +30,7 @@ MIB = 2**20
 def key(record: dict[str, Any]) -> str:
     """What a run is a function of, but for the code."""
     known = ("task", "method", "k", "seed", "device_name", "amp", "data", *_OPTIONS, *_SETTING)
-    return json.dumps({name: record[name] for name in sorted(record) if name in known})
+    return json.dumps({name: record.get(name, _DEFAULTS.get(name)) for name in sorted(known)})
 
 
 def setting(record: dict[str, Any]) -> str:
@@ -44,7 +45,7 @@ def setting(record: dict[str, Any]) -> str:
 def options(record: dict[str, Any]) -> str:
     """What of the method was asked for."""
     given = [name.replace("_", " ") if record[name] is True else f"{name.replace('_', ' ')} {record[name]}"
-             for name in _OPTIONS if record.get(name) and (name, record[name]) != ("aux_lr", 1.0)]
+             for name in _OPTIONS if record.get(name) and record[name] != _DEFAULTS.get(name)]
     return ", ".join(given) or "–"
 
 
@@ -91,10 +92,10 @@ def said(method: str, k: int, given: str) -> str:
 
 
 def curves(name: str, score: str, groups: Groups) -> list[str]:
-    """Draws the score over the epochs, the mean of the seeds, of what was trained without options."""
+    """Draws the score over the epochs, the mean of the seeds."""
     from matplotlib.figure import Figure
 
-    drawn = {key: group for key, group in groups.items() if key[2] == "–" and all(run.get("curve") for run in group)}
+    drawn = {key: group for key, group in groups.items() if all(len(run.get("curve", [])) > 2 for run in group)}
     if len(drawn) < 2:
         return []
     figure = Figure(figsize=(7, 3.6), layout="constrained")

@@ -226,7 +226,7 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
                 said = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
                 bar.write(f"epoch {state.step / per_epoch:g}: {said}", file=sys.stderr)
                 state.save()
-    record = {**_identity(experiment, args), "k": plan.k if plan else 1, "out": str(out), **state.metrics[-1]}
+    record = {**state.identity, "k": plan.k if plan else 1, "out": str(out), **state.metrics[-1]}
     (out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
     _curves(out / "curves.png", state.metrics)
     return record
