@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -300,17 +300,25 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
     draft = _Draft(structure, model, made, whole, request.example_targets)
     optimizer = "sgd" if callable(request.optimizer) else request.optimizer  # a plan is data
 
-    def planned(k: K, savings: Savings) -> Plan:
+    def planned(choices: Sequence[Options], k: K, savings: Savings) -> Plan:
         most = EXTRA_COMPUTE if averaged and budget is None else 0.0
         return _decide(k, savings, drafts, choices, most, units, refused, inputs, draft, optimizer)
 
     if budget is None:
-        chosen = planned(request.k, Savings(request.fused_loss, request.slices))
+        chosen = planned(choices, request.k, Savings(request.fused_loss, request.slices))
     else:
         alone = made.averages_images(model, levels_of(structure, made)) and not why_not_sliced(structure, made)
-        chosen = within_budget(
-            budget, len(units), _SLICES if alone else 1, made.fuses_losses(model), planned,
-            lambda plan: draft.simulate(plan, request.optimizer), k=None if isinstance(request.k, str) else request.k)
+        for without in (0, 1 / 2, 3 / 4, 1):  # the richer ones, where nothing fits with them
+            left = choices[min(int(without * len(choices)), len(choices) - 1):]
+            try:
+                chosen = within_budget(
+                    budget, len(units), _SLICES if alone else 1, made.fuses_losses(model), partial(planned, left),
+                    lambda plan: draft.simulate(plan, request.optimizer),
+                    k=None if isinstance(request.k, str) else request.k)
+                break
+            except PlanError:
+                if len(left) == 1:
+                    raise
     log.info("planned %s: %d local modules of %d possible", chosen.model, chosen.k, len(structure.units))
     return chosen, lambda verified: _build(chosen, structure, model, made, verified)
 

@@ -325,6 +325,18 @@ def test_auxiliary_networks_stay_within_their_compute(model: nn.Module, task: st
     assert full.memory.plan.flops > plan.memory.plan.flops
 
 
+def test_a_budget_that_only_leaner_networks_meet() -> None:
+    model = resnet18()
+    given = {"task": "classification", "example_inputs": torch.empty(64, 3, 64, 64, device="meta")}
+    rich = glcan_fx.plan(model, **given)
+    k = list(rich.natural)
+    lean = glcan_fx.plan(model, k=k, head="lean", aux_width=0.125, aux_hidden=0, **given)
+    assert lean.memory.plan.peak < 0.98 * rich.memory.plan.peak
+    budget = lean.memory.plan.peak + 1
+    plan = glcan_fx.plan(model, k=k, memory_budget=budget, **given)
+    assert plan.memory.plan.peak <= budget and plan.k == rich.k
+
+
 @pytest.mark.parametrize("averaged", [False, True])
 def test_the_richest_networks_that_fit(averaged: bool) -> None:
     choices = candidates(averaged=averaged)
