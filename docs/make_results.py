@@ -102,14 +102,14 @@ def curves(name: str, score: str, groups: Groups) -> list[str]:
     axes = figure.subplots()
     styles = {"bp": "-", "checkpoint": ":", "dgl": "--", "glcan": "-"}
     for key, group in sorted(drawn.items(), key=lambda item: (_METHODS.index(item[0][0]), item[0][1])):
-        epochs = [point[0] for point in group[0]["curve"]]
-        runs = [[value for _, value in run["curve"]] for run in group]
-        means = [statistics.fmean(values) for values in zip(*runs, strict=True)]
+        runs = [dict(map(tuple, run["curve"])) for run in group]
+        epochs = sorted(set.intersection(*map(set, runs)))
+        means = [statistics.fmean(run[epoch] for run in runs) for epoch in epochs]
         axes.plot(epochs, means, styles[key[0]], label=said(*key), color="black" if key[0] == "bp" else None)
     axes.set(xlabel="epoch", ylabel=score)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    file = "results-" + re.sub("[^a-z0-9]+", "-", name.partition(":")[0].lower()) + ".svg"
+    file = "results-" + re.sub("[^a-z0-9]+", "-", name.lower()) + ".svg"
     rcParams["svg.hashsalt"] = "glcan_fx"
     figure.savefig(HERE / "pictures" / file, metadata={"Date": None})
     return [f"![{score} over the epochs](pictures/{file})", ""]

@@ -264,10 +264,12 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
     budget = _budget(model, request)
 
     def in_segments(calls: Sequence[Call], error: TraceError) -> tuple[Plan, Callable[[bool], LocalModel]]:
-        if budget is not None or request.slices > 1 or request.share_predictors or request.method != "glcan":
-            raise PlanError("memory_budget, slices, share_predictors and method='dgl' need a model that can be "
-                            f"captured: {error.reason}. Leave them out.")
-        planned = plan_segments(model, request.k, made, inputs, _names(model, inputs), calls, choices[0], error)
+        if (budget is not None or request.slices > 1 or request.share_predictors or request.method != "glcan"
+                or request.aux_hidden):
+            raise PlanError("memory_budget, slices, share_predictors, aux_hidden and method='dgl' need a model that "
+                            f"can be captured: {error.reason}. Leave them out.")
+        options = replace(choices[0], hidden=0)
+        planned = plan_segments(model, request.k, made, inputs, _names(model, inputs), calls, options, error)
         return planned, lambda _: build_segments(planned, model, made, calls)
 
     try:
@@ -282,18 +284,19 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
         structure, made, inputs = found
 
     averaged = averages(structure)
-    if request.aux_hidden and not averaged:
+    if request.aux_hidden and request.method == "glcan" and not averaged:
         raise PlanError(f"aux_hidden={request.aux_hidden}: {type(model).__name__} takes no mean over all places behind "
                         "its trunk, so there are no hidden layers in front of one. Leave it out.")
     choices = candidates(averaged=averaged, **given)
     drafts = Drafts(structure, model, made)
     units, refused = structure.units, {}
     if isinstance(request.k, int | str):  # where the choice is ours, leave out cuts behind which nothing can be built
-        refused = drafts.refused(choices[0])
+        refused = drafts.refused(choices[0] if request.aux_hidden else replace(choices[0], hidden=0))
         units = [unit for unit in structure.units if unit.name not in refused]
         if len(units) == 1 and refused and request.k != 1:
             first = next(iter(refused.values()))
-            if request.aux_depth or (request.aux_width or 1) < 1 or made.network(model):  # what was asked for
+            asked = request.aux_depth or request.aux_hidden or (request.aux_width or 1) < 1
+            if asked or made.network(model):
                 raise first
             return in_segments(_calls(model, inputs), TraceError(str(first)))
 

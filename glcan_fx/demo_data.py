@@ -205,7 +205,8 @@ def _load_voc(folder: Path, split: str) -> dict[str, Any]:
 def _voc_image(path: Path) -> tuple[dict[str, Any], list[tuple[str, list[float], int]]]:
     """An image's entry, and (class, box, difficult) of its objects; VOC's pixels count from 1 and include the last."""
     content = VOCDetection.parse_voc_xml(ElementTree.parse(path).getroot())["annotation"]
-    entry = {"file_name": content.get("filename", f"{path.stem}.jpg"),
+    name = content.get("filename", path.stem)
+    entry = {"file_name": name if Path(name).suffix else f"{name}.jpg",
              **{side: int(content["size"][side]) for side in ("width", "height")}}
     objects = []
     for thing in content.get("object", []):
@@ -254,7 +255,7 @@ def _find_images(folder: Path, split: str, images: Sequence[Mapping[str, Any]]) 
         path = next((p / image["file_name"] for p in places if (p / image["file_name"]).is_file()), None)
         if path is None:
             raise DemoError(
-                f"{image['file_name']}, listed in {folder / f'instances_{split}.json'}, is in none of"
+                f"{image['file_name']}, listed in the annotations of '{split}' in {folder}, is in none of"
                 f" {', '.join(str(place) for place in places)}."
             )
         paths.append(path)

@@ -5,7 +5,6 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from .analyze import Structure, Tap, Unit, is_size, multiply_adds
@@ -77,7 +76,7 @@ class Drafts:
 
     def weight(self, cuts: Sequence[Unit], options: Options) -> float:
         """Memory of the auxiliary networks' weights, with gradients and momentum, relative to backpropagation's."""
-        each = 3 * torch.finfo(torch.float32).bits // 8
+        each = 3 * max((p.element_size() for p in self.structure.trace.shadow.parameters()), default=4)
         parameters, saved = self.structure.uses([])[0]
         return (each * sum(self.cost(unit, options).parameters for unit in cuts)
                 / max(1, each * parameters + saved + self.tail.saved))

@@ -29,7 +29,8 @@ _AVERAGED = (
     *(Options(head="light", hidden=layers) for layers in (4, 3)), *(Options(head="lean", hidden=layers)
                                                                     for layers in (4, 3, 2)),
     *(Options(head="lean", width=0.5, hidden=layers) for layers in (3, 2)),
-    *(Options(head="lean", width=0.25, hidden=layers) for layers in (3, 2, 0)), Options(head="lean", width=0.125),
+    *(Options(head="lean", width=0.25, hidden=layers) for layers in (3, 2)),
+    Options(head="light"), *(Options(head="lean", width=width) for width in (1.0, 0.5, 0.25, 0.125)),
 )
 _MAPS = (
     Options(head="light", width=1.0), Options(head="light", width=0.5), Options(head="light", width=0.25),
@@ -48,16 +49,15 @@ def candidates(*, averaged: bool = False, **given: Any) -> list[Options]:
 
 
 def richest(choices: Sequence[Options], excess: Callable[[Options], float]) -> Options:
-    """The richest options that take no more than they may (``excess`` 0 or less); the leanest where all do, and the
-    first where those cannot be built."""
-    low, high = 0, len(choices) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if excess(choices[middle]) <= 0:
-            high = middle
-        else:
-            low = middle + 1
-    return choices[low] if math.isfinite(excess(choices[low])) else choices[0]
+    """The first options that take no more than they may (``excess`` 0 or less), else those that take the least, the
+    leanest of them; the first of all where none can be built (infinity)."""
+    found: list[tuple[float, Options]] = []
+    for options in choices:
+        found.append((excess(options), options))
+        if found[-1][0] <= 0:
+            return options
+    least, leanest = min(reversed(found), key=lambda one: one[0])
+    return leanest if math.isfinite(least) else choices[0]
 
 
 @dataclass(frozen=True)

@@ -510,6 +510,8 @@ def _hidden(build: Builder, tap: fx.Node, value: fx.Node, layers: int) -> fx.Nod
     rank, start, name = len(sides), structure.chain[0], f"hidden_{tap.name}"
     region = set(_region(structure, start, tap))
     norm, activation = _kinds(structure, region, _heaviest_path(structure, region, start, tap), tap)
+    if norm is not None and len(structure.spatial(norm)) != rank:
+        norm = None
     half = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}[rank]
     few = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}[rank]
     large = min(sides) >= 2 * GRID
@@ -526,6 +528,8 @@ def _hidden(build: Builder, tap: fx.Node, value: fx.Node, layers: int) -> fx.Nod
         if last:
             value = _move_axis(build, value, rank, to_last=True)
         value = _normalised(build, value, f"{name}.layer{index}", channels, norm, activation)
+    if not last and not _takes_any_size(structure, tap):  # a pooling layer that expects this many places
+        value = build.graph.call_function(F.interpolate, (value,), {"size": sides})
     return value
 
 
@@ -537,14 +541,23 @@ def averages(structure: Structure) -> bool:
 
 def _is_averaged(structure: Structure, tap: fx.Node, tail: Tail) -> bool:
     """Whether all that reads a tap's values takes their mean over all places."""
-    def mean(user: fx.Node) -> bool:
-        module = structure.trace.module(user)
-        name = user.target if module is None else type(module).__name__
-        name = (name if isinstance(name, str) else getattr(name, "__name__", "")).lower().replace("_", "")
-        return ("mean" in name or "adaptiveavgpool" in name) and _is_map(user) and structure.positions(user) <= 1
-
     readers = [user for user in tap.users if user in tail.nodes and not is_size(user)]
-    return len(structure.spatial(tap)) > 0 and bool(readers) and all(map(mean, readers))
+    return len(structure.spatial(tap)) > 0 and bool(readers) and all(
+        ("mean" in (name := _name(structure, user)) or "avgpool" in name)
+        and _is_map(user) and structure.positions(user) <= 1 for user in readers)
+
+
+def _takes_any_size(structure: Structure, tap: fx.Node) -> bool:
+    """Whether no pooling window behind a tap has a size of its own."""
+    names = [_name(structure, user) for user in tap.users]
+    return not any("avgpool" in name and "adaptive" not in name for name in names)
+
+
+def _name(structure: Structure, node: fx.Node) -> str:
+    """What a node calls, in small letters."""
+    module = structure.trace.module(node)
+    name = node.target if module is None else type(module).__name__
+    return (name if isinstance(name, str) else getattr(name, "__name__", "")).lower().replace("_", "")
 
 
 def _heaviest_path(structure: Structure, region: set[fx.Node], start: fx.Node, end: fx.Node) -> list[fx.Node]:
@@ -691,8 +704,9 @@ def _fit(
     except Exception as error:  # noqa: BLE001 - a copied layer or function that does not accept the new widths
         raise PlanError(
             f"the auxiliary network behind '{build.inputs[0].name}' cannot be built with aux_width="
-            f"{options.width}, aux_depth={options.depth}, head={options.head!r}: {error}. Try aux_width=1, "
-            "aux_depth=0, head='full', other split points, or example_inputs of the type that the model computes in."
+            f"{options.width}, aux_depth={options.depth}, aux_hidden={options.hidden}, head={options.head!r}: {error}. "
+            "Try aux_width=1, aux_depth=0, aux_hidden=0, head='full', other split points, or example_inputs of the "
+            "type that the model computes in."
         ) from error
     for path, (inputs, outputs) in changed.items():
         set_width(network.get_submodule(path), inputs, outputs)

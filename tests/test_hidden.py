@@ -35,6 +35,33 @@ class Pooled(Net):
         return self.fc(F.adaptive_avg_pool2d(self.blocks(x), 1).flatten(1))
 
 
+class Window(Net):
+    """As CIFAR's ResNets are often written: a window of the map's size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.avg_pool2d(self.blocks(x), 12).flatten(1))
+
+
+class Flat(Net):
+    """The mean of another rank than the norm layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.blocks(x).flatten(2).mean(-1))
+
+
+class Slopes(nn.Module):
+    """Activations that cannot be made narrower."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Conv2d(width, 16, 3, 1, 1), nn.BatchNorm2d(16), nn.PReLU(16))
+                                      for width in (3, 16, 16, 16)))
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.blocks(x).mean((2, 3)))
+
+
 class Tokens(nn.Module):
     """Channels last."""
 
@@ -52,7 +79,8 @@ class Tokens(nn.Module):
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "method": (Net, (3, 24, 24)), "function": (Pooled, (3, 24, 24)), "no norm": (lambda: Net(norm=False), (3, 24, 24)),
+    "method": (Net, (3, 24, 24)), "function": (Pooled, (3, 24, 24)), "window": (Window, (3, 24, 24)),
+    "flat": (Flat, (3, 24, 24)), "no norm": (lambda: Net(norm=False), (3, 24, 24)),
     "rank 1": (lambda: Net(1), (3, 48)),
     "rank 3": (lambda: Net(3), (3, 12, 12, 12)),
     "channels last": (Tokens, (3, 32, 32)), "small": (Net, (3, 4, 4)),
@@ -106,6 +134,18 @@ def test_without_a_mean_there_are_none(model: nn.Module, size: int, task: str) -
     assert glcan_fx.plan(model, **given).options.hidden == 0
     with pytest.raises(PlanError, match="aux_hidden=2.*no mean over all places"):
         glcan_fx.plan(model, aux_hidden=2, **given)
+
+
+@pytest.mark.parametrize("make", [Slopes, Flat, Window, Net])
+def test_a_plan_takes_what_can_be_built(make: Callable[[], nn.Module]) -> None:
+    """Where hidden layers or narrow ones cannot be built, the others are looked at."""
+    x = torch.empty(64, 3, 24, 24, device="meta")
+    plan = glcan_fx.plan(make(), task="classification", example_inputs=x)
+    assert plan.k > 2
+    if make is not Flat:  # flattened maps cost more to make than such a small network has
+        assert plan.memory.plan.flops <= 1.05 * plan.memory.backpropagation.flops
+    narrow = glcan_fx.plan(make(), task="classification", example_inputs=x, aux_width=0.5)
+    assert narrow.options.width == 0.5
 
 
 def test_rich_networks_do_not_cost_the_memory_that_is_saved() -> None:
