@@ -5,6 +5,7 @@
 """
 
 import argparse
+import itertools
 import json
 import re
 import statistics
@@ -50,7 +51,8 @@ def options(record: dict[str, Any]) -> str:
 
 
 def tables(records: Sequence[dict[str, Any]]) -> list[str]:
-    lines = []
+    lines: list[str] = []
+    drawn_before: set[str] = set()
     for name in dict.fromkeys(map(setting, records)):
         runs = [record for record in records if setting(record) == name]
         scores = [score for score, value in runs[0].items()
@@ -79,7 +81,7 @@ def tables(records: Sequence[dict[str, Any]]) -> list[str]:
                          f"{', '.join(str(run['seed']) for run in group)} | "
                          f"{', '.join(sorted({run['commit'] for run in group}))} |")
         devices = ", ".join(sorted({run["device_name"] for run in runs}))
-        lines += ["", *curves(name, scores[0], groups), *alignment(groups)]
+        lines += ["", *curves(name, scores[0], groups, drawn_before), *alignment(groups)]
         lines += [f"Device: {devices}, torch {', '.join(sorted({run['torch'] for run in runs}))}.", ""]
     return lines
 
@@ -91,8 +93,8 @@ def said(method: str, k: int, given: str) -> str:
     return method if method in ("bp", "checkpoint") else f"{method} k={k}" + (f", {given}" if given != "–" else "")
 
 
-def curves(name: str, score: str, groups: Groups) -> list[str]:
-    """Draws the score over the epochs, the mean of the seeds."""
+def curves(name: str, score: str, groups: Groups, drawn_before: set[str]) -> list[str]:
+    """Draws the score over the epochs, the mean of the seeds; ``drawn_before``: names of pictures."""
     from matplotlib.figure import Figure
 
     drawn = {key: group for key, group in groups.items() if all(len(run.get("curve", [])) > 2 for run in group)}
@@ -109,7 +111,9 @@ def curves(name: str, score: str, groups: Groups) -> list[str]:
     axes.set(xlabel="epoch", ylabel=score)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    file = "results-" + re.sub("[^a-z0-9]+", "-", name.lower()) + ".svg"
+    short = "results-" + re.sub("[^a-z0-9]+", "-", name.partition(":")[0].lower())
+    file = next(file for n in itertools.count(1) if (file := f"{short}-{n}.svg") not in drawn_before)
+    drawn_before.add(file)
     rcParams["svg.hashsalt"] = "glcan_fx"
     figure.savefig(HERE / "pictures" / file, metadata={"Date": None})
     return [f"![{score} over the epochs](pictures/{file})", ""]
