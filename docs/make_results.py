@@ -142,9 +142,9 @@ CPU cores, so that their times say nothing: for those see [performance](performa
 What they say so far, mostly on one seed:
 
 - Classification: two modules cost next to nothing, four and more still lose some points. With hidden layers in front of
-  the mean, GLCAN leads DGL by several points at every k.
-- Detection: at the natural k almost all of AP is kept, once training is long enough for all classes to be found; sixteen
-  epochs are too few to compare anything. DGL is not clearly behind. Wider auxiliary networks did not help.
+  the mean, GLCAN leads DGL by several points.
+- Detection: at the natural k almost all of AP is kept, once training is long enough for all classes to be found, which
+  sixteen epochs are not. DGL is not clearly behind. Wider auxiliary networks did not help.
 - Segmentation: a U-Net's early modules need a decoder in their auxiliary networks (`head="light"`); with the lean ones,
   which cost least and are the default, it loses a lot at the natural k.
 - Super-resolution: less than half a decibel is lost at every k.
