@@ -287,7 +287,9 @@ def test_without_javascript(browser: Any, tmp_path: Path) -> None:
 
 
 def test_a_plan_s_report(opened: Any, tmp_path: Path) -> None:
-    plan = glcan_fx.plan(resnet18(num_classes=10), k=5, task="classification", example_inputs=torch.empty(2, 3, 64, 64))
+    cuts = ["maxpool", "layer1.0", "layer1.1", "layer2.0"]  # two modules alike
+    example = torch.empty(2, 3, 64, 64)
+    plan = glcan_fx.plan(resnet18(num_classes=10), k=cuts, task="classification", example_inputs=example)
     plan.save(tmp_path / "plan.html")
     page = opened(tmp_path / "plan.html")
     page.wait_for_selector(".card svg #module-4")

@@ -157,7 +157,7 @@ def test_evaluation_runs_no_auxiliary_network_and_all_of_them_learn(pictures: Pa
     pixels, labels = classification.read(pictures, train=True)
     data = classification.Images(pixels, labels, classification.v2.ToDtype(torch.float32, scale=True))
     called: list[str] = []
-    before: dict[str, torch.Tensor] = {}
+    before: dict[int, torch.Tensor] = {}
     models: list[LocalModel] = []
 
     def evaluate(model: LocalModel, device: torch.device) -> dict[str, float]:
@@ -169,9 +169,10 @@ def test_evaluation_runs_no_auxiliary_network_and_all_of_them_learn(pictures: Pa
         models.append(model)
         return {"quality": 1.0}
 
-    def optimizer(parameters: Any, lr: float) -> torch.optim.Optimizer:
-        before.update({str(index): p.detach().clone() for index, p in enumerate(parameters)})
-        return torch.optim.SGD(parameters, lr)
+    def optimizer(groups: Any, lr: float) -> torch.optim.Optimizer:
+        trained = [p for group in groups for p in group["params"]]
+        before.update({id(p): p.detach().clone() for p in trained})
+        return torch.optim.SGD(groups, lr)
 
     parser = training.argparse.ArgumentParser()
     training.add_arguments(parser, epochs=1, batch_size=8, lr=0.05)
@@ -181,7 +182,7 @@ def test_evaluation_runs_no_auxiliary_network_and_all_of_them_learn(pictures: Pa
     assert models and not called
     trained = [p for p in models[0].parameters() if p.requires_grad]
     assert len(trained) == len(before) and not any(
-        torch.equal(p, before[str(index)]) for index, p in enumerate(trained))
+        torch.equal(p, before[id(p)]) for p in trained)
 
 
 def test_cosines_between_local_and_backpropagated_gradients(pictures: Path, tmp_path: Path) -> None:
