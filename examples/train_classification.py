@@ -114,7 +114,8 @@ def main() -> None:
         right = sum(int((model(x.to(device)).argmax(1).cpu() == y).sum()) for x, y in DataLoader(held, 500))
         return {"accuracy": 100 * right / len(held)}
 
-    augment = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), *rescale])
+    # Padding after the normalisation is the mean colour, not black: a border that only tells where a crop lay.
+    augment = v2.Compose([*rescale, v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])
     experiment = Experiment(
         task="classification", build=lambda: CifarResNet(args.depth), example=(args.batch_size, 3, 32, 32),
         train=Images(pixels, labels, augment), evaluate=evaluate,

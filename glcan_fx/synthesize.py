@@ -494,6 +494,8 @@ def _normalised(
     return value
 
 
+_AVERAGE: dict[int, Any] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+
 GRID = 3
 """Places on a side of the map that a hidden perceptron begins with: batch statistics need some behind it, too."""
 
@@ -512,7 +514,6 @@ def _hidden(build: Builder, tap: fx.Node, value: fx.Node, layers: int) -> fx.Nod
     norm, activation = _kinds(structure, region, _heaviest_path(structure, region, start, tap), tap)
     if norm is not None and len(structure.spatial(norm)) != rank:
         norm = None
-    half = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}[rank]
     few = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}[rank]
     large = min(sides) >= 2 * GRID
     for index in range(layers):
@@ -520,7 +521,7 @@ def _hidden(build: Builder, tap: fx.Node, value: fx.Node, layers: int) -> fx.Nod
             value = _move_axis(build, value, rank, to_last=False)
         kernel = 3 if index < layers - 2 else 1
         if index == 0 and kernel == 3 and large:
-            value = build.add(f"{name}.reduced", half(2, ceil_mode=True), value)
+            value = build.add(f"{name}.reduced", _AVERAGE[rank](2, ceil_mode=True), value)
         if index == max(layers - 2, 0) and min(sides) >= GRID:
             value, kernel = build.add(f"{name}.few", few(GRID), value), 2
         conv = _conv(build, rank, dtype, norm is None, channels, channels, kernel_size=kernel, padding=int(kernel == 3))
@@ -604,8 +605,7 @@ def _reduce(build: Builder, node: fx.Node, module: nn.Module | None, value: fx.N
         return build.add(name, build.clone(str(node.target)), value)
     before = next(source for source in node.all_input_nodes if _is_map(source))
     scale = [a // b for a, b in zip(build.structure.spatial(before), build.structure.spatial(node), strict=True)]
-    pool = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}[len(scale)]
-    return build.add(name, pool(scale[0] if len(scale) == 1 else tuple(scale), ceil_mode=True), value)
+    return build.add(name, _AVERAGE[len(scale)](scale[0] if len(scale) == 1 else tuple(scale), ceil_mode=True), value)
 
 
 def _geometry(module: nn.Module | None, structure: Structure, before: fx.Node, node: fx.Node) -> dict[str, Any]:
@@ -659,17 +659,16 @@ def _kinds(
             norm = node if last == (end in structure.channels_last) else norm
             inner = inner_activation(module)
             activation = f"{node.target}.{inner}" if inner else activation
-        elif _is_map(node) and _is_activation(node, module):
+        elif _is_map(node) and _is_activation(structure, node, module):
             activation = str(node.target) if module is not None else node
     if norm is not None and inner_activation(structure.trace.shadow.get_submodule(str(norm.target))):
         activation = None
     return norm, activation
 
 
-def _is_activation(node: fx.Node, module: nn.Module | None) -> bool:
+def _is_activation(structure: Structure, node: fx.Node, module: nn.Module | None) -> bool:
     """A torch.nn activation that keeps the shape, called as a module, a function or a method; gates do not count."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    found = str(name).replace("_", "").lower() in ACTIVATIONS if module is None else is_activation(module)
+    found = _name(structure, node) in ACTIVATIONS if module is None else is_activation(module)
     sources = [source for source in node.all_input_nodes if _is_map(source)]
     return found and len(sources) == 1 and tensor_of(sources[0]).shape == tensor_of(node).shape
 
