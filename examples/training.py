@@ -83,6 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, folders: bool = False, **d
     method.add_argument("--aux-lr", type=float, default=1.0, metavar="F",
                         help="their learning rate, relative (%(default)s)")
     method.add_argument("--memory-budget", metavar="6GiB", help="plan for a step in so much")
+    method.add_argument("--compute-budget", type=float, metavar="1.3", help="plan for so much of backpropagation's "
+                        "compute")
     method.add_argument("--no-cache", action="store_true", help="ablation: no feature comes from the cache")
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, default=None, metavar="DIR", help="(runs/TASK-METHOD-kK-sSEED)")
@@ -111,7 +113,8 @@ def prepared(experiment: Experiment, args: argparse.Namespace) -> tuple[nn.Modul
     options: dict[str, Any] = {"method": "dgl"} if args.method == "dgl" else {
         "head": args.head, "aux_width": args.aux_width, "aux_depth": args.aux_depth,
         "aux_hidden": args.aux_hidden, "aux_stride": args.aux_stride,
-        "memory_budget": args.memory_budget, "rules": OwnOnly() if args.no_cache else None}
+        "memory_budget": args.memory_budget, "compute_budget": args.compute_budget,
+        "rules": OwnOnly() if args.no_cache else None}
     local = glcan_fx.transform(model, k=k, task=experiment.task, example_inputs=example, **options)
     return local, local.plan
 

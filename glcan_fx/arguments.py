@@ -26,6 +26,8 @@ def add_model(parser: argparse.ArgumentParser, *, target_optional: bool = False)
                           "(natural, or the preset's)")
     training.add_argument("--memory-budget", type=bytes_of, metavar="6GiB",
                           help="plan for a training step in so much: without -k, the fewest local modules that fit")
+    training.add_argument("--compute-budget", type=float, metavar="1.3", help="compute of a step relative to "
+                          "backpropagation's, up to which auxiliary networks are made richer")
     training.add_argument("--optimizer", choices=("sgd", "adam"), help="sgd has momentum (sgd, or the preset's)")
     return training
 

@@ -65,7 +65,8 @@ _EXPENSIVE: list[Any] = [
 @dataclass(frozen=True)
 class Job:
     """What to compare. inputs: sizes of the model's tensors; k: local modules; memory_budget: bytes, budget_k: local
-    modules within it; device: "estimate", "cpu" or "cuda"; steps: timed ones; amp: autocast to bfloat16."""
+    modules within it; compute_budget: see ``plan()``; device: "estimate", "cpu" or "cuda"; steps: timed ones; amp:
+    autocast to bfloat16."""
 
     target: str
     kwargs: dict[str, Any]
@@ -75,6 +76,7 @@ class Job:
     k: int | str = "natural"
     memory_budget: int | None = None
     budget_k: int | str = "natural"
+    compute_budget: float | None = None
     device: str = "estimate"
     optimizer: str = "sgd"
     amp: bool = False
@@ -270,7 +272,8 @@ def _plan(job: Job, model: nn.Module, method: str) -> Plan:
 
 def _options(job: Job, method: str) -> dict[str, Any]:
     """Keyword arguments of ``plan`` and ``transform``."""
-    options: dict[str, Any] = {"k": job.k, "task": job.make_task(), "example_inputs": job.examples()}
+    options: dict[str, Any] = {"k": job.k, "task": job.make_task(), "example_inputs": job.examples(),
+                               "compute_budget": job.compute_budget}
     if method == "budget":
         options |= {"k": job.budget_k, "memory_budget": job.memory_budget, "optimizer": job.optimizer}
     return options

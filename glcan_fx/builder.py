@@ -13,6 +13,9 @@ from .trace import hasattr_path, shadow
 
 Head = Literal["full", "light", "lean"]
 Method = Literal["glcan", "dgl"]
+Ending = Literal["mean", "decoder", "maps"]
+"""How a network ends: with the mean over all places of the trunk's last map, as classifiers do; with a decoder that
+joins maps of several sizes; or with maps otherwise."""
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ from .local_model import LocalModel, assemble, is_compiled
 from .nested import map_tensors
 from .partition import K, partition
 from .plan import Plan
-from .planner import EXTRA_COMPUTE, EXTRA_MEMORY, Savings, candidates, in_bytes, richest, within_budget
+from .planner import EXTRA_MEMORY, Savings, candidates, extra_compute, in_bytes, richest, with_richest, within_budget
 from .replay import Call, Segments, arguments_of, calls_of, surroundings
 from .rules import Rules
-from .synthesize import averages, share
+from .synthesize import ending_of, share
 from .tasks import Spec, Task, make_task, specs
 from .tasks.around import Around
 from .tasks.base import Criterion
@@ -59,6 +59,7 @@ class _Request:
     slices: int = 1
     share_predictors: bool = False
     memory_budget: int | str | None = None
+    compute_budget: float | None = None
     optimizer: OptimizerLike = "sgd"
 
     @property
@@ -87,13 +88,15 @@ def plan(
     slices: int = 1,
     share_predictors: bool = False,
     memory_budget: int | str | None = None,
+    compute_budget: float | None = None,
     optimizer: OptimizerLike = "sgd",
 ) -> Plan:
     """Decide how ``model`` is cut into local modules and what their auxiliary networks are; changes nothing.
 
     What is left out of ``aux_hidden``, ``aux_width``, ``aux_stride`` and ``head`` is chosen: the richest auxiliary
-    networks with which a training step takes no more compute than backpropagation's (a classifier's: 5 % more, where
-    there is no ``memory_budget``), and whose weights add at most a tenth to its memory.
+    networks with which a training step takes no more compute than backpropagation's (5 % more where a mean over all
+    places or a decoder ends the network, and there is no ``memory_budget``), or than ``compute_budget`` allows, and
+    whose weights add at most a tenth to its memory.
 
     Args:
         model: any module that runs, on any device, in either mode; `plan.report` says how it was captured.
@@ -123,12 +126,15 @@ def plan(
         memory_budget: bytes, or text ("6GiB"), that a training step may take at most, by simulation; the plan's notes
             say what was tried. optimizer: that the budget is for: "sgd" (with momentum), "adam", or a function of the
             parameters.
+        compute_budget: a training step's floating-point operations, relative to backpropagation's, up to which
+            auxiliary networks are made richer: 1.3 lets a few local modules come closest to backpropagation's accuracy.
+            Blocks that run again for a ``memory_budget`` come on top.
 
     Raises TraceError, PlanError.
     """
     return _plan(model, _Request(
         k, task, example_inputs, example_targets, criterion, rules, method, aux_depth, aux_hidden, aux_width,
-        aux_stride, head, fused_loss, slices, share_predictors, memory_budget, optimizer))[0]
+        aux_stride, head, fused_loss, slices, share_predictors, memory_budget, compute_budget, optimizer))[0]
 
 
 def transform(
@@ -152,6 +158,7 @@ def transform(
     slices: int = 1,
     share_predictors: bool = False,
     memory_budget: int | str | None = None,
+    compute_budget: float | None = None,
     optimizer: OptimizerLike = "sgd",
 ) -> LocalModel:
     """Compile ``model`` into gradient-isolated local modules that train in a standard loop.
@@ -164,7 +171,8 @@ def transform(
     takes about a second; a difference is a TraceError. Raises TraceError, PlanError.
     """
     request = _Request(k, task, example_inputs, example_targets, criterion, rules, method, aux_depth, aux_hidden,
-                       aux_width, aux_stride, head, fused_loss, slices, share_predictors, memory_budget, optimizer)
+                       aux_width, aux_stride, head, fused_loss, slices, share_predictors, memory_budget,
+                       compute_budget, optimizer)
     if plan is None:
         chosen, build = _plan(model, request)
         return build(verify)
@@ -265,9 +273,9 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
 
     def in_segments(calls: Sequence[Call], error: TraceError) -> tuple[Plan, Callable[[bool], LocalModel]]:
         if (budget is not None or request.slices > 1 or request.share_predictors or request.method != "glcan"
-                or request.aux_hidden):
-            raise PlanError("memory_budget, slices, share_predictors, aux_hidden and method='dgl' need a model that "
-                            f"can be captured: {error.reason}. Leave them out.")
+                or request.aux_hidden or request.compute_budget is not None):
+            raise PlanError("memory_budget, compute_budget, slices, share_predictors, aux_hidden and method='dgl' need "
+                            f"a model that can be captured: {error.reason}. Leave them out.")
         options = replace(choices[0], hidden=0)
         planned = plan_segments(model, request.k, made, inputs, _names(model, inputs), calls, options, error)
         return planned, lambda _: build_segments(planned, model, made, calls)
@@ -283,11 +291,11 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
             return in_segments(calls, found)
         structure, made, inputs = found
 
-    averaged = averages(structure)
-    if request.aux_hidden and request.method == "glcan" and not averaged:
+    ending = ending_of(structure, not made.outputs_are_levels)
+    if request.aux_hidden and request.method == "glcan" and ending != "mean":
         raise PlanError(f"aux_hidden={request.aux_hidden}: {type(model).__name__} takes no mean over all places behind "
                         "its trunk, so there are no hidden layers in front of one. Leave it out.")
-    choices = candidates(averaged=averaged, **given)
+    choices = candidates(ending, **given)
     drafts = Drafts(structure, model, made)
     units, refused = structure.units, {}
     if isinstance(request.k, int | str):  # where the choice is ours, leave out cuts behind which nothing can be built
@@ -303,25 +311,24 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
     draft = _Draft(structure, model, made, whole, request.example_targets)
     optimizer = "sgd" if callable(request.optimizer) else request.optimizer  # a plan is data
 
+    most = extra_compute(ending, request.compute_budget, budget)
+
     def planned(choices: Sequence[Options], k: K, savings: Savings) -> Plan:
-        most = EXTRA_COMPUTE if averaged and budget is None else 0.0
         return _decide(k, savings, drafts, choices, most, units, refused, inputs, draft, optimizer)
 
     if budget is None:
         chosen = planned(choices, request.k, Savings(request.fused_loss, request.slices))
     else:
         alone = made.averages_images(model, levels_of(structure, made)) and not why_not_sliced(structure, made)
-        for without in (0, 1 / 2, 3 / 4, 1):  # the richer ones, where nothing fits with them
-            left = choices[min(int(without * len(choices)), len(choices) - 1):]
-            try:
-                chosen = within_budget(
-                    budget, len(units), _SLICES if alone else 1, made.fuses_losses(model), partial(planned, left),
-                    lambda plan: draft.simulate(plan, request.optimizer),
-                    k=None if isinstance(request.k, str) else request.k)
-                break
-            except PlanError:
-                if len(left) == 1:
-                    raise
+        chosen = with_richest(choices, lambda left: within_budget(
+            budget, len(units), _SLICES if alone else 1, made.fuses_losses(model), partial(planned, left),
+            lambda plan: draft.simulate(plan, request.optimizer), k=None if isinstance(request.k, str) else request.k))
+    if request.compute_budget is not None:
+        cuts = [unit for unit in units if unit.name in {module.cut for module in chosen.modules}]
+        compute = 1 + drafts.extra(cuts, chosen.options)
+        if compute > request.compute_budget:
+            raise PlanError(f"compute_budget={request.compute_budget:g}: with k={chosen.k} a step takes at least "
+                            f"{compute:.2f} of backpropagation's compute. Use fewer local modules, or give that much.")
     log.info("planned %s: %d local modules of %d possible", chosen.model, chosen.k, len(structure.units))
     return chosen, lambda verified: _build(chosen, structure, model, made, verified)
 

@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command with the options of `add_arguments`; returns the exit status."""
-    decided = {"-k": args.k, "--memory-budget": args.memory_budget, "--input": args.input,
-               "--optimizer": args.optimizer}
+    decided = {"-k": args.k, "--memory-budget": args.memory_budget, "--compute-budget": args.compute_budget,
+               "--input": args.input, "--optimizer": args.optimizer}
     clashing = [name for name, value in decided.items() if value is not None]
     if clashing and args.plan is not None:
         raise LoadError(f"{', '.join(clashing)}: the plan of --plan decides that; leave it out")
@@ -137,7 +137,8 @@ def _plan(args: argparse.Namespace, preset: Preset, model: nn.Module) -> Plan:
     return compiler.plan(
         model, k=args.k or ("natural" if args.memory_budget else preset.k), task=task or AnyLoss(),
         example_inputs=(examples[0] if len(examples) == 1 else examples) if examples else None,
-        memory_budget=args.memory_budget, optimizer=args.optimizer or preset.optimizer)
+        memory_budget=args.memory_budget, compute_budget=args.compute_budget,
+        optimizer=args.optimizer or preset.optimizer)
 
 
 def _output(text: str) -> Path:

@@ -11,41 +11,57 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .builder import Options
+from .builder import Ending, Options
 from .errors import PlanError
 from .estimate import Estimate
 from .partition import K
 from .plan import Plan
 from .show import size
 
-EXTRA_COMPUTE, EXTRA_MEMORY = 0.05, 0.1
-"""What auxiliary networks may add to a training step. Floating-point operations, relative to backpropagation's: where
-they were found to buy accuracy, in front of a mean over all places, and without a memory budget; else none. Their
-weights, gradients and momentum, relative to its memory."""
+EXTRA_MEMORY = 0.1
+"""What the weights, gradients and momentum of auxiliary networks may add to a training step, relative to
+backpropagation's memory."""
 
-# From the richest to the leanest, by measured accuracy (docs/results.md). Where the trunk's last map is averaged, depth
-# pays more than dense layers do; elsewhere a narrower network costs less than fewer predictions or fewer levels.
-_AVERAGED = (
-    *(Options(head="light", hidden=layers) for layers in (4, 3)), *(Options(head="lean", hidden=layers)
-                                                                    for layers in (4, 3, 2)),
-    *(Options(head="lean", width=0.5, hidden=layers) for layers in (3, 2)),
-    *(Options(head="lean", width=0.25, hidden=layers) for layers in (3, 2)),
-    Options(head="light"), *(Options(head="lean", width=width) for width in (1.0, 0.5, 0.25, 0.125)),
-)
-_MAPS = (
-    Options(head="light", width=1.0), Options(head="light", width=0.5), Options(head="light", width=0.25),
-    Options(head="lean", width=0.25), Options(head="lean", width=0.25, stride=16),
-    Options(head="lean", width=0.125, stride=16), Options(head="lean", width=0.125, stride=32),
-)
+_EXTRA_COMPUTE: dict[Ending, float] = {"mean": 0.05, "decoder": 0.05, "maps": 0.0}
+"""What auxiliary networks may add to a training step's floating-point operations, relative to backpropagation's: some
+where that was found to buy accuracy. Nothing with a memory budget."""
+
+# From the richest to the leanest, by measured accuracy (docs/results.md). In front of a mean, depth pays more than
+# dense layers do; a decoder is worth having however narrow; elsewhere a narrower network costs less than fewer
+# predictions or fewer levels.
+_CHOICES: dict[Ending, Sequence[Options]] = {
+    "mean": (
+        *(Options(head=head, hidden=layers) for head in ("full", "light") for layers in (4, 3)),
+        *(Options(head="lean", hidden=layers) for layers in (4, 3, 2)),
+        *(Options(head="lean", width=width, hidden=layers) for width in (0.5, 0.25) for layers in (3, 2)),
+        Options(head="light"), *(Options(head="lean", width=width) for width in (1.0, 0.5, 0.25, 0.125)),
+    ),
+    "decoder": tuple(Options(head="light", width=width) for width in (1.0, 0.5, 0.25, 0.125)),
+    "maps": (
+        *(Options(head="light", width=width) for width in (1.0, 0.5, 0.25)),
+        Options(head="lean", width=0.25), Options(head="lean", width=0.25, stride=16),
+        Options(head="lean", width=0.125, stride=16), Options(head="lean", width=0.125, stride=32),
+    ),
+}
 
 
-def candidates(*, averaged: bool = False, **given: Any) -> list[Options]:
-    """Options for auxiliary networks from the richest to the leanest; what is given, and not None, is decided.
-    averaged: the tail begins with the mean over all places."""
+def candidates(ending: Ending = "maps", **given: Any) -> list[Options]:
+    """Options for auxiliary networks from the richest to the leanest; what is given, and not None, is decided."""
     decided = {name: value for name, value in given.items() if value is not None}
     if given.get("method") == "dgl":
         return [replace(Options(head="light"), **decided)]
-    return list(dict.fromkeys(replace(options, **decided) for options in (_AVERAGED if averaged else _MAPS)))
+    return list(dict.fromkeys(replace(options, **decided) for options in _CHOICES[ending]))
+
+
+def extra_compute(ending: Ending, compute_budget: float | None, memory_budget: int | None) -> float:
+    """What auxiliary networks may add to a step's compute, relative to backpropagation's. Raises PlanError for a budget
+    that is no number above 0."""
+    if compute_budget is not None:
+        if isinstance(compute_budget, bool) or not isinstance(compute_budget, int | float) or not compute_budget > 0:
+            raise PlanError(f"compute_budget={compute_budget!r}: give a training step's compute relative to "
+                            "backpropagation's, such as 1.3")
+        return compute_budget - 1
+    return _EXTRA_COMPUTE[ending] if memory_budget is None else 0.0
 
 
 def richest(choices: Sequence[Options], excess: Callable[[Options], float]) -> Options:
@@ -58,6 +74,23 @@ def richest(choices: Sequence[Options], excess: Callable[[Options], float]) -> O
             return options
     least, leanest = min(reversed(found), key=lambda one: one[0])
     return leanest if math.isfinite(least) else choices[0]
+
+
+def with_richest(choices: Sequence[Options], plan: Callable[[Sequence[Options]], Plan]) -> Plan:
+    """The plan that can be made with the most of ``choices``, a list from the richest on. Raises PlanError where none
+    can be made with the leanest."""
+    try:
+        return plan(choices)
+    except PlanError:
+        if len(choices) == 1:
+            raise
+    leanest = plan(choices[-1:])
+    for quarters in (2, 3):
+        try:
+            return plan(choices[quarters * len(choices) // 4:])
+        except PlanError:
+            continue
+    return leanest
 
 
 @dataclass(frozen=True)

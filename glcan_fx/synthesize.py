@@ -23,7 +23,7 @@ from torch.nn.utils import skip_init
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .analyze import Structure, ancestors, is_size, tensor_of
-from .builder import Auxiliary, Builder, Options
+from .builder import Auxiliary, Builder, Ending, Options
 from .decoupled import decoupled
 from .errors import PlanError
 from .graphs import Network
@@ -119,7 +119,7 @@ def _collaborative(
     _synthesise_taps(build, cut, own, missing, options, outputs_are_predictions)
     for node in learning:
         if options.hidden and _is_averaged(build.structure, node, tail):
-            build.values[node] = _hidden(build, node, build.values[node], options.hidden)
+            build.values[node] = _hidden(build, node, build.values[node], options.hidden, options.head != "full")
     _copy_tail(build, tail, options.head != "full")
 
 
@@ -500,9 +500,9 @@ GRID = 3
 """Places on a side of the map that a hidden perceptron begins with: batch statistics need some behind it, too."""
 
 
-def _hidden(build: Builder, tap: fx.Node, value: fx.Node, layers: int) -> fx.Node:
+def _hidden(build: Builder, tap: fx.Node, value: fx.Node, layers: int, half: bool) -> fx.Node:
     """Layers of a convolution and the trunk's kinds of norm and activation on ``value``, which stands for ``tap`` and
-    whose mean is taken next: 3x3 on half the size, the last two a perceptron on a few places.
+    whose mean is taken next: 3x3, on half the size if ``half``, the last two a perceptron on a few places.
 
     On so small a map they cost little (as in Belilovsky et al. 2020, arXiv 1901.08164, section 4.1), and the mean alone
     would hide from the module where its features are.
@@ -515,12 +515,12 @@ def _hidden(build: Builder, tap: fx.Node, value: fx.Node, layers: int) -> fx.Nod
     if norm is not None and len(structure.spatial(norm)) != rank:
         norm = None
     few = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}[rank]
-    large = min(sides) >= 2 * GRID
+    half = half and min(sides) >= 2 * GRID
     for index in range(layers):
         if last:
             value = _move_axis(build, value, rank, to_last=False)
         kernel = 3 if index < layers - 2 else 1
-        if index == 0 and kernel == 3 and large:
+        if index == 0 and kernel == 3 and half:
             value = build.add(f"{name}.reduced", _AVERAGE[rank](2, ceil_mode=True), value)
         if index == max(layers - 2, 0) and min(sides) >= GRID:
             value, kernel = build.add(f"{name}.few", few(GRID), value), 2
@@ -534,10 +534,14 @@ def _hidden(build: Builder, tap: fx.Node, value: fx.Node, layers: int) -> fx.Nod
     return value
 
 
-def averages(structure: Structure) -> bool:
-    """Whether the mean over all places of one of the trunk's maps is taken, as classifiers do."""
+def ending_of(structure: Structure, outputs_are_predictions: bool) -> Ending:
+    """How the network ends."""
     tail = tail_of(structure, structure.trace.output.args[0])
-    return any(_is_averaged(structure, tap, tail) for tap in tail.taps)
+    if any(_is_averaged(structure, tap, tail) for tap in tail.taps):
+        return "mean"
+    joined = {structure.spatial(tap) for tap in tail.taps if tap.op != "placeholder" and _is_map(tap)
+              and any(user in tail.nodes and not is_size(user) for user in tap.users)}
+    return "decoder" if outputs_are_predictions and len(joined) > 1 else "maps"
 
 
 def _is_averaged(structure: Structure, tap: fx.Node, tail: Tail) -> bool:

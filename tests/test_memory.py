@@ -21,7 +21,7 @@ from torchvision.models.detection.retinanet import RetinaNetClassificationHead
 
 import glcan_fx
 from glcan_fx import PlanError, UnsupportedError
-from glcan_fx.builder import Options
+from glcan_fx.builder import Ending, Options
 from glcan_fx.memory import PeakMemory
 from glcan_fx.models import edsr, retinanet, yolo
 from glcan_fx.planner import candidates, in_bytes, richest
@@ -337,9 +337,9 @@ def test_a_budget_that_only_leaner_networks_meet() -> None:
     assert plan.memory.plan.peak <= budget and plan.k == rich.k
 
 
-@pytest.mark.parametrize("averaged", [False, True])
-def test_the_richest_networks_that_fit(averaged: bool) -> None:
-    choices = candidates(averaged=averaged)
+@pytest.mark.parametrize("ending", ["mean", "decoder", "maps"])
+def test_the_richest_networks_that_fit(ending: Ending) -> None:
+    choices = candidates(ending)
     for best in range(len(choices)):
         assert richest(choices, lambda options, best=best: choices.index(options) < best) == choices[best]
     assert richest(choices, lambda options: 1.0) == choices[-1]
