@@ -32,8 +32,25 @@ import glcan_fx
 from glcan_fx.demo_train import peak_of
 from glcan_fx.estimate import backpropagated, minimised, recompute
 from glcan_fx.nested import map_tensors
+from glcan_fx.rules import Place, Source, State
 from glcan_fx.tasks import make_task
 
+
+class NoCache(glcan_fx.Rules):
+    """What an earlier module made is synthesised anew, not read from the cache (the paper's Table 3)."""
+
+    def source(self, tap: Place, module: Place, state: State) -> Source:
+        return "own" if state == "own" else "synthesised"
+
+
+class OneLevel(glcan_fx.Rules):
+    """Of a detector's levels, the one whose stride is nearest to the module's own, the finer of two."""
+
+    def levels(self, module: Place, levels: Sequence[Place]) -> Sequence[int]:
+        return [min(range(len(levels)), key=lambda index: abs(levels[index].stride - module.stride))]
+
+
+RULES = {"no-cache": NoCache(), "own-level-twice": glcan_fx.Rules(own_level=2.0), "one-level": OneLevel()}
 METHODS = ("bp", "checkpoint", "dgl", "glcan")
 _MEASURED = range(2, 4)  # steps whose memory is counted, and which are not timed
 MIB = 2**20
@@ -85,7 +102,9 @@ def add_arguments(parser: argparse.ArgumentParser, *, folders: bool = False, **d
     method.add_argument("--memory-budget", metavar="6GiB", help="plan for a step in so much")
     method.add_argument("--compute-budget", type=float, metavar="1.3", help="plan for so much of backpropagation's "
                         "compute")
-    method.add_argument("--no-cache", action="store_true", help="ablation: no feature comes from the cache")
+    method.add_argument("--share-predictors", action="store_true", help="auxiliary networks have them in common")
+    method.add_argument("--rules", choices=RULES, help="ablation: no feature comes from the cache; a detector's "
+                        "own level counts twice; only its nearest level counts")
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, default=None, metavar="DIR", help="(runs/TASK-METHOD-kK-sSEED)")
     kept = output.add_mutually_exclusive_group()
@@ -114,16 +133,9 @@ def prepared(experiment: Experiment, args: argparse.Namespace) -> tuple[nn.Modul
         "head": args.head, "aux_width": args.aux_width, "aux_depth": args.aux_depth,
         "aux_hidden": args.aux_hidden, "aux_stride": args.aux_stride,
         "memory_budget": args.memory_budget, "compute_budget": args.compute_budget,
-        "rules": OwnOnly() if args.no_cache else None}
+        "share_predictors": args.share_predictors, "rules": RULES[args.rules] if args.rules else None}
     local = glcan_fx.transform(model, k=k, task=experiment.task, example_inputs=example, **options)
     return local, local.plan
-
-
-class OwnOnly(glcan_fx.Rules):
-    """Ablation: what an earlier module made is synthesised anew, not read from the cache (the paper's Table 3)."""
-
-    def source(self, tap: Any, at: Any, state: Any) -> Any:
-        return "own" if state == "own" else "synthesised"
 
 
 def cosines(task: Any, model: glcan_fx.LocalModel, inputs: Any, targets: Any) -> dict[str, float]:

@@ -1,7 +1,6 @@
 """Memory: simulated steps beside real ones, budgets, and the savings that change no gradient."""
 
 import copy
-import math
 import pickle
 import random
 from collections.abc import Callable
@@ -21,10 +20,9 @@ from torchvision.models.detection.retinanet import RetinaNetClassificationHead
 
 import glcan_fx
 from glcan_fx import PlanError, UnsupportedError
-from glcan_fx.builder import Ending, Options
 from glcan_fx.memory import PeakMemory
 from glcan_fx.models import edsr, retinanet, yolo
-from glcan_fx.planner import candidates, in_bytes, richest
+from glcan_fx.planner import in_bytes
 from glcan_fx.runtime import SlicedHead
 
 BATCH = 4
@@ -335,16 +333,6 @@ def test_a_budget_that_only_leaner_networks_meet() -> None:
     budget = lean.memory.plan.peak + 1
     plan = glcan_fx.plan(model, k=k, memory_budget=budget, **given)
     assert plan.memory.plan.peak <= budget and plan.k == rich.k
-
-
-@pytest.mark.parametrize("ending", ["mean", "decoder", "maps"])
-def test_the_richest_networks_that_fit(ending: Ending) -> None:
-    choices = candidates(ending)
-    for best in range(len(choices)):
-        assert richest(choices, lambda options, best=best: choices.index(options) < best) == choices[best]
-    assert richest(choices, lambda options: 1.0) == choices[-1]
-    assert richest(choices, lambda options: math.inf) == choices[0]
-    assert candidates(width=0.5, head="light") == [Options(width=0.5, stride=s) for s in (1, 16, 32)]
 
 
 def test_a_lean_super_resolution_network_predicts_from_its_own_output() -> None:
