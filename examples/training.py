@@ -91,7 +91,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, folders: bool = False, **d
     training.add_argument("--threads", type=int, metavar="N", help="of a CPU")
     method = parser.add_argument_group("method")
     method.add_argument("--method", choices=METHODS, default="glcan", help="(%(default)s)")
-    method.add_argument("--k", default="natural", help="local modules: a number, or natural (%(default)s)")
+    method.add_argument("--k", default="natural", help="local modules: a number, natural, or fewest "
+                        "(%(default)s)")
     method.add_argument("--head", choices=("full", "light", "lean"), help="of auxiliary networks")
     method.add_argument("--aux-width", type=float, metavar="W", help="their relative channels, 0 to 1")
     method.add_argument("--aux-depth", type=int, default=0, metavar="N", help="trunk blocks in them (%(default)s)")

@@ -22,8 +22,8 @@ def add_model(parser: argparse.ArgumentParser, *, target_optional: bool = False)
     model.add_argument("--task", metavar="NAME", help="detection, classification, segmentation or super_resolution; "
                        "without it, the loss is the mean square of the outputs")
     training = parser.add_argument_group("training")
-    training.add_argument("-k", type=modules_of, metavar="K", help="local modules: a number, or natural, one per block "
-                          "(natural, or the preset's)")
+    training.add_argument("-k", type=modules_of, metavar="K", help="local modules: a number; natural, one per block; "
+                          "fewest, those with which a step takes no more memory than that (natural, or the preset's)")
     training.add_argument("--memory-budget", type=bytes_of, metavar="6GiB",
                           help="plan for a training step in so much: without -k, the fewest local modules that fit")
     training.add_argument("--compute-budget", type=float, metavar="1.3", help="compute of a step relative to "
@@ -59,6 +59,6 @@ def bytes_of(text: str) -> int:
 
 
 def modules_of(text: str) -> int | str:
-    if text != "natural" and not re.fullmatch(r"[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"'{text}': a number above 0, or natural")
-    return text if text == "natural" else int(text)
+    if text not in ("natural", "fewest") and not re.fullmatch(r"[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"'{text}': a number above 0, natural or fewest")
+    return int(text) if text.isdecimal() else text

@@ -3,7 +3,7 @@
 import copy
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from typing import Any
@@ -26,7 +26,17 @@ from .local_model import LocalModel, assemble, is_compiled
 from .nested import map_tensors
 from .partition import K, partition
 from .plan import Plan
-from .planner import EXTRA_MEMORY, Savings, candidates, extra_compute, in_bytes, richest, with_richest, within_budget
+from .planner import (
+    EXTRA_MEMORY,
+    Savings,
+    allowances,
+    candidates,
+    fewest,
+    in_bytes,
+    richest,
+    with_richest,
+    within_budget,
+)
 from .replay import Call, Segments, arguments_of, calls_of, surroundings
 from .rules import Rules
 from .synthesize import ending_of, share
@@ -100,7 +110,8 @@ def plan(
 
     Args:
         model: any module that runs, on any device, in either mode; `plan.report` says how it was captured.
-        k: number of local modules, "natural" (one per block), or a list of split points (module paths). 1 is plain
+        k: number of local modules, "natural" (one per block), "fewest" (those with which a step takes no more memory
+            than with the natural number, by simulation), or a list of split points (module paths). 1 is plain
             backpropagation. With a ``memory_budget`` and no number, or "auto" (the GPU's memory), the fewest that fit.
         task: "detection", "classification", "segmentation", "super_resolution", or a Task object.
         example_inputs: one batch of the sizes that you train with (values do not matter): a tensor, a tuple of
@@ -273,9 +284,9 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
 
     def in_segments(calls: Sequence[Call], error: TraceError) -> tuple[Plan, Callable[[bool], LocalModel]]:
         if (budget is not None or request.slices > 1 or request.share_predictors or request.method != "glcan"
-                or request.aux_hidden or request.compute_budget is not None):
-            raise PlanError("memory_budget, compute_budget, slices, share_predictors, aux_hidden and method='dgl' need "
-                            f"a model that can be captured: {error.reason}. Leave them out.")
+                or request.aux_hidden or request.compute_budget is not None or request.k == "fewest"):
+            raise PlanError("memory_budget, compute_budget, slices, share_predictors, aux_hidden, k='fewest' and "
+                            f"method='dgl' need a model that can be captured: {error.reason}. Leave them out.")
         options = replace(choices[0], hidden=0)
         planned = plan_segments(model, request.k, made, inputs, _names(model, inputs), calls, options, error)
         return planned, lambda _: build_segments(planned, model, made, calls)
@@ -311,18 +322,24 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
     draft = _Draft(structure, model, made, whole, request.example_targets)
     optimizer = "sgd" if callable(request.optimizer) else request.optimizer  # a plan is data
 
-    most = extra_compute(ending, request.compute_budget, budget)
+    allowed = allowances(choices, ending, request.compute_budget, budget)
 
     def planned(choices: Sequence[Options], k: K, savings: Savings) -> Plan:
-        return _decide(k, savings, drafts, choices, most, units, refused, inputs, draft, optimizer)
+        return _decide(k, savings, drafts, choices, allowed, units, refused, inputs, draft, optimizer)
 
-    if budget is None:
-        chosen = planned(choices, request.k, Savings(request.fused_loss, request.slices))
+    def simulate(plan: Plan) -> Estimate:
+        return draft.simulate(plan, request.optimizer)
+
+    savings = Savings(request.fused_loss, request.slices)
+    if budget is None and request.k == "fewest":
+        chosen = fewest(savings, partial(planned, choices), simulate)
+    elif budget is None:
+        chosen = planned(choices, request.k, savings)
     else:
         alone = made.averages_images(model, levels_of(structure, made)) and not why_not_sliced(structure, made)
         chosen = with_richest(choices, lambda left: within_budget(
             budget, len(units), _SLICES if alone else 1, made.fuses_losses(model), partial(planned, left),
-            lambda plan: draft.simulate(plan, request.optimizer), k=None if isinstance(request.k, str) else request.k))
+            simulate, k=None if isinstance(request.k, str) else request.k))
     if request.compute_budget is not None:
         cuts = [unit for unit in units if unit.name in {module.cut for module in chosen.modules}]
         compute = 1 + drafts.extra(cuts, chosen.options)
@@ -349,8 +366,8 @@ _SLICES = 4  # more would save little: other modules are then the peak
 
 
 def _decide(
-    k: K, savings: Savings, drafts: Drafts, choices: Sequence[Options], most: float, units: Sequence[Unit],
-    refused: dict[str, PlanError], inputs: Any, draft: "_Draft", optimizer: str | None,
+    k: K, savings: Savings, drafts: Drafts, choices: Sequence[Options], allowed: Mapping[Options, float],
+    units: Sequence[Unit], refused: dict[str, PlanError], inputs: Any, draft: "_Draft", optimizer: str | None,
 ) -> Plan:
     """The plan for a number of local modules."""
     structure, model, made = drafts.structure, drafts.model, drafts.task
@@ -362,7 +379,7 @@ def _decide(
     def excess(options: Options) -> float:
         try:
             cuts = cuts_for(options)
-            return max(drafts.extra(cuts, options) - most, drafts.weight(cuts, options) - EXTRA_MEMORY)
+            return max(drafts.extra(cuts, options) - allowed[options], drafts.weight(cuts, options) - EXTRA_MEMORY)
         except PlanError as error:  # a layer that cannot be made narrower
             log.debug("%s: %s", options, error)
             return math.inf

@@ -9,7 +9,7 @@ from .analyze import Structure, Unit, ancestors, unit_at
 from .errors import PlanError
 from .trace import hasattr_path
 
-K = int | Literal["natural", "auto"] | Sequence[str]
+K = int | Literal["natural", "fewest", "auto"] | Sequence[str]
 
 
 def partition(
@@ -26,7 +26,7 @@ def partition(
     if isinstance(k, str) and k == "natural":
         return units[:-1]
     if isinstance(k, str) or not isinstance(k, int | Sequence):
-        raise PlanError(f"k must be a number, 'natural' or a list of split points, not {k!r}"
+        raise PlanError(f"k must be a number, 'natural', 'fewest' or a list of split points, not {k!r}"
                         + (f": did you mean k={k}?" if isinstance(k, str) and k.isdecimal() else ""))
     if isinstance(k, Sequence):
         return _explicit(structure, k)

@@ -26,6 +26,10 @@ _EXTRA_COMPUTE: dict[Ending, float] = {"mean": 0.05, "decoder": 0.05, "maps": 0.
 """What auxiliary networks may add to a training step's floating-point operations, relative to backpropagation's: some
 where that was found to buy accuracy. Nothing with a memory budget."""
 
+_RECOMPUTATION = 1 / 3
+"""What running every block again adds, and the narrowest decoder may: without one, a U-Net's early modules are linear
+classifiers of edges."""
+
 # From the richest to the leanest, by measured accuracy (docs/results.md). In front of a mean, depth pays more than
 # dense layers do; a decoder is worth having however narrow; elsewhere a narrower network costs less than fewer
 # predictions or fewer levels.
@@ -36,7 +40,9 @@ _CHOICES: dict[Ending, Sequence[Options]] = {
         *(Options(head="lean", width=width, hidden=layers) for width in (0.5, 0.25) for layers in (3, 2)),
         Options(head="light"), *(Options(head="lean", width=width) for width in (1.0, 0.5, 0.25, 0.125)),
     ),
-    "decoder": tuple(Options(head="light", width=width) for width in (1.0, 0.5, 0.25, 0.125)),
+    "decoder": (
+        *(Options(head="light", width=width) for width in (1.0, 0.5, 0.25, 0.125)), Options(head="lean", width=0.25),
+    ),
     "maps": (
         *(Options(head="light", width=width) for width in (1.0, 0.5, 0.25)),
         Options(head="lean", width=0.25), Options(head="lean", width=0.25, stride=16),
@@ -53,15 +59,21 @@ def candidates(ending: Ending = "maps", **given: Any) -> list[Options]:
     return list(dict.fromkeys(replace(options, **decided) for options in _CHOICES[ending]))
 
 
-def extra_compute(ending: Ending, compute_budget: float | None, memory_budget: int | None) -> float:
-    """What auxiliary networks may add to a step's compute, relative to backpropagation's. Raises PlanError for a budget
-    that is no number above 0."""
+def allowances(
+    choices: Sequence[Options], ending: Ending, compute_budget: float | None, memory_budget: int | None
+) -> dict[Options, float]:
+    """What each of ``choices`` may add to a training step's compute, relative to backpropagation's.
+
+    Raises PlanError for a compute budget that is no number above 0.
+    """
     if compute_budget is not None:
         if isinstance(compute_budget, bool) or not isinstance(compute_budget, int | float) or not compute_budget > 0:
             raise PlanError(f"compute_budget={compute_budget!r}: give a training step's compute relative to "
                             "backpropagation's, such as 1.3")
-        return compute_budget - 1
-    return _EXTRA_COMPUTE[ending] if memory_budget is None else 0.0
+        return dict.fromkeys(choices, compute_budget - 1)
+    allowed = dict.fromkeys(choices, _EXTRA_COMPUTE[ending] if memory_budget is None else 0.0)
+    decoders = [options for options in choices if ending == "decoder" and options.head != "lean"]
+    return allowed | dict.fromkeys(decoders[-1:], _RECOMPUTATION)
 
 
 def richest(choices: Sequence[Options], excess: Callable[[Options], float]) -> Options:
@@ -146,6 +158,15 @@ class _Search:
         """What was tried, in words, and the step it takes."""
         return [(_in_words(plan.k, savings), step) for (_, savings), (plan, step) in self.tried.items()]
 
+    def fewest(self, low: int, found: Plan, savings: Savings) -> Plan:
+        """By bisection, a plan that fits with fewer local modules than ``found``, but not fewer than ``low``."""
+        high = found.k
+        while low < high:
+            middle = (low + high) // 2
+            better = self.fits(middle, savings)
+            low, high, found = (low, middle, better) if better else (middle + 1, high, found)
+        return found
+
     def note(self) -> str:
         tries = "; ".join(f"{what}: {size(step.peak)}" for what, step in self.steps())
         return f"memory budget {size(self.budget)}; simulated: {tries}"
@@ -155,6 +176,21 @@ def _in_words(k: int, savings: Savings) -> str:
     what = [f"k={k}"] + ["losses from class ids"] * savings.fused
     what += [f"{savings.slices} slices"] * (savings.slices > 1)
     return ", ".join(what + [f"{len(savings.recompute)} modules recomputed"] * bool(savings.recompute))
+
+
+_ALIKE = 1.02  # memory that is the same to a user
+
+
+def fewest(savings: Savings, plan: Callable[[K, Savings], Plan], simulate: Callable[[Plan], Estimate]) -> Plan:
+    """The plan with the fewest local modules whose simulated step takes no more memory than the natural one's.
+
+    The largest local module decides the peak, often the first or the last: splitting the others saves nothing more.
+    """
+    search = _Search(0, plan, simulate)
+    natural, step = search.attempt("natural", savings)
+    search.budget = int(_ALIKE * step.peak)
+    found = search.fewest(1, natural, savings)
+    return replace(found, notes=(*found.notes, f"the memory of k={natural.k}, the natural one: {search.note()}"))
 
 
 def within_budget(
@@ -181,11 +217,7 @@ def within_budget(
         if found is not None:
             break
     if found is not None and k is None and found.k > 1:
-        low, high = 2, found.k
-        while low < high:  # the fewest
-            middle = (low + high) // 2
-            better = search.fits(middle, best)
-            low, high, found = (low, middle, better) if better else (middle + 1, high, found)
+        found = search.fewest(2, found, best)
         for savings in kinds[:-1]:  # without what is not needed
             found = search.fits(found.k, savings) or found
             if found.options.slices == 1:

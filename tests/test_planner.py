@@ -99,9 +99,32 @@ def test_both_budgets() -> None:
     assert candidates("mean").index(rich.options) < candidates("mean").index(lean.options)
 
 
+@pytest.mark.parametrize(("model", "given"), [
+    cifar(), (UNet(11, 16), {"task": "segmentation", "example_inputs": torch.empty(8, 3, 160, 224, device="meta")}),
+    (edsr(blocks=8, channels=16),
+     {"task": "super_resolution", "example_inputs": torch.empty(8, 3, 24, 24, device="meta")}),
+])
+def test_the_fewest_that_save_as_much(model: nn.Module, given: dict[str, Any]) -> None:
+    """The memory of the natural k; with one local module less it would be more."""
+    natural = glcan_fx.plan(model, **given)
+    plan = glcan_fx.plan(model, k="fewest", **given)
+    assert 1 < plan.k < natural.k
+    most = 1.02 * natural.memory.plan.peak
+    assert plan.memory.plan.peak <= most < glcan_fx.plan(model, k=plan.k - 1, **given).memory.plan.peak
+    assert any(f"the memory of k={natural.k}, the natural one" in note for note in plan.notes)
+
+
+def test_the_fewest_where_nothing_is_saved() -> None:
+    """Backpropagation, as local modules cost memory here."""
+    given = {"task": "classification", "example_inputs": torch.empty(1, 3, 64, 64, device="meta"), "aux_depth": 2,
+             "head": "full", "aux_width": 1.0}
+    plan = glcan_fx.plan(torchvision.models.resnet18(), k="fewest", **given)
+    assert plan.k == 1 and plan.memory.plan.peak <= plan.memory.backpropagation.peak
+
+
 @pytest.mark.parametrize(("model", "size", "task", "ending"), [
     (CifarResNet(20), 32, "classification", "mean"),
-    (UNet(11, 8), 64, "segmentation", "decoder"),
+    (UNet(11, 32), 64, "segmentation", "decoder"),
     (lraspp_mobilenet_v3_large(weights_backbone=None), 96, "segmentation", "decoder"),
     (fcn_resnet50(weights_backbone=None), 96, "segmentation", "maps"),
     (edsr(blocks=2, channels=8), 16, "super_resolution", "maps"),
@@ -111,5 +134,16 @@ def test_both_budgets() -> None:
 def test_endings(model: nn.Module, size: int, task: str, ending: Ending) -> None:
     plan = glcan_fx.plan(model, task=task, example_inputs=torch.empty(2, 3, size, size, device="meta"))
     assert ending_of(plan.draft.structure, task != "detection") == ending
-    if ending == "decoder":  # without one, early modules of a U-Net have a linear classifier of edges
-        assert plan.options.head == "light"
+
+
+def test_a_decoder_that_costs_more_than_recomputation_is_left_out() -> None:
+    """The narrowest one may cost more than other auxiliary networks, with a memory budget, too, but not any price."""
+    for model, head in ((UNet(11, 32), "light"), (UNet(11, 4), "lean")):
+        given = {"task": "segmentation", "example_inputs": torch.empty(8, 3, 160, 224, device="meta")}
+        plan = glcan_fx.plan(model, **given)
+        assert plan.options.head == head
+        assert plan.memory.plan.flops <= 4 / 3 * plan.memory.backpropagation.flops
+        tight = glcan_fx.plan(model, k=plan.k, memory_budget=int(1.01 * plan.memory.plan.peak), **given)
+        assert tight.options.head == head
+        leanest = glcan_fx.plan(model, compute_budget=1.0, **given)
+        assert leanest.options.head == "lean" and leanest.memory.plan.flops <= leanest.memory.backpropagation.flops
