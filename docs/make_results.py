@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 RECORDS, PAGE = HERE / "results.json", HERE / "results.md"
 # what is said elsewhere in a row, or does not change a result
 _SAID = {"task", "data", "test", "method", "k", "k_asked", "seed", "device", "device_name", "commit", "torch", "out",
-         "step", "epoch", "peak_bytes", "loss", "seconds_a_step", "recipe", "amp"}
+         "step", "epoch", "peak_bytes", "compute", "loss", "seconds_a_step", "recipe", "amp"}
 _SETTING = ("limit", "epochs", "batch_size", "lr", "depth", "size", "short", "channels", "blocks", "patch", "each",
             "scale", "model", "width", "classes", "stock")
 _OPTIONS = ("head", "aux_width", "aux_depth", "aux_hidden", "aux_stride", "aux_lr", "memory_budget", "compute_budget",
@@ -59,7 +59,7 @@ def tables(records: Sequence[dict[str, Any]]) -> list[str]:
         scores = [score for score, value in runs[0].items()
                   if score not in _SAID | set(_SETTING) | set(_OPTIONS) and isinstance(value, float)]
         lines += [f"## {name}", "", "| method | k | options | " + " | ".join(scores)
-                  + " | peak of a step | seeds | commit |", "|---" * (len(scores) + 6) + "|"]
+                  + " | peak of a step | compute | seeds | commit |", "|---" * (len(scores) + 7) + "|"]
         groups: Groups = {}
         for run in runs:
             groups.setdefault((run["method"], run["k"], options(run)), []).append(run)
@@ -79,6 +79,7 @@ def tables(records: Sequence[dict[str, Any]]) -> list[str]:
             against = (f" ({peak / statistics.fmean(run['peak_bytes'] for run in plain):.2f})"
                        if plain is not None and method != "bp" else "")
             lines.append(f"| {method} | {k} | {given} | {' | '.join(cells)} | {peak / MIB:.0f} MiB{against} | "
+                         f"{group[0]['compute']:.2f} | "
                          f"{', '.join(str(run['seed']) for run in group)} | "
                          f"{', '.join(sorted({run['commit'] for run in group}))} |")
         devices = ", ".join(sorted({run["device_name"] for run in runs}))

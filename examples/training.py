@@ -242,10 +242,20 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
                 said = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
                 bar.write(f"epoch {state.step / per_epoch:g}: {said}", file=sys.stderr)
                 state.save()
-    record = {**state.identity, "k": plan.k if plan else 1, "out": str(out), **state.metrics[-1]}
+    record = {**state.identity, "k": plan.k if plan else 1, "out": str(out), **state.metrics[-1],
+              "compute": compute_of(experiment, args.method, plan)}
     (out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
     _curves(out / "curves.png", state.metrics)
     return record
+
+
+def compute_of(experiment: Experiment, method: str, plan: glcan_fx.Plan | None) -> float:
+    """Floating-point operations of a training step, relative to backpropagation's; simulated."""
+    if plan is None:
+        example = torch.empty(experiment.example, device="meta")
+        plan = glcan_fx.plan(experiment.build(), k=1, task=experiment.task, example_inputs=example)
+    again = plan.memory.checkpointing if method == "checkpoint" else None
+    return (again or plan.memory.plan).flops / plan.memory.backpropagation.flops
 
 
 class _State:

@@ -123,7 +123,7 @@ def plan(
             (Belilovsky et al. 2020, arXiv 1901.08164), to compare with.
         aux_depth: trunk blocks that each auxiliary network keeps, as copies.
         aux_hidden: layers (convolution, norm, activation) that each auxiliary network has in front of the mean over all
-            places, where the tail begins with one (classifiers).
+            places, where the tail begins with one (classifiers); on half the size unless ``head`` is "full".
         aux_width: its relative channels, in (0, 1]; 1 is the paper's.
         aux_stride: a detector's levels of smaller strides are left out of it, where there are others; 1 keeps all.
         head: "full" copies neck and head as they are (the paper's), "light" without their shape-keeping towers, "lean"
