@@ -169,7 +169,7 @@ class _Search:
 
     def note(self) -> str:
         tries = "; ".join(f"{what}: {size(step.peak)}" for what, step in self.steps())
-        return f"memory budget {size(self.budget)}; simulated: {tries}"
+        return f"{size(self.budget)}; simulated: {tries}"
 
 
 def _in_words(k: int, savings: Savings) -> str:
@@ -190,7 +190,7 @@ def fewest(savings: Savings, plan: Callable[[K, Savings], Plan], simulate: Calla
     natural, step = search.attempt("natural", savings)
     search.budget = int(_ALIKE * step.peak)
     found = search.fewest(1, natural, savings)
-    return replace(found, notes=(*found.notes, f"the memory of k={natural.k}, the natural one: {search.note()}"))
+    return replace(found, notes=(*found.notes, f"no more memory than k={natural.k}, {search.note()}"))
 
 
 def within_budget(
@@ -236,4 +236,4 @@ def within_budget(
         raise PlanError(
             f"no plan fits memory_budget {size(budget)}: the least found is {size(least.peak)} ({what}), during "
             f"{least.when}: {parts}. Use a smaller batch or smaller images, or give at least that budget.")
-    return replace(found, notes=(*found.notes, search.note()))
+    return replace(found, notes=(*found.notes, f"memory budget {search.note()}"))
