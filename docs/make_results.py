@@ -24,7 +24,7 @@ _SETTING = ("limit", "epochs", "batch_size", "lr", "depth", "size", "short", "ch
             "scale", "model", "width", "classes", "stock")
 _OPTIONS = ("head", "aux_width", "aux_depth", "aux_hidden", "aux_stride", "aux_lr", "memory_budget", "compute_budget",
             "share_predictors", "rules")
-_DEFAULTS = {"aux_lr": 1.0, "aux_depth": 0}
+_DEFAULTS = {"aux_lr": 1.0, "aux_depth": 0, "share_predictors": False}
 _METHODS = ("bp", "checkpoint", "dgl", "glcan")
 MIB = 2**20
 
@@ -51,6 +51,13 @@ def options(record: dict[str, Any]) -> str:
     return ", ".join(given) or "–"
 
 
+def modules(record: dict[str, Any]) -> str:
+    """How many local modules, and what was asked for."""
+    asked = str(record.get("k_asked", ""))
+    named = record["method"] not in ("bp", "checkpoint") and asked and not asked.isdecimal()
+    return f"{record['k']} ({asked})" if named else str(record["k"])
+
+
 def tables(records: Sequence[dict[str, Any]]) -> list[str]:
     lines: list[str] = []
     drawn_before: set[str] = set()
@@ -59,10 +66,11 @@ def tables(records: Sequence[dict[str, Any]]) -> list[str]:
         scores = [score for score, value in runs[0].items()
                   if score not in _SAID | set(_SETTING) | set(_OPTIONS) and isinstance(value, float)]
         lines += [f"## {name}", "", "| method | k | options | " + " | ".join(scores)
-                  + " | peak of a step | compute | seeds | commit |", "|---" * (len(scores) + 7) + "|"]
+                  + " | peak of a step | compute | s a step | seeds |"
+                  " commit |", "|---" * (len(scores) + 8) + "|"]
         groups: Groups = {}
         for run in runs:
-            groups.setdefault((run["method"], run["k"], options(run)), []).append(run)
+            groups.setdefault((run["method"], modules(run), options(run)), []).append(run)
         plain = next((group for (method, _, _), group in groups.items() if method == "bp"), None)
         for (method, k, given), group in sorted(groups.items(), key=lambda item: _METHODS.index(item[0][0])):
             cells = []
@@ -79,7 +87,7 @@ def tables(records: Sequence[dict[str, Any]]) -> list[str]:
             against = (f" ({peak / statistics.fmean(run['peak_bytes'] for run in plain):.2f})"
                        if plain is not None and method != "bp" else "")
             lines.append(f"| {method} | {k} | {given} | {' | '.join(cells)} | {peak / MIB:.0f} MiB{against} | "
-                         f"{group[0]['compute']:.2f} | "
+                         f"{group[0]['compute']:.2f} | {statistics.fmean(run['seconds_a_step'] for run in group):.2f} | "
                          f"{', '.join(str(run['seed']) for run in group)} | "
                          f"{', '.join(sorted({run['commit'] for run in group}))} |")
         devices = ", ".join(sorted({run["device_name"] for run in runs}))
@@ -88,10 +96,10 @@ def tables(records: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-Groups = dict[tuple[str, int, str], list[dict[str, Any]]]
+Groups = dict[tuple[str, str, str], list[dict[str, Any]]]
 
 
-def said(method: str, k: int, given: str) -> str:
+def said(method: str, k: str, given: str) -> str:
     return method if method in ("bp", "checkpoint") else f"{method} k={k}" + (f", {given}" if given != "–" else "")
 
 
