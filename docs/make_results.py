@@ -86,8 +86,9 @@ def tables(records: Sequence[dict[str, Any]]) -> list[str]:
             peak = statistics.fmean(run["peak_bytes"] for run in group)
             against = (f" ({peak / statistics.fmean(run['peak_bytes'] for run in plain):.2f})"
                        if plain is not None and method != "bp" else "")
+            seconds = statistics.fmean(run["seconds_a_step"] for run in group)
             lines.append(f"| {method} | {k} | {given} | {' | '.join(cells)} | {peak / MIB:.0f} MiB{against} | "
-                         f"{group[0]['compute']:.2f} | {statistics.fmean(run['seconds_a_step'] for run in group):.2f} | "
+                         f"{group[0]['compute']:.2f} | {seconds:.2f} | "
                          f"{', '.join(str(run['seed']) for run in group)} | "
                          f"{', '.join(sorted({run['commit'] for run in group}))} |")
         devices = ", ".join(sorted({run["device_name"] for run in runs}))
