@@ -2,6 +2,7 @@
 
 from .compiler import estimate_memory, plan, transform
 from .errors import (
+    BudgetError,
     CriterionError,
     GlcanFxError,
     PlanError,
@@ -21,7 +22,8 @@ from .trace import Report
 __version__ = "0.1.0"
 
 __all__ = [
-    "Block", "Classification", "CriterionError", "CriterionTask", "Detection", "Estimate", "Feature", "GlcanFxError",
+    "Block", "BudgetError", "Classification", "CriterionError", "CriterionTask", "Detection", "Estimate", "Feature",
+    "GlcanFxError",
     "LocalModel", "LocalModule", "LocalOutput", "Memory", "Phase", "Place", "Plan", "PlanError", "Report", "Rules",
     "Segmentation",
     "SuperResolution", "TargetError", "Task", "TraceError", "UnsupportedError", "UnusedGradientsWarning",

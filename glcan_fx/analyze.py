@@ -276,14 +276,20 @@ def _positions(shape: tuple[int, ...], channels_last: bool) -> int:
 
 def multiply_adds(structure: Structure, nodes: Iterable[fx.Node] | None = None) -> float:
     """Of one forward pass at the example's size, or some of its nodes: from the layers' weights and the places that
-    they are applied to."""
+    they are applied to (a transposed convolution's are its input's)."""
     total = 0.0
     for node in structure.trace.graph.nodes if nodes is None else nodes:
         for tensor in list(tensors_in(node.meta.get("value")))[:1]:
             weights = sum(p.numel() for p in structure.trace.parameters(node) if p.dim() > 1)
-            places = structure.positions(node) if isinstance(node.meta["value"], Tensor) else 1
+            at = node.all_input_nodes[0] if weights and _is_transposed(structure.trace, node) else node
+            places = structure.positions(at) if isinstance(at.meta["value"], Tensor) else 1
             total += weights * places * (tensor.shape[0] if tensor.dim() else 1)
     return total
+
+
+def _is_transposed(trace: Trace, node: fx.Node) -> bool:
+    called = getattr(node.target, "__name__", "")
+    return "conv_transpose" in called or bool(getattr(trace.module(node), "transposed", False))
 
 
 # ---------------------------------------------------------------------------------------------- the chain

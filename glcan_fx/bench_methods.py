@@ -273,9 +273,9 @@ def _plan(job: Job, model: nn.Module, method: str) -> Plan:
 def _options(job: Job, method: str) -> dict[str, Any]:
     """Keyword arguments of ``plan`` and ``transform``."""
     options: dict[str, Any] = {"k": job.k, "task": job.make_task(), "example_inputs": job.examples(),
-                               "compute_budget": job.compute_budget}
+                               "compute_budget": job.compute_budget, "optimizer": job.optimizer}
     if method == "budget":
-        options |= {"k": job.budget_k, "memory_budget": job.memory_budget, "optimizer": job.optimizer}
+        options |= {"k": job.budget_k, "memory_budget": job.memory_budget}
     return options
 
 

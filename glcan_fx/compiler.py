@@ -36,6 +36,7 @@ from .planner import (
     richest,
     with_richest,
     within_budget,
+    within_compute,
 )
 from .replay import Call, Segments, arguments_of, calls_of, surroundings
 from .rules import Rules
@@ -104,15 +105,16 @@ def plan(
     """Decide how ``model`` is cut into local modules and what their auxiliary networks are; changes nothing.
 
     What is left out of ``aux_hidden``, ``aux_width``, ``aux_stride`` and ``head`` is chosen: the richest auxiliary
-    networks with which a training step takes no more compute than backpropagation's (5 % more where a mean over all
-    places or a decoder ends the network, and there is no ``memory_budget``), or than ``compute_budget`` allows, and
-    whose weights add at most a tenth to its memory.
+    networks with which a training step takes no more compute than backpropagation's, and whose
+    weights add at most a tenth to its memory. Where a mean over all places or a decoder ends the network, and there is
+    no ``memory_budget``, 5 % more compute; a third more where that keeps a narrow decoder.
 
     Args:
         model: any module that runs, on any device, in either mode; `plan.report` says how it was captured.
-        k: number of local modules, "natural" (one per block), "fewest" (those with which a step takes no more memory
-            than with the natural number, by simulation), or a list of split points (module paths). 1 is plain
-            backpropagation. With a ``memory_budget`` and no number, or "auto" (the GPU's memory), the fewest that fit.
+        k: number of local modules, "natural" (one per block), "fewest" (those with which a step takes at most 2 %
+            more memory than with the natural number, by simulation), or a list of split points (module paths). 1 is
+            plain backpropagation. With a ``memory_budget`` and no number, or "auto" (the GPU's memory), the fewest that
+            fit.
         task: "detection", "classification", "segmentation", "super_resolution", or a Task object.
         example_inputs: one batch of the sizes that you train with (values do not matter): a tensor, a tuple of
             positional arguments, or a dict of keyword arguments. Detection: images, two of 320 x 320 when left out.
@@ -135,13 +137,13 @@ def plan(
         share_predictors: auxiliary networks have their predictors in common, where shapes agree: copies of the same
             layers of the model's head are one module, which all local losses train.
         memory_budget: bytes, or text ("6GiB"), that a training step may take at most, by simulation; the plan's notes
-            say what was tried. optimizer: that the budget is for: "sgd" (with momentum), "adam", or a function of the
-            parameters.
-        compute_budget: a training step's floating-point operations, relative to backpropagation's, up to which
-            auxiliary networks are made richer: 1.3 lets a few local modules come closest to backpropagation's accuracy.
+            say what was tried. optimizer: that memory is simulated for: "sgd" (with momentum), "adam", or a function of
+            the parameters.
+        compute_budget: floating-point operations that a training step may take, relative to backpropagation's, by
+            simulation: instead of the above. 1.3 lets a few local modules come closest to backpropagation's accuracy.
             Blocks that run again for a ``memory_budget`` come on top.
 
-    Raises TraceError, PlanError.
+    Raises TraceError, PlanError (BudgetError where nothing keeps a budget).
     """
     return _plan(model, _Request(
         k, task, example_inputs, example_targets, criterion, rules, method, aux_depth, aux_hidden, aux_width,
@@ -330,22 +332,23 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
     def simulate(plan: Plan) -> Estimate:
         return draft.simulate(plan, request.optimizer)
 
-    savings = Savings(request.fused_loss, request.slices)
-    if budget is None and request.k == "fewest":
-        chosen = fewest(savings, partial(planned, choices), simulate)
-    elif budget is None:
-        chosen = planned(choices, request.k, savings)
-    else:
-        alone = made.averages_images(model, levels_of(structure, made)) and not why_not_sliced(structure, made)
-        chosen = with_richest(choices, lambda left: within_budget(
-            budget, len(units), _SLICES if alone else 1, made.fuses_losses(model), partial(planned, left),
-            simulate, k=None if isinstance(request.k, str) else request.k))
-    if request.compute_budget is not None:
-        cuts = [unit for unit in units if unit.name in {module.cut for module in chosen.modules}]
-        compute = 1 + drafts.extra(cuts, chosen.options)
-        if compute > request.compute_budget:
-            raise PlanError(f"compute_budget={request.compute_budget:g}: with k={chosen.k} a step takes at least "
-                            f"{compute:.2f} of backpropagation's compute. Use fewer local modules, or give that much.")
+    def chosen_of(choices: Sequence[Options]) -> Plan:
+        savings = Savings(request.fused_loss, request.slices)
+        if budget is not None:
+            return with_richest(choices, lambda left: within_budget(
+                budget, len(units), _SLICES if alone else 1, made.fuses_losses(model), partial(planned, left), simulate,
+                k=None if isinstance(request.k, str) else request.k))
+        if request.k == "fewest":
+            return fewest(savings, partial(planned, choices), simulate)
+        return planned(choices, request.k, savings)
+
+    def compute(plan: Plan) -> float:  # but for blocks that run again
+        modules = tuple(replace(module, recompute=False) for module in plan.modules)
+        return simulate(replace(plan, modules=modules)).flops / draft.backpropagation(request.optimizer).flops
+
+    alone = made.averages_images(model, levels_of(structure, made)) and not why_not_sliced(structure, made)
+    chosen = (chosen_of(choices) if request.compute_budget is None else
+              within_compute(request.compute_budget, choices, chosen_of, compute))
     log.info("planned %s: %d local modules of %d possible", chosen.model, chosen.k, len(structure.units))
     return chosen, lambda verified: _build(chosen, structure, model, made, verified)
 

@@ -29,6 +29,10 @@ class PlanError(GlcanFxError):
     """The model cannot be planned as asked: unknown task, k out of range, unknown split point, …"""
 
 
+class BudgetError(PlanError):
+    """No plan that was found keeps the memory, or the compute, that a training step may take."""
+
+
 class TargetError(GlcanFxError):
     """A training step got no targets, or targets of the wrong form."""
 

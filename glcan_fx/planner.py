@@ -5,6 +5,7 @@ and costs no compute (losses from class ids, the last module's end in slices), t
 blocks that run again in backward.
 """
 
+import logging
 import math
 import re
 from collections.abc import Callable, Sequence, Set
@@ -12,11 +13,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .builder import Ending, Options
-from .errors import PlanError
+from .errors import BudgetError, PlanError
 from .estimate import Estimate
 from .partition import K
 from .plan import Plan
 from .show import size
+
+log = logging.getLogger("glcan_fx")
 
 EXTRA_MEMORY = 0.1
 """What the weights, gradients and momentum of auxiliary networks may add to a training step, relative to
@@ -24,7 +27,7 @@ backpropagation's memory."""
 
 _EXTRA_COMPUTE: dict[Ending, float] = {"mean": 0.05, "decoder": 0.05, "maps": 0.0}
 """What auxiliary networks may add to a training step's floating-point operations, relative to backpropagation's: some
-where that was found to buy accuracy. Nothing with a memory budget."""
+where that was found to buy accuracy. Nothing with a memory budget, but for the narrowest decoder."""
 
 _RECOMPUTATION = 1 / 3
 """What running every block again adds, and the narrowest decoder may: without one, a U-Net's early modules are linear
@@ -89,20 +92,59 @@ def richest(choices: Sequence[Options], excess: Callable[[Options], float]) -> O
 
 
 def with_richest(choices: Sequence[Options], plan: Callable[[Sequence[Options]], Plan]) -> Plan:
-    """The plan that can be made with the most of ``choices``, a list from the richest on. Raises PlanError where none
-    can be made with the leanest."""
+    """The plan that ``plan`` makes with all of ``choices``, a list from the richest on, else with its leaner half, its
+    leanest quarter, or the leanest. Raises PlanError where none can be made."""
     try:
         return plan(choices)
-    except PlanError:
-        if len(choices) == 1:
-            raise
-    leanest = plan(choices[-1:])
-    for quarters in (2, 3):
+    except BudgetError as error:
+        first = error
+    lists = list(dict.fromkeys(tuple(choices[quarters * len(choices) // 4:]) for quarters in (2, 3)))
+    leanest: Plan | None = None
+    try:
+        leanest = plan(choices[-1:])
+    except BudgetError:
+        raise  # what is richer needs more
+    except PlanError as error:  # it cannot be built
+        log.debug("%s: %s", choices[-1], error)
+    for left in lists:
         try:
-            return plan(choices[quarters * len(choices) // 4:])
-        except PlanError:
-            continue
+            return plan(left)
+        except PlanError as error:
+            log.debug("with %d of %d kinds of auxiliary networks: %s", len(left), len(choices), error)
+    if leanest is None:
+        raise first
     return leanest
+
+
+def within_compute(
+    budget: float, choices: Sequence[Options], plan: Callable[[Sequence[Options]], Plan],
+    compute: Callable[[Plan], float],
+) -> Plan:
+    """The plan with the richest of ``choices``, a list from the richest on, whose simulated step takes no more compute,
+    relative to backpropagation's, than ``budget``. Raises BudgetError where none does."""
+    left = list(choices)
+    found: list[tuple[float, int]] = []
+    while left:
+        try:
+            chosen = plan(left)
+        except PlanError:
+            if not found:
+                raise
+            break
+        found.append((compute(chosen), chosen.k))
+        if found[-1][0] <= budget:
+            return chosen
+        left = left[_place(chosen, left) + 1:]
+    least, k = min(found)
+    raise BudgetError(
+        f"compute_budget={budget:g}: with k={k} a step takes {math.ceil(1000 * least) / 1000:.3f} of backpropagation's "
+        "compute. Give at least that, choose fewer local modules, or leave auxiliary networks to the planner.")
+
+
+def _place(plan: Plan, choices: Sequence[Options]) -> int:
+    """Which of ``choices`` a plan was made with."""
+    return next(index for index, options in enumerate(choices)
+                if replace(plan.options, fused=options.fused, slices=options.slices) == options)
 
 
 @dataclass(frozen=True)
@@ -158,18 +200,9 @@ class _Search:
         """What was tried, in words, and the step it takes."""
         return [(_in_words(plan.k, savings), step) for (_, savings), (plan, step) in self.tried.items()]
 
-    def fewest(self, low: int, found: Plan, savings: Savings) -> Plan:
-        """By bisection, a plan that fits with fewer local modules than ``found``, but not fewer than ``low``."""
-        high = found.k
-        while low < high:
-            middle = (low + high) // 2
-            better = self.fits(middle, savings)
-            low, high, found = (low, middle, better) if better else (middle + 1, high, found)
-        return found
-
     def note(self) -> str:
         tries = "; ".join(f"{what}: {size(step.peak)}" for what, step in self.steps())
-        return f"{size(self.budget)}; simulated: {tries}"
+        return f"memory budget {size(self.budget)}; simulated: {tries}"
 
 
 def _in_words(k: int, savings: Savings) -> str:
@@ -179,18 +212,30 @@ def _in_words(k: int, savings: Savings) -> str:
 
 
 _ALIKE = 1.02  # memory that is the same to a user
+_HOPELESS = 1.25  # what a module keeps for backward, beside what a step may take: more than an estimate can be off
 
 
 def fewest(savings: Savings, plan: Callable[[K, Savings], Plan], simulate: Callable[[Plan], Estimate]) -> Plan:
-    """The plan with the fewest local modules whose simulated step takes no more memory than the natural one's.
+    """The plan with the fewest local modules whose simulated step takes at most 2 % more memory than the natural one's.
 
     The largest local module decides the peak, often the first or the last: splitting the others saves nothing more.
+    Auxiliary networks become richer as there are fewer, so memory may fall and rise: every number is looked at.
     """
-    search = _Search(0, plan, simulate)
-    natural, step = search.attempt("natural", savings)
-    search.budget = int(_ALIKE * step.peak)
-    found = search.fewest(1, natural, savings)
-    return replace(found, notes=(*found.notes, f"no more memory than k={natural.k}, {search.note()}"))
+    natural = plan("natural", savings)
+    least = simulate(natural).peak
+    tried = [f"k={natural.k}: {size(least)}"]
+    found = natural
+    for k in range(1, natural.k):
+        fewer = plan(k, savings)
+        if savings.slices == 1 and max(module.saved for module in fewer.modules) > _HOPELESS * _ALIKE * least:
+            continue
+        peak = simulate(fewer).peak
+        tried.append(f"k={k}: {size(peak)}")
+        if peak <= _ALIKE * least:
+            found = fewer
+            break
+    note = f"as little memory as k={natural.k}, to 2 %; simulated: {'; '.join(tried)}"
+    return replace(found, notes=(*found.notes, note))
 
 
 def within_budget(
@@ -217,7 +262,11 @@ def within_budget(
         if found is not None:
             break
     if found is not None and k is None and found.k > 1:
-        found = search.fewest(2, found, best)
+        low, high = 2, found.k
+        while low < high:  # the fewest
+            middle = (low + high) // 2
+            better = search.fits(middle, best)
+            low, high, found = (low, middle, better) if better else (middle + 1, high, found)
         for savings in kinds[:-1]:  # without what is not needed
             found = search.fits(found.k, savings) or found
             if found.options.slices == 1:
@@ -233,7 +282,7 @@ def within_budget(
     if found is None:
         what, least = min(search.steps(), key=lambda one: one[1].peak)
         parts = ", ".join(f"{name} {size(part)}" for name, part in sorted(least.parts.items(), key=lambda x: -x[1]))
-        raise PlanError(
+        raise BudgetError(
             f"no plan fits memory_budget {size(budget)}: the least found is {size(least.peak)} ({what}), during "
             f"{least.when}: {parts}. Use a smaller batch or smaller images, or give at least that budget.")
-    return replace(found, notes=(*found.notes, f"memory budget {search.note()}"))
+    return replace(found, notes=(*found.notes, search.note()))

@@ -539,9 +539,13 @@ def ending_of(structure: Structure, outputs_are_predictions: bool) -> Ending:
     tail = tail_of(structure, structure.trace.output.args[0])
     if any(_is_averaged(structure, tap, tail) for tap in tail.taps):
         return "mean"
-    joined = {structure.spatial(tap) for tap in tail.taps if tap.op != "placeholder" and _is_map(tap)
-              and any(user in tail.nodes and not is_size(user) for user in tap.users)}
-    return "decoder" if outputs_are_predictions and len(joined) > 1 else "maps"
+    sizes: dict[fx.Node, set[tuple[int, ...]]] = {  # of the maps that a value is computed from
+        tap: {structure.spatial(tap)} for tap in tail.taps if tap.op != "placeholder" and _is_map(tap)}
+    for node in tail.nodes:
+        if not is_size(node):
+            sizes[node] = set().union(*(sizes.get(source, set()) for source in node.all_input_nodes))
+    joins = any(len(known) > 1 for known in sizes.values())
+    return "decoder" if outputs_are_predictions and joins else "maps"
 
 
 def _is_averaged(structure: Structure, tap: fx.Node, tail: Tail) -> bool:
