@@ -322,9 +322,18 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
             return in_segments(_calls(model, inputs), TraceError(str(first)))
 
     draft = _Draft(structure, model, made, whole, request.example_targets)
-    optimizer = "sgd" if callable(request.optimizer) else request.optimizer  # a plan is data
+    chosen = _choose(request, budget, drafts, choices, allowances(choices, ending, request.compute_budget, budget),
+                     units, refused, inputs, draft)
+    log.info("planned %s: %d local modules of %d possible", chosen.model, chosen.k, len(structure.units))
+    return chosen, lambda verified: _build(chosen, structure, model, made, verified)
 
-    allowed = allowances(choices, ending, request.compute_budget, budget)
+
+def _choose(
+    request: _Request, budget: int | None, drafts: Drafts, choices: Sequence[Options], allowed: Mapping[Options, float],
+    units: Sequence[Unit], refused: dict[str, PlanError], inputs: Any, draft: "_Draft",
+) -> Plan:
+    """The plan that keeps the budgets, with the local modules asked for."""
+    optimizer = "sgd" if callable(request.optimizer) else request.optimizer  # a plan is data
 
     def planned(choices: Sequence[Options], k: K, savings: Savings) -> Plan:
         return _decide(k, savings, drafts, choices, allowed, units, refused, inputs, draft, optimizer)
@@ -332,12 +341,18 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
     def simulate(plan: Plan) -> Estimate:
         return draft.simulate(plan, request.optimizer)
 
-    def chosen_of(choices: Sequence[Options]) -> Plan:
-        savings = Savings(request.fused_loss, request.slices)
+    def within_memory(budget: int, choices: Sequence[Options]) -> Plan:
+        structure, made, model = drafts.structure, drafts.task, drafts.model
+        alone = made.averages_images(model, levels_of(structure, made)) and not why_not_sliced(structure, made)
+        slices, fused = _SLICES if alone else 1, made.fuses_losses(model)
+        k = None if isinstance(request.k, str) else request.k
+        return with_richest(choices, lambda left: within_budget(
+            budget, len(units), slices, fused, partial(planned, left), simulate, k=k))
+
+    def chosen(choices: Sequence[Options]) -> Plan:
         if budget is not None:
-            return with_richest(choices, lambda left: within_budget(
-                budget, len(units), _SLICES if alone else 1, made.fuses_losses(model), partial(planned, left), simulate,
-                k=None if isinstance(request.k, str) else request.k))
+            return within_memory(budget, choices)
+        savings = Savings(request.fused_loss, request.slices)
         if request.k == "fewest":
             return fewest(savings, partial(planned, choices), simulate)
         return planned(choices, request.k, savings)
@@ -346,11 +361,9 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
         modules = tuple(replace(module, recompute=False) for module in plan.modules)
         return simulate(replace(plan, modules=modules)).flops / draft.backpropagation(request.optimizer).flops
 
-    alone = made.averages_images(model, levels_of(structure, made)) and not why_not_sliced(structure, made)
-    chosen = (chosen_of(choices) if request.compute_budget is None else
-              within_compute(request.compute_budget, choices, chosen_of, compute))
-    log.info("planned %s: %d local modules of %d possible", chosen.model, chosen.k, len(structure.units))
-    return chosen, lambda verified: _build(chosen, structure, model, made, verified)
+    if request.compute_budget is None:
+        return chosen(choices)
+    return within_compute(request.compute_budget, choices, chosen, compute)
 
 
 def _budget(model: nn.Module, request: _Request) -> int | None:
