@@ -130,10 +130,11 @@ def prepared(experiment: Experiment, args: argparse.Namespace) -> tuple[nn.Modul
         plan = glcan_fx.plan(model, k=1, task=experiment.task, example_inputs=example)
         recompute(model, plan.known.blocks[1])
         return model, None
-    options: dict[str, Any] = {"method": "dgl"} if args.method == "dgl" else {
+    budgets = {"memory_budget": args.memory_budget, "compute_budget": args.compute_budget}
+    options: dict[str, Any] = {**budgets, "method": "dgl"} if args.method == "dgl" else {
+        **budgets,
         "head": args.head, "aux_width": args.aux_width, "aux_depth": args.aux_depth,
         "aux_hidden": args.aux_hidden, "aux_stride": args.aux_stride,
-        "memory_budget": args.memory_budget, "compute_budget": args.compute_budget,
         "share_predictors": args.share_predictors, "rules": RULES[args.rules] if args.rules else None}
     local = glcan_fx.transform(model, k=k, task=experiment.task, example_inputs=example, **options)
     return local, local.plan

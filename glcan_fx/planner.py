@@ -138,7 +138,7 @@ def within_compute(
     least, k = min(found)
     raise BudgetError(
         f"compute_budget={budget:g}: with k={k} a step takes {math.ceil(1000 * least) / 1000:.3f} of backpropagation's "
-        "compute. Give at least that, choose fewer local modules, or leave auxiliary networks to the planner.")
+        "compute. Give at least that, choose another k, or leave auxiliary networks to the planner.")
 
 
 def _place(plan: Plan, choices: Sequence[Options]) -> int:

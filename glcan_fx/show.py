@@ -44,7 +44,8 @@ def renderables(plan: "Plan") -> Iterator[RenderableType]:
 
 def heading(plan: "Plan") -> str:
     """What was planned, in a line."""
-    return (f"{plan.model}, task {plan.task}: {plan.k} local modules of {len(plan.natural) + 1} possible, planned for "
+    modules = "1 local module" if plan.k == 1 else f"{plan.k} local modules"
+    return (f"{plan.model}, task {plan.task}: {modules} of {len(plan.natural) + 1} possible, planned for "
             f"{input_sizes(plan)}")
 
 
