@@ -163,8 +163,8 @@ What they say so far, on one or two seeds:
 - Segmentation: a U-Net's early modules need a decoder in their auxiliary networks. Its own decoder is the last module
   and decides the memory, so that two local modules save as much as ten, at little loss; ten lose a lot.
 - Super-resolution: less than half a decibel is lost at every k.
-- Features from the cache instead of synthesised ones made no difference beyond that of seeds, in detection and in
-  super-resolution.
+- Of the method's parts, features from the cache instead of synthesised ones (detection, super-resolution), all levels
+  instead of one, and a predictor of its own for each module (detection) made no difference beyond that of seeds.
 - A higher cosine with backpropagation's gradient does not mean a better result.
 
 """
