@@ -182,12 +182,13 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     optimizer = experiment.optimizer(groups, args.lr)
     rates = [group["lr"] for group in groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps, pct_start=0.2)
-    compute = compute_of(experiment, args.method, plan)
     state = _State(out, model, optimizer, schedule, _identity(experiment, args))
     if args.resume:
         state.load(device)
     else:
         state.begin(args.overwrite)
+    with torch.random.fork_rng():  # a resumed run has its state by now
+        compute = compute_of(experiment, args.method, plan)
     if plan is not None:
         plan.save(out / "plan.html")
         plan.save(out / "plan.json")
@@ -244,8 +245,7 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
                 said = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
                 bar.write(f"epoch {state.step / per_epoch:g}: {said}", file=sys.stderr)
                 state.save()
-    record = {**state.identity, "k": plan.k if plan else 1, "out": str(out), **state.metrics[-1],
-              "compute": compute}
+    record = {**state.identity, "k": plan.k if plan else 1, "out": str(out), **state.metrics[-1], "compute": compute}
     (out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
     _curves(out / "curves.png", state.metrics)
     return record
@@ -255,9 +255,7 @@ def compute_of(experiment: Experiment, method: str, plan: glcan_fx.Plan | None) 
     """Floating-point operations of a training step, relative to backpropagation's; simulated."""
     if plan is None:
         example = torch.empty(experiment.example, device="meta")
-        with torch.random.fork_rng():
-            model = experiment.build()
-        plan = glcan_fx.plan(model, k=1, task=experiment.task, example_inputs=example)
+        plan = glcan_fx.plan(experiment.build(), k=1, task=experiment.task, example_inputs=example)
     again = plan.memory.checkpointing if method == "checkpoint" else None
     return (again or plan.memory.plan).flops / plan.memory.backpropagation.flops
 
