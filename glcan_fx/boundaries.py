@@ -95,8 +95,11 @@ def partition_calls(units: Sequence[CallUnit], k: Any) -> list[list[CallUnit]]:
     if isinstance(k, str) and k == "natural":
         cuts = ends[:-1]
     elif isinstance(k, int) and not isinstance(k, bool) and 1 <= k <= len(ends):
-        groups = [sum(u.saved for u in units[a + 1: b + 1]) for a, b in zip([-1, *ends], ends, strict=False)]
-        cuts = [ends[end - 1] for end in merge(groups, [0] * len(ends), k)]
+        def saved(start: int, end: int) -> int:
+            first = ends[start - 1] + 1 if start else 0
+            return sum(unit.saved for unit in units[first: ends[end - 1] + 1])
+
+        cuts = [ends[end - 1] for end in merge(len(ends), k, saved)]
     elif isinstance(k, Sequence) and not isinstance(k, str) and all(name in names for name in k):
         cuts = sorted(ends[names.index(name)] for name in k)
     else:

@@ -306,15 +306,15 @@ class Recorder(TorchFunctionMode):
         """Run something; where tensors come out, or are changed, record it as a node."""
         sources = [t for t in tensors_in((args, kwargs)) if isinstance(t, Tensor)]
         versions = [tensor._version for tensor in sources]
-        saved, seen, held = 0, self._saved, self._held  # not self: autograd's graphs would keep it alive
+        kept: dict[int, int] = {}
+        seen, held = self._saved, self._held  # not self: autograd's graphs would keep it alive
 
         def pack(tensor: Tensor) -> Tensor:
-            nonlocal saved
             storage = tensor.untyped_storage()
             if not isinstance(tensor, nn.Parameter) and storage._cdata not in seen:
                 seen.add(storage._cdata)
                 held.append(tensor.detach())
-                saved += storage.nbytes()
+                kept[storage._cdata] = storage.nbytes()
             return tensor
 
         with saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -323,7 +323,7 @@ class Recorder(TorchFunctionMode):
         if not changed and not any(True for _ in tensors_in(out)):
             return answer(out)
         node = self._create(op, target, self._argument(tuple(args)), self._argument(dict(kwargs)))
-        node.meta["saved"] = saved
+        node.meta |= {"saved": sum(kept.values()), "storages": frozenset(kept)}
         if not torch.is_grad_enabled():  # the same values as without no_grad, and no gradient
             if changed:
                 raise Uncapturable("it changes a tensor in place under torch.no_grad()")

@@ -1,12 +1,14 @@
 """Pass 3, partition: where one does cut. Natural, merged to k modules with the smallest peak, or as the user says."""
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Literal
 
 from torch import fx
 
-from .analyze import Structure, Unit, ancestors, unit_at
+from .analyze import Structure, Unit, is_size, unit_at
 from .errors import PlanError
+from .nested import tensors_in
 from .trace import hasattr_path
 
 K = int | Literal["natural", "fewest", "auto"] | Sequence[str]
@@ -18,8 +20,9 @@ def partition(
     """The units after which to cut: k - 1 of them, in order.
 
     k: "natural" (after every unit), a number of local modules, or a list of split points (module paths). With a
-    number below the natural one, neighbours are merged so that the largest module, its own saved bytes plus its
-    auxiliary network's (``aux_bytes`` of the unit that it ends with; ``tail_bytes`` for the last), is smallest.
+    number below the natural one, neighbours are merged so that the largest module is smallest: the bytes that are live
+    when its backward pass begins, its auxiliary network's among them (``aux_bytes`` of the unit that it ends with;
+    ``tail_bytes`` for the last).
     Raises PlanError for a k that the model does not offer, with the list of split points.
     """
     units = list(units)
@@ -39,8 +42,15 @@ def partition(
         )
     if k in (1, len(units)):
         return units[:-1] if k > 1 else []
-    ends = merge(unit_bytes(structure, units), [aux_bytes(unit) for unit in units[:-1]] + [tail_bytes()], k)
-    return [units[end - 1] for end in ends]
+    own, live, gradients = _bytes(structure, units), carried(structure, units), _gradients(structure, units)
+    behind = [aux_bytes(unit) for unit in units[:-1]] + [tail_bytes()]
+
+    def cost(start: int, end: int) -> int:
+        """What is live when the backward pass of a local module of these units begins."""
+        earlier = sum(size for size, unit in live[start] if not start <= unit < end)
+        return gradients[start] + earlier + own[end] - own[start] + behind[end - 1]
+
+    return [units[end - 1] for end in merge(len(units), k, cost)]
 
 
 def _explicit(structure: Structure, names: Sequence[str]) -> list[Unit]:
@@ -61,27 +71,55 @@ def _explicit(structure: Structure, names: Sequence[str]) -> list[Unit]:
     return sorted(found.values(), key=lambda unit: order[unit.end])
 
 
-def unit_bytes(structure: Structure, units: Sequence[Unit]) -> list[int]:
-    """Bytes that each unit keeps for backward; the tail's are added to the last."""
-    done: set[fx.Node] = set()
-    sizes = []
-    for unit in units:
-        own = ancestors([unit.end]) - done
-        done |= own
-        sizes.append(sum(node.meta["saved"] for node in own))
-    sizes[-1] += sum(node.meta["saved"] for node in structure.trace.graph.nodes if node not in done)
-    return sizes
+def _bytes(structure: Structure, units: Sequence[Unit]) -> list[int]:
+    """Bytes that are kept for backward before each unit, and by all; the tail's are the last unit's."""
+    return [0, *accumulate(saved for _, saved in structure.uses([unit.end for unit in units[:-1]]))]
 
 
-def merge(own: Sequence[int], behind: Sequence[int], k: int) -> list[int]:
-    """Split units into k runs with the smallest largest one: for all runs but the last, the number of units up to
-    its end. A run costs its units' bytes, ``own``, and those ``behind`` its last unit.
+def _gradients(structure: Structure, units: Sequence[Unit]) -> list[int]:
+    """Bytes of the gradients of all parameters before each unit, and of all."""
+    sizes, seen = [0] * len(units), set[int]()
+    owner = structure.assign([unit.end for unit in units[:-1]])
+    for node in sorted(owner, key=owner.__getitem__):
+        for p in structure.trace.parameters(node):
+            if p.requires_grad and id(p) not in seen:
+                seen.add(id(p))
+                sizes[owner[node]] += p.numel() * p.element_size()
+    return [0, *accumulate(sizes)]
+
+
+def carried(structure: Structure, units: Sequence[Unit]) -> list[list[tuple[int, int]]]:
+    """Of each unit: the values of earlier ones that are read in it or behind it, and so live on while it runs; of each
+    value its bytes, and the unit for whose backward pass it is kept first (-1: for none)."""
+    owner = structure.assign([unit.end for unit in units[:-1]])
+    counted = {key: index for node, index in owner.items() for key in node.meta.get("storages", ())}
+    sizes: dict[int, int] = {}
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for node, index in owner.items():
+        if node.op in ("placeholder", "get_attr"):
+            continue  # they live for the whole step
+        readers = [owner.get(user, len(units) - 1) for user in node.users if not is_size(user)]
+        for tensor in tensors_in(node.meta.get("value")):
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            sizes[key] = storage.nbytes()
+            first[key] = min(first.get(key, index), index)
+            last[key] = max([last.get(key, index), *readers])
+    found: list[list[tuple[int, int]]] = [[] for _ in units]
+    for key, size in sizes.items():
+        for index in range(first[key] + 1, last[key] + 1):
+            found[index].append((size, counted.get(key, -1)))
+    return found
+
+
+def merge(n: int, k: int, cost: Callable[[int, int], int]) -> list[int]:
+    """Split ``n`` units into k runs with the smallest largest one: for all runs but the last, the number of units up to
+    its end. ``cost``: of the run from one unit up to another, not included.
 
     A dynamic programme over (units so far, runs so far); smallest maximum, then smallest sum of squares.
     """
-    n, total = len(own), [0]
-    for size in own:
-        total.append(total[-1] + size)
+    costs = {(start, end): cost(start, end) for end in range(1, n + 1) for start in range(end)}
     best: list[dict[int, tuple[int, int, int]]] = [{0: (0, 0, -1)}]  # per count: {units: (peak, squares, last cut)}
     for _ in range(k):
         row: dict[int, tuple[int, int, int]] = {}
@@ -89,7 +127,7 @@ def merge(own: Sequence[int], behind: Sequence[int], k: int) -> list[int]:
             options = []
             for start, (peak, squares, _) in best[-1].items():
                 if start < end:
-                    size = total[end] - total[start] + behind[end - 1]
+                    size = costs[start, end]
                     options.append((max(peak, size), squares + size * size, start))
             if options:
                 row[end] = min(options)
