@@ -304,6 +304,7 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
             return in_segments(calls, found)
         structure, made, inputs = found
 
+    made.fits(structure.trace.output.meta["value"])
     ending = ending_of(structure, not made.outputs_are_levels)
     if request.aux_hidden and request.method == "glcan" and ending != "mean":
         raise PlanError(f"aux_hidden={request.aux_hidden}: {type(model).__name__} takes no mean over all places behind "

@@ -50,4 +50,5 @@ class UnsupportedError(GlcanFxError):
 
 
 class UnusedGradientsWarning(UserWarning):
-    """Part of the last step's local losses never reached ``backward()``."""
+    """Gradients are computed for nothing: part of the last step's local losses never reached ``backward()``, or the
+    optimiser steps no auxiliary network."""

@@ -62,7 +62,7 @@ class LocalModel(fx.GraphModule):
         super().__init__(root, graph, class_name="LocalModel")
         _share(self, model, aux)
         self.__dict__.update(_original=model, plan=plan, task=task, _last_reached=[], _parts=parts,
-                             _optimizer=_no_optimizer)
+                             _optimizer=_no_optimizer, _versions=[])
         self.__dict__["training"] = model.training
         for name, part in aux.named_children():
             if name != "task":
@@ -94,6 +94,7 @@ class LocalModel(fx.GraphModule):
         self.task.check(next(iter(given.values()), None), given.get("targets"))
         _refuse_sharded(self)
         self._warn_of_unused()
+        self._warn_of_unstepped()
         optimizer = self.__dict__["_optimizer"]()
         stepping = optimizer is not None and torch.is_grad_enabled()
         with private_graph() if self.plan.k > 1 else nullcontext(), \
@@ -130,6 +131,28 @@ class LocalModel(fx.GraphModule):
                 f"only {sum(flags.values())} of {len(flags)} local losses of the last step reached backward(): the "
                 f"local modules {missed} were not trained. Minimise the sum: out.loss, or sum(losses.values()) of a "
                 "detector.",
+                UnusedGradientsWarning, stacklevel=4,
+            )
+
+    def _warn_of_unstepped(self) -> None:
+        """Warn, once, where two steps have changed the model and no auxiliary network: the optimiser is older."""
+        seen = self.__dict__["_versions"]
+        networks = [] if seen is None else [
+            p for index in range(self.plan.k - 1) for p in self.aux.get_submodule(str(index)).parameters()
+            if p.requires_grad]
+        if not networks:
+            return
+        own, auxiliary = (sum(p._version for p in tensors) for tensors in (self.original.parameters(), networks))
+        if not seen or own != seen[-1][0]:  # else gradients are accumulated
+            seen.append((own, auxiliary))
+        if auxiliary != seen[0][1]:
+            self.__dict__["_versions"] = None
+        elif len(seen) == _STEPS:
+            self.__dict__["_versions"] = None
+            warnings.warn(
+                f"the last {_STEPS - 1} optimiser steps changed {type(self.original).__name__}'s parameters, but none of "
+                "its auxiliary networks', which stay as they were initialised. Create the optimiser after "
+                "transform(), from local.parameters() or local.parameter_groups().",
                 UnusedGradientsWarning, stacklevel=4,
             )
 
@@ -250,6 +273,7 @@ class LocalModel(fx.GraphModule):
         return _rebuild, (self.original, self.aux, pack(self.graph), self.plan, self.task, _modes(self), parts)
 
 
+_STEPS = 3  # of them the first may be a checkpoint that was loaded
 _RESERVED = ("aux", "plan", "task", "original", "graph", "code", "meta")
 
 

@@ -244,6 +244,25 @@ def test_task_object_and_criterion():
     refused(Net(), PlanError, "not both", task=glcan_fx.Classification(), criterion=F.cross_entropy)
 
 
+@pytest.mark.parametrize("task", ["segmentation", "super_resolution"])
+def test_task_that_does_not_fit_the_outputs(task):
+    refused(Net(), PlanError, rf"task '{task}' expects .*returns \(2, \d+\): choose another", task=task)
+
+
+def test_classification_of_places():
+    refused(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 1)), PlanError,
+            r"logits \(N, classes\), and the network returns \(2, 5, \d+, \d+\)", task="classification")
+
+
+def test_targets_that_do_not_fit():
+    """The loss's own error, with the sizes of what it got."""
+    local = glcan_fx.transform(Net(), task="classification", example_inputs=EXAMPLE)
+    with pytest.raises(ValueError, match="batch") as caught:
+        local(EXAMPLE, torch.zeros(3, dtype=torch.int64))
+    note, = caught.value.__notes__
+    assert "task 'classification'" in note and "targets [3] int64" in note and "outputs [2, " in note
+
+
 def test_criterion_that_cannot_be_called():
     refused(Net(), PlanError, "criterion= must be callable.*not int", task=None, criterion=3)
 

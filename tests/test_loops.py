@@ -783,6 +783,43 @@ def test_complete_loops_are_not_reported(loop):
                 local.train()
 
 
+def test_an_optimizer_older_than_the_auxiliary_networks_is_reported():
+    """Once: the model is trained by losses of networks that stay as they were initialised."""
+    local = build()
+    optimizer = torch.optim.SGD(local.original.parameters(), lr=0.1)
+    for iteration in range(2):
+        local(*batch(seed=iteration)).loss.backward()
+        optimizer.step()
+    with pytest.warns(UnusedGradientsWarning, match="2 optimiser steps changed Net's .*after transform()"):
+        local(*batch()).loss.backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnusedGradientsWarning)
+        optimizer.step()
+        local(*batch())
+
+
+@pytest.mark.parametrize("loop", ["groups", "two optimisers", "accumulation", "no step", "checkpoint", "frozen", "k=1"])
+def test_optimizers_that_step_everything_are_not_reported(loop):
+    local = build(**({"k": 1} if loop == "k=1" else {}))
+    own = list(local.original.parameters())
+    others = [p for p in local.parameters() if id(p) not in set(map(id, own))]
+    optimizers = {
+        "two optimisers": [torch.optim.SGD(own, lr=0.1), torch.optim.SGD(others or own, lr=0.0)],
+        "groups": [torch.optim.Adam(local.parameter_groups(0.1, 0.01))],
+        "frozen": [torch.optim.SGD(own, lr=0.1)], "no step": []}.get(loop, [torch.optim.SGD(local.parameters(), lr=0.1)])
+    if loop == "frozen":
+        local.aux.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnusedGradientsWarning)
+        for iteration in range(5):
+            local(*batch(seed=iteration)).loss.backward()
+            if loop == "checkpoint" and iteration == 0:
+                local.load_state_dict(local.original_state_dict())
+            elif loop != "accumulation" or iteration == 3:
+                for optimizer in optimizers:
+                    optimizer.step()
+
+
 # ------------------------------------------------------------ parameters, modes
 
 

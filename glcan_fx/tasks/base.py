@@ -63,6 +63,9 @@ class Task(ABC):
             )
         return given if isinstance(given, dict) else tuple(given) if isinstance(given, tuple | list) else (given,)
 
+    def fits(self, outputs: Any) -> None:  # noqa: B027 - any outputs do by default
+        """Raise PlanError where the loss can make nothing of such outputs, which are fake example values."""
+
     def example_targets(self, model: nn.Module, inputs: Any, outputs: Any) -> Any:
         """Targets to simulate a step with; None where they are not known.
 
@@ -161,7 +164,22 @@ class LossHead(nn.Module):
         self.__dict__["task"] = task  # copied with this module, so that a copy calls its own criterion
 
     def forward(self, outputs: Any, targets: Any) -> Any:
-        return self.__dict__["task"].loss(outputs, targets)
+        task = self.__dict__["task"]
+        try:
+            return task.loss(outputs, targets)
+        except Exception as error:
+            error.add_note(f"glcan_fx: in the loss of task '{task.name}', with outputs {specs(outputs)} and targets "
+                           f"{specs(targets)}")
+            raise
+
+
+def _dimensions(task: Task, outputs: Any, allowed: Sequence[int], expected: str) -> None:
+    """Raise PlanError where a network's first output has none of the ``allowed`` numbers of dimensions."""
+    first = next(tensors_in(outputs), None)
+    if first is None or first.dim() not in allowed:
+        found = "no tensor" if first is None else f"{tuple(first.shape)}"
+        raise PlanError(f"task '{task.name}' expects {expected}, and the network returns {found}: choose another task, "
+                        "or pass criterion=(outputs, targets) -> loss")
 
 
 class CriterionTask(Task):
@@ -194,6 +212,9 @@ class Classification(Task):
 
     name = "classification"
 
+    def fits(self, outputs: Any) -> None:
+        _dimensions(self, outputs, (2,), "logits (N, classes)")
+
     def example_targets(self, model: nn.Module, inputs: Any, outputs: Any) -> Any:
         return torch.zeros(next(tensors_in(outputs)).shape[0], dtype=torch.int64)
 
@@ -215,6 +236,9 @@ class Segmentation(Task):
 
     name = "segmentation"
 
+    def fits(self, outputs: Any) -> None:
+        _dimensions(self, outputs, (3, 4, 5), "logits of places (N, classes, H, W)")
+
     def example_targets(self, model: nn.Module, inputs: Any, outputs: Any) -> Any:
         first = next(tensors_in(outputs))
         return first.new_zeros((first.shape[0], *first.shape[2:]), dtype=torch.int64)
@@ -232,6 +256,9 @@ class SuperResolution(Task):
     """L1 distance of (N, C, sH, sW) images (Lim et al. 2017, section 3.2)."""
 
     name = "super_resolution"
+
+    def fits(self, outputs: Any) -> None:
+        _dimensions(self, outputs, (3, 4, 5), "images (N, C, H, W)")
 
     def averages_images(self, model: nn.Module, levels: Any) -> bool:
         return True
@@ -253,6 +280,9 @@ class Spec:
     @classmethod
     def of(cls, tensor: Tensor) -> "Spec":
         return cls(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+    def __repr__(self) -> str:
+        return f"{list(self.shape)} {self.dtype}"
 
     def empty(self) -> Tensor:
         return torch.empty(self.shape, dtype=getattr(torch, self.dtype), device="meta")
