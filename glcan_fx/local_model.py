@@ -150,8 +150,8 @@ class LocalModel(fx.GraphModule):
         elif len(seen) == _STEPS:
             self.__dict__["_versions"] = None
             warnings.warn(
-                f"the last {_STEPS - 1} optimiser steps changed {type(self.original).__name__}'s parameters, but none of "
-                "its auxiliary networks', which stay as they were initialised. Create the optimiser after "
+                f"the last {_STEPS - 1} optimiser steps changed {type(self.original).__name__}'s parameters, but none "
+                "of its auxiliary networks', which stay as they were initialised. Create the optimiser after "
                 "transform(), from local.parameters() or local.parameter_groups().",
                 UnusedGradientsWarning, stacklevel=4,
             )

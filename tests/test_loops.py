@@ -806,7 +806,8 @@ def test_optimizers_that_step_everything_are_not_reported(loop):
     optimizers = {
         "two optimisers": [torch.optim.SGD(own, lr=0.1), torch.optim.SGD(others or own, lr=0.0)],
         "groups": [torch.optim.Adam(local.parameter_groups(0.1, 0.01))],
-        "frozen": [torch.optim.SGD(own, lr=0.1)], "no step": []}.get(loop, [torch.optim.SGD(local.parameters(), lr=0.1)])
+        "frozen": [torch.optim.SGD(own, lr=0.1)], "no step": [],
+    }.get(loop, [torch.optim.SGD(local.parameters(), lr=0.1)])
     if loop == "frozen":
         local.aux.requires_grad_(False)
     with warnings.catch_warnings():
