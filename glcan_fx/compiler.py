@@ -615,19 +615,23 @@ class _Draft:
     def backpropagation(self, optimizer: OptimizerLike, *, recompute: bool = False) -> Estimate:
         """A step of backpropagation; ``recompute``: with activation checkpointing on every block. It is the same for
         every plan, so it is simulated once."""
-        if (optimizer, recompute) not in self._simulated:
+        key = optimizer, recompute
+        if key not in self._steps:
             units, blocks = self.blocks
-            self._simulated[optimizer, recompute] = simulate_plain(
+            self._steps[key] = simulate_plain(
                 self.shadow(), self.inputs, self.backpropagated, optimizer, units, blocks if recompute else ())
-        return self._simulated[optimizer, recompute]
-
-    @cached_property
-    def _simulated(self) -> dict[tuple[OptimizerLike, bool], Estimate]:
-        return {}
+        return self._steps[key]
 
     def simulate(self, plan: Plan, optimizer: OptimizerLike, in_forward: bool = False) -> Estimate:
-        """A step of the plan."""
-        return simulate_local(self.local(plan), self.inputs, self.targets, optimizer, in_forward)
+        """A step of the plan; the same step is simulated once."""
+        key = repr(plan.modules), plan.options, optimizer, in_forward  # an edited plan may hold lists
+        if key not in self._steps:
+            self._steps[key] = simulate_local(self.local(plan), self.inputs, self.targets, optimizer, in_forward)
+        return self._steps[key]
+
+    @cached_property
+    def _steps(self) -> dict[Any, Estimate]:
+        return {}
 
     def local(self, plan: Plan) -> LocalModel:
         """What the plan says, compiled on fake tensors."""
