@@ -85,16 +85,13 @@ def _print(plan: Plan) -> None:
     """The table, in colour on a terminal that wants it (NO_COLOR is obeyed)."""
     from rich.console import Console
 
-    from .show import plan_text, renderables, wide_enough
+    from .show import plan_text, print_plan
 
     console = Console(highlight=False)
     if not console.is_terminal:
         print(plan_text(plan, notes=False))
-        return
-    parts = list(renderables(plan))
-    console.width = wide_enough(console, plan, parts)
-    for part in parts:
-        console.print(part, markup=False, emoji=False)
+    else:
+        print_plan(plan, console)
 
 
 def _print_reached(error: TraceError) -> None:

@@ -1,11 +1,11 @@
 """Show a plan as text: a table with a row per local module, and what a training step takes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from io import StringIO
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
@@ -19,27 +19,34 @@ if TYPE_CHECKING:
 _WIDTH = 120  # characters, where there is no terminal
 _NAME = 44  # characters of a local module's name; a longer one is folded
 _READ = 16  # characters that what a module reads has at least
+_DISPENSABLE = ("channels", "blocks", "parameters", "auxiliary")  # columns, on a narrow terminal the first first
 _SOURCES = {"cache": ("P", "cyan"), "own": ("own", "green"), "synthesised": ("S", "yellow")}
 
 
 def plan_text(plan: "Plan", *, notes: bool = True) -> str:
     """The plan as plain text: its table, what a step takes, its notes. Sizes are those of the example inputs."""
     text = StringIO()
-    parts = list(renderables(plan))
     console = Console(file=text, width=_WIDTH, color_system=None)
-    console.width = wide_enough(console, plan, parts)
-    for part in (*parts, *(f"note: {note}" for note in plan.notes if notes)):
-        console.print(part, markup=False, emoji=False)
+    console.width = _least_width(console, plan, _table(plan))
+    print_plan(plan, console)
+    for note in plan.notes if notes else ():
+        console.print(f"note: {note}", markup=False, emoji=False)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
-def renderables(plan: "Plan") -> Iterator[RenderableType]:
-    """The plan for a rich console, without its notes."""
-    yield Text(heading(plan), "bold")
-    yield _table(plan)
-    yield Text(legend(plan), "dim")
-    yield from settings(plan)
-    yield from memory_text(plan)
+def print_plan(plan: "Plan", console: Console) -> None:
+    """Print the plan, without its notes; in a table of fewer columns where the console is narrow."""
+    for count in range(len(_DISPENSABLE) + 1):
+        left_out = _DISPENSABLE[:count]
+        table = _table(plan, left_out)
+        least = _least_width(console, plan, table)
+        if least <= console.width:
+            break
+    console.width = max(console.width, least)
+    wider = f" A wider terminal also shows {', '.join(left_out)}." if left_out else ""
+    for part in (Text(heading(plan), "bold"), table, Text(legend(plan) + wider, "dim"), *settings(plan),
+                 *memory_text(plan)):
+        console.print(part, markup=False, emoji=False)
 
 
 def heading(plan: "Plan") -> str:
@@ -98,31 +105,31 @@ def legend(plan: "Plan") -> str:
             "still to come.")
 
 
-def _table(plan: "Plan") -> Table:
+def _table(plan: "Plan", left_out: Sequence[str] = ()) -> Table:
     columns, rows, totals = table_rows(plan)
+    shown = [index for index, name in enumerate(columns) if name not in left_out]
     table = Table(box=box.SIMPLE_HEAD, show_footer=True, collapse_padding=True, pad_edge=False, header_style="bold",
                   footer_style="bold")
     longest = max(len(row[1]) for row in rows)
-    for index, (name, total) in enumerate(zip(columns, totals, strict=True)):
+    for index in shown:
         whole = index in RIGHT or index == 1 and longest <= _NAME
-        table.add_column(Text(name), Text(total), justify="right" if index in RIGHT else "left", overflow="fold",
-                         no_wrap=whole, max_width=_NAME if index == 1 else None)
+        table.add_column(Text(columns[index]), Text(totals[index]), justify="right" if index in RIGHT else "left",
+                         overflow="fold", no_wrap=whole, max_width=_NAME if index == 1 else None)
     for row in rows:
-        read = Text(row[-1])
+        cells = [*map(Text, row)]
+        cells[2].stylize("bold magenta" if "▼" in row[2] else "")
         for label, colour in _SOURCES.values():
-            read.highlight_regex(rf"\b{label} [^;]*", colour)
-        table.add_row(*map(Text, row[:2]), Text(row[2], "bold magenta" if "▼" in row[2] else ""),
-                      *map(Text, row[3:-1]), read)
+            cells[-1].highlight_regex(rf"\b{label} [^;]*", colour)
+        table.add_row(*(cells[index] for index in shown))
     return table
 
 
-def wide_enough(console: Console, plan: "Plan", parts: Sequence[RenderableType]) -> int:
-    """The console's width, or more where numbers would be cut off, or names broken."""
+def _least_width(console: Console, plan: "Plan", table: Table) -> int:
+    """The width at which no number is cut off, and no name broken."""
     prefix = common_prefix(plan)
     longest = 4 + max((len(f.tap.removeprefix(prefix)) for m in plan.modules for f in m.features), default=0)
-    least = max(Measurement.get(console, console.options.update(width=10_000), part).minimum for part in parts
-                if isinstance(part, Table))
-    return max(console.width, least + max(_READ, min(longest, _NAME)))
+    least = Measurement.get(console, console.options.update(width=10_000), table).minimum
+    return least + max(_READ, min(longest, _NAME))
 
 
 def settings(plan: "Plan") -> list[str]:

@@ -339,10 +339,20 @@ def test_numbers_are_never_cut_off(file: Path) -> None:
     text = str(plan)
     for module in plan.modules:
         assert f" {module.parameters:,} " in text and f" {module.aux_parameters:,} " in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_a_narrow_terminal_shows_fewer_columns(file: Path, width: int) -> None:
+    """And says which are left out."""
     done = subprocess.run([sys.executable, "-m", "glcan_fx", "inspect", f"{file}:model", *OPTIONS], capture_output=True,
-                          text=True, env={**os.environ, "FORCE_COLOR": "1", "COLUMNS": "60", "NO_COLOR": "1"})
+                          text=True, env={**os.environ, "FORCE_COLOR": "1", "COLUMNS": str(width), "NO_COLOR": "1"})
     plain = re.sub(r"\x1b\[[\d;]*m", "", done.stdout)
-    assert "parameters" in plain and "auxiliary" in plain and "features" in plain and "100.0 %" in plain
+    title = next(line for line in plain.splitlines() if "local module " in line)
+    assert "kept" in title and "features" in title and "100.0 %" in plain
+    left_out = [name for name in ("channels", "blocks", "parameters", "auxiliary") if name not in title]
+    assert len(left_out) == {60: 4, 80: 3, 140: 0}[width]
+    assert (f"A wider terminal also shows {', '.join(left_out)}." in " ".join(plain.split())) == bool(left_out)
+    assert width == 60 or max(map(len, plain.splitlines())) <= width
 
 
 def test_an_edited_plan_shows_the_model_s_figures() -> None:
