@@ -47,7 +47,7 @@ def setting(record: dict[str, Any]) -> str:
 def options(record: dict[str, Any]) -> str:
     """What of the method was asked for."""
     given = [name.replace("_", " ") if record[name] is True else f"{name.replace('_', ' ')} {record[name]}"
-             for name in _OPTIONS if record.get(name) and record[name] != _DEFAULTS.get(name)]
+             for name in _OPTIONS if record.get(name) is not None and record[name] != _DEFAULTS.get(name)]
     return ", ".join(given) or "–"
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +119,7 @@ def main() -> None:
         task="classification", build=lambda: CifarResNet(args.depth), example=(args.batch_size, 3, 32, 32),
         train=Images(pixels, labels, augment), evaluate=evaluate,
         optimizer=lambda parameters, lr: torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=5e-4))
-    print(json.dumps(run(experiment, args)))
+    run(experiment, args)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ ImageSets/Main/train.txt and val.txt). AP, AP50 and AP75 are pycocotools'.
 from __future__ import annotations
 
 import argparse
-import json
 from functools import partial
 from typing import Any
 
@@ -71,7 +70,7 @@ def main() -> None:
         task="detection", build=lambda: build(args, len(train.classes)), example=(args.batch_size, 3, height, width),
         train=train, evaluate=evaluate, collate=collate,
         optimizer=lambda parameters, lr: torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=0.05))
-    print(json.dumps(run(experiment, args)))
+    run(experiment, args)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ value), as the CamVid of the SegNet tutorial; or JPEGImages/, SegmentationClass/
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +98,7 @@ def main() -> None:
         task="segmentation", build=build, example=(args.batch_size, 3, *size),
         train=Masks(args.data, True, size, args.classes, args.limit), evaluate=evaluate,
         optimizer=lambda parameters, lr: torch.optim.AdamW(parameters, lr, weight_decay=1e-2))
-    print(json.dumps(run(experiment, args)))
+    run(experiment, args)
 
 
 if __name__ == "__main__":

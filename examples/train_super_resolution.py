@@ -11,7 +11,6 @@ PSNR and SSIM are those of the field: on the luma channel (ITU-R BT.601), withou
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -154,7 +153,7 @@ def main() -> None:
         task="super_resolution", build=lambda: edsr(scale=args.scale, blocks=args.blocks, channels=args.channels),
         example=(args.batch_size, 3, args.patch, args.patch), train=Patches(paths, args.scale, args.patch, args.each),
         evaluate=evaluate, optimizer=lambda parameters, lr: torch.optim.Adam(parameters, lr))
-    print(json.dumps(run(experiment, args)))
+    run(experiment, args)
 
 
 if __name__ == "__main__":

@@ -91,8 +91,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, folders: bool = False, **d
     training.add_argument("--threads", type=int, metavar="N", help="of a CPU")
     method = parser.add_argument_group("method")
     method.add_argument("--method", choices=METHODS, default="glcan", help="(%(default)s)")
-    method.add_argument("--k", default="natural", help="local modules: a number, natural, or fewest "
-                        "(%(default)s)")
+    method.add_argument("--k", default="natural", help="local modules: a number, natural, fewest, or split points "
+                        "with commas between them (%(default)s)")
     method.add_argument("--head", choices=("full", "light", "lean"), help="of auxiliary networks")
     method.add_argument("--aux-width", type=float, metavar="W", help="their relative channels, 0 to 1")
     method.add_argument("--aux-depth", type=int, default=0, metavar="N", help="trunk blocks in them (%(default)s)")
@@ -125,7 +125,7 @@ def prepared(experiment: Experiment, args: argparse.Namespace) -> tuple[nn.Modul
     if args.method == "bp":
         return model, None
     example = torch.empty(experiment.example, device="meta")
-    k = int(args.k) if args.k.isdecimal() else args.k
+    k = int(args.k) if args.k.isdecimal() else args.k if args.k in ("natural", "fewest") else args.k.split(",")
     if args.method == "checkpoint":
         plan = glcan_fx.plan(model, k=1, task=experiment.task, example_inputs=example)
         recompute(model, plan.known.blocks[1])
@@ -248,6 +248,9 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     record = {**state.identity, "k": plan.k if plan else 1, "out": str(out), **state.metrics[-1], "compute": compute}
     (out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
     _curves(out / "curves.png", state.metrics)
+    quality = ", ".join(f"{name} {state.metrics[-1][name]:.4g}" for name in _scores(state.metrics[-1]))
+    print(f"wrote {out}/record.json: {quality}, peak of a step {state.peak / MIB:.0f} MiB, {state.seconds:.3f} s a "
+          f"step, compute {compute:.2f} of backpropagation's")
     return record
 
 
@@ -372,11 +375,16 @@ def _replace(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
+def _scores(metrics: Mapping[str, Any]) -> list[str]:
+    """Names of what says how good the model is."""
+    known = {"step", "epoch", "peak_bytes", "loss", "seconds_a_step", "cosines"}
+    return [name for name in metrics if name not in known]
+
+
 def _curves(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
     from matplotlib.figure import Figure
 
-    known = {"step", "epoch", "peak_bytes", "loss", "seconds_a_step"}
-    quality = next(name for name in metrics[0] if name not in known)
+    quality = _scores(metrics[0])[0]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), ("loss", quality), strict=True):
         axes.plot([line["epoch"] for line in metrics], [line[name] for line in metrics], marker=".")

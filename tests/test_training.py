@@ -30,11 +30,13 @@ def program(name: str) -> Any:
 
 
 def call(name: str, *options: object) -> dict[str, Any]:
-    """What a program prints last, run as a user would."""
+    """What a program writes, run as a user would."""
     done = subprocess.run([sys.executable, str(EXAMPLES / f"{name}.py"), *map(str, options)], capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    path = done.stdout.splitlines()[-1].removeprefix("wrote ").partition(": ")[0]
+    record: dict[str, Any] = json.loads(Path(path).read_text())
+    return record
 
 
 @pytest.fixture(scope="module")
