@@ -248,8 +248,8 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     record = {**state.identity, "k": plan.k if plan else 1, "out": str(out), **state.metrics[-1], "compute": compute}
     (out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
     _curves(out / "curves.png", state.metrics)
-    quality = ", ".join(f"{name} {state.metrics[-1][name]:.4g}" for name in _scores(state.metrics[-1]))
-    print(f"wrote {out}/record.json: {quality}, peak of a step {state.peak / MIB:.0f} MiB, {state.seconds:.3f} s a "
+    found = ", ".join(f"{name} {state.metrics[-1][name]:.4g}" for name in _scores(state.metrics[-1]))
+    print(f"wrote {out}/record.json: {found}, peak of a step {state.peak / MIB:.0f} MiB, {state.seconds:.3f} s a "
           f"step, compute {compute:.2f} of backpropagation's")
     return record
 
