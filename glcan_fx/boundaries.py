@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -95,11 +96,10 @@ def partition_calls(units: Sequence[CallUnit], k: Any) -> list[list[CallUnit]]:
     if isinstance(k, str) and k == "natural":
         cuts = ends[:-1]
     elif isinstance(k, int) and not isinstance(k, bool) and 1 <= k <= len(ends):
-        def saved(start: int, end: int) -> int:
-            first = ends[start - 1] + 1 if start else 0
-            return sum(unit.saved for unit in units[first: ends[end - 1] + 1])
-
-        cuts = [ends[end - 1] for end in merge(len(ends), k, saved)]
+        firsts = [0, *(end + 1 for end in ends)]
+        saved = [0, *accumulate(sum(u.saved for u in units[a:b]) for a, b in pairwise(firsts))]
+        costs = [[(max(0, last - first),) * 2 for last in saved] for first in saved[:-1]]
+        cuts = [ends[end - 1] for end in merge(costs, k)]
     elif isinstance(k, Sequence) and not isinstance(k, str) and all(name in names for name in k):
         cuts = sorted(ends[names.index(name)] for name in k)
     else:

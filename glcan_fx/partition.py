@@ -21,7 +21,7 @@ def partition(
 
     k: "natural" (after every unit), a number of local modules, or a list of split points (module paths). With a
     number below the natural one, neighbours are merged so that the largest module is smallest: the bytes that are live
-    when its backward pass begins, its auxiliary network's among them (``aux_bytes`` of the unit that it ends with;
+    in its backward pass, its auxiliary network's among them (``aux_bytes`` of the unit that it ends with;
     ``tail_bytes`` for the last).
     Raises PlanError for a k that the model does not offer, with the list of split points.
     """
@@ -42,15 +42,29 @@ def partition(
         )
     if k in (1, len(units)):
         return units[:-1] if k > 1 else []
-    own, live, gradients = _bytes(structure, units), carried(structure, units), _gradients(structure, units)
     behind = [aux_bytes(unit) for unit in units[:-1]] + [tail_bytes()]
+    return [units[end - 1] for end in merge(_costs(structure, units, behind), k)]
 
-    def cost(start: int, end: int) -> int:
-        """What is live when the backward pass of a local module of these units begins."""
-        earlier = sum(size for size, unit in live[start] if not start <= unit < end)
-        return gradients[start] + earlier + own[end] - own[start] + behind[end - 1]
 
-    return [units[end - 1] for end in merge(len(units), k, cost)]
+Cost = tuple[int, int]  # of a local module: the most bytes that are live in its backward pass, and those that it keeps
+
+
+def _costs(structure: Structure, units: Sequence[Unit], behind: Sequence[int]) -> list[list[Cost]]:
+    """Of a local module of the units from one, the first index, up to another, not included. ``behind``: bytes that
+    the auxiliary network behind each unit keeps, and the tail."""
+    n, live = len(units), carried(structure, units)
+    own, gradients = _bytes(structure, units), _gradients(structure, units)
+    found = []
+    for start in range(n):
+        row, worst = [(0, 0)] * (start + 1), own[start] - gradients[start]
+        for end in range(start + 1, n + 1):
+            worst = max(worst, own[end] - gradients[end])  # at this unit: what those before keep, gradients of the rest
+            kept = own[end] - own[start] + behind[end - 1]
+            earlier = sum(size for size, unit in live[start] if not start <= unit < end)
+            most = max(kept, worst - own[start] + gradients[end])
+            row.append((gradients[start] + earlier + most, kept))
+        found.append(row)
+    return found
 
 
 def _explicit(structure: Structure, names: Sequence[str]) -> list[Unit]:
@@ -113,13 +127,14 @@ def carried(structure: Structure, units: Sequence[Unit]) -> list[list[tuple[int,
     return found
 
 
-def merge(n: int, k: int, cost: Callable[[int, int], int]) -> list[int]:
-    """Split ``n`` units into k runs with the smallest largest one: for all runs but the last, the number of units up to
-    its end. ``cost``: of the run from one unit up to another, not included.
+def merge(costs: Sequence[Sequence[Cost]], k: int) -> list[int]:
+    """Split units into k runs with the smallest largest one: for all runs but the last, the number of units up to
+    its end. ``costs``: of the run from one unit up to another, not included.
 
-    A dynamic programme over (units so far, runs so far); smallest maximum, then smallest sum of squares.
+    A dynamic programme over (units so far, runs so far); smallest maximum, then smallest sum of squares of what the
+    runs keep.
     """
-    costs = {(start, end): cost(start, end) for end in range(1, n + 1) for start in range(end)}
+    n = len(costs)
     best: list[dict[int, tuple[int, int, int]]] = [{0: (0, 0, -1)}]  # per count: {units: (peak, squares, last cut)}
     for _ in range(k):
         row: dict[int, tuple[int, int, int]] = {}
@@ -127,8 +142,8 @@ def merge(n: int, k: int, cost: Callable[[int, int], int]) -> list[int]:
             options = []
             for start, (peak, squares, _) in best[-1].items():
                 if start < end:
-                    size = costs[start, end]
-                    options.append((max(peak, size), squares + size * size, start))
+                    most, kept = costs[start][end]
+                    options.append((max(peak, most), squares + kept * kept, start))
             if options:
                 row[end] = min(options)
         best.append(row)

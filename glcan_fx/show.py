@@ -27,7 +27,7 @@ def plan_text(plan: "Plan", *, notes: bool = True) -> str:
     """The plan as plain text: its table, what a step takes, its notes. Sizes are those of the example inputs."""
     text = StringIO()
     console = Console(file=text, width=_WIDTH, color_system=None)
-    console.width = _least_width(console, plan, _table(plan))
+    console.width = max(_WIDTH, _least_width(console, plan, _table(plan)))
     print_plan(plan, console)
     for note in plan.notes if notes else ():
         console.print(f"note: {note}", markup=False, emoji=False)

@@ -4,6 +4,7 @@ import itertools
 import math
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large, fcn_resnet50, lraspp_mobilenet_v3_large
 
@@ -19,6 +22,7 @@ from glcan_fx import BudgetError, PlanError
 from glcan_fx.analyze import multiply_adds
 from glcan_fx.builder import Ending, Options
 from glcan_fx.models import edsr, retinanet
+from glcan_fx.partition import merge
 from glcan_fx.planner import candidates, richest, with_richest
 from glcan_fx.synthesize import ending_of
 
@@ -187,6 +191,22 @@ def convolutions(*channels: int | str) -> nn.Sequential:
         else:
             layers.append(nn.MaxPool2d(2))
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(last, 10))
+
+
+@given(st.data())
+def test_merging_finds_the_smallest_largest_run(data: st.DataObject) -> None:
+    """Against all ways to cut."""
+    n = data.draw(st.integers(1, 7))
+    k = data.draw(st.integers(1, n))
+    sizes = st.integers(1, 9)
+    costs = [[(data.draw(sizes), data.draw(sizes)) for _ in range(n + 1)] for _ in range(n)]
+
+    def largest(ends: Sequence[int]) -> int:
+        return max(costs[start][end][0] for start, end in pairwise((0, *ends, n)))
+
+    ends = merge(costs, k)
+    assert len(ends) == k - 1 and ends == sorted(set(ends))
+    assert largest(ends) == min(map(largest, itertools.combinations(range(1, n), k - 1)))
 
 
 @pytest.mark.parametrize(("channels", "batch", "k"), [

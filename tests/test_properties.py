@@ -5,7 +5,6 @@ Architectures are drawn by hypothesis (architectures.py); references are plain a
 
 import copy
 import io
-import itertools
 import os
 import random
 import weakref
@@ -559,31 +558,6 @@ def test_any_number_of_modules_trains(family: str, k: int) -> None:
     out.loss.backward()
     assert len(out.losses) == k
     assert_gradients_close(gradients(local), expected)
-
-
-@pytest.mark.parametrize(
-    ("family", "k"),
-    [
-        ("residual", 2),
-        ("residual", 3),
-        ("unet", 2),
-        ("unet", 3),
-        ("pyramid", 2),
-        ("super_resolution", 2),
-        ("transformer", 3),
-    ],
-)
-def test_merged_partition_has_the_smallest_peak(family: str, k: int) -> None:
-    net = four_blocks(family)
-    model = net.build()
-
-    def peak(k: Any) -> int:
-        plan = glcan_fx.plan(model, k=k, criterion=criterion, example_inputs=net.example(), aux_width=1.0, head="light",
-                             aux_stride=1)
-        return max(module.saved + module.aux_saved for module in plan.modules)
-
-    natural = glcan_fx.plan(model, criterion=criterion, example_inputs=net.example()).natural
-    assert peak(k) == min(peak(list(cuts)) for cuts in itertools.combinations(natural, k - 1))
 
 
 @examples(3)
