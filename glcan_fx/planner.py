@@ -169,36 +169,50 @@ def in_bytes(budget: int | float | str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
+def _hopeless(plan: Plan, most: float) -> bool:
+    """Whether the blocks of a local module alone keep more for backward than a step may take, by more than an estimate
+    can be off: a simulation, which takes seconds, would say nothing new. Not for blocks that run again."""
+    return max(sum(block.saved for block in module.blocks) for module in plan.modules) > 1.25 * most
+
+
 @dataclass
 class _Search:
-    """Looks for a plan within a budget; remembers what it tried, by k and savings."""
+    """Looks for a plan within a budget; remembers what it simulated, by k and savings."""
 
     budget: int
     plan: Callable[[K, Savings], Plan]
     simulate: Callable[[Plan], Estimate]
-    tried: dict[tuple[str, Savings], tuple[Plan, Estimate]] = field(default_factory=dict)
+    plans: dict[tuple[str, Savings], Plan] = field(default_factory=dict)
+    tried: dict[tuple[str, Savings], Estimate] = field(default_factory=dict)
 
-    def attempt(self, k: K, savings: Savings) -> tuple[Plan, Estimate]:
-        """The plan with this k and these savings, and its step; made once."""
+    def planned(self, k: K, savings: Savings) -> Plan:
+        key = str(k), savings
+        if key not in self.plans:
+            self.plans[key] = self.plan(k, savings)
+        return self.plans[key]
+
+    def attempt(self, k: K, savings: Savings) -> Estimate:
+        """The step that the plan with this k and these savings takes."""
         key = str(k), savings
         if key not in self.tried:
-            plan = self.plan(k, savings)
-            self.tried[key] = plan, self.simulate(plan)
+            self.tried[key] = self.simulate(self.planned(k, savings))
         return self.tried[key]
 
     def fits(self, k: K, savings: Savings) -> Plan | None:
-        plan, step = self.attempt(k, savings)
-        return plan if step.peak <= self.budget else None
+        plan = self.planned(k, savings)
+        if not savings.recompute and _hopeless(plan, self.budget):
+            return None
+        return plan if self.attempt(k, savings).peak <= self.budget else None
 
     def over(self, k: K, savings: Savings) -> frozenset[int]:
         """The local modules that need more than the budget."""
-        _, step = self.attempt(k, savings)
+        step = self.attempt(k, savings)
         return frozenset(phase.module for phase in step.timeline
                          if phase.peak > self.budget and phase.module is not None)
 
     def steps(self) -> list[tuple[str, Estimate]]:
         """What was tried, in words, and the step it takes."""
-        return [(_in_words(plan.k, savings), step) for (_, savings), (plan, step) in self.tried.items()]
+        return [(_in_words(self.plans[key].k, key[1]), step) for key, step in self.tried.items()]
 
     def note(self) -> str:
         tries = "; ".join(f"{what}: {size(step.peak)}" for what, step in self.steps())
@@ -212,7 +226,6 @@ def _in_words(k: int, savings: Savings) -> str:
 
 
 _ALIKE = 1.02  # memory that is the same to a user
-_HOPELESS = 1.25  # what a module keeps for backward, beside what a step may take: more than an estimate can be off
 
 
 def fewest(savings: Savings, plan: Callable[[K, Savings], Plan], simulate: Callable[[Plan], Estimate]) -> Plan:
@@ -227,7 +240,7 @@ def fewest(savings: Savings, plan: Callable[[K, Savings], Plan], simulate: Calla
     found = natural
     for k in range(1, natural.k):
         fewer = plan(k, savings)
-        if savings.slices == 1 and max(module.saved for module in fewer.modules) > _HOPELESS * _ALIKE * least:
+        if _hopeless(fewer, _ALIKE * least):
             continue
         peak = simulate(fewer).peak
         tried.append(f"k={k}: {size(peak)}")

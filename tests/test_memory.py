@@ -670,7 +670,7 @@ def test_compute_of_grouped_convolutions() -> None:
     assert memory.flops == 2 * forward
 
 
-@pytest.mark.parametrize("share", [0.75, 0.65, 0.6, 0.55])
+@pytest.mark.parametrize("share", [0.65, 0.55])
 def test_a_budget_that_some_number_of_modules_fits_is_met_without_one(share: float) -> None:
     """Found by a newcomer: few modules whose blocks run again may need less than many."""
     model = torchvision.models.resnet18(num_classes=10)
