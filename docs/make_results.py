@@ -23,8 +23,8 @@ _SAID = {"task", "data", "test", "method", "k", "k_asked", "seed", "device", "de
 _SETTING = ("limit", "epochs", "batch_size", "lr", "depth", "size", "short", "channels", "blocks", "patch", "each",
             "scale", "model", "width", "classes", "stock")
 _OPTIONS = ("head", "aux_width", "aux_depth", "aux_hidden", "aux_stride", "aux_lr", "memory_budget", "compute_budget",
-            "share_predictors", "rules")
-_DEFAULTS = {"aux_lr": 1.0, "aux_depth": 0, "share_predictors": False}
+            "predictors", "rules")
+_DEFAULTS = {"aux_lr": 1.0, "aux_depth": 0, "predictors": "own"}
 _METHODS = ("bp", "checkpoint", "dgl", "glcan")
 MIB = 2**20
 

@@ -103,7 +103,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, folders: bool = False, **d
     method.add_argument("--memory-budget", metavar="6GiB", help="plan for a step in so much")
     method.add_argument("--compute-budget", type=float, metavar="1.3", help="plan for so much of backpropagation's "
                         "compute")
-    method.add_argument("--share-predictors", action="store_true", help="auxiliary networks have them in common")
+    method.add_argument("--predictors", choices=("own", "shared", "model"), default="own", help="of each auxiliary "
+                        "network, of all in common, or the model's, which are read (%(default)s)")
     method.add_argument("--rules", choices=RULES, help="ablation: no feature comes from the cache; a detector's "
                         "own level counts twice; only its nearest level counts")
     output = parser.add_argument_group("output")
@@ -135,7 +136,7 @@ def prepared(experiment: Experiment, args: argparse.Namespace) -> tuple[nn.Modul
         **budgets,
         "head": args.head, "aux_width": args.aux_width, "aux_depth": args.aux_depth,
         "aux_hidden": args.aux_hidden, "aux_stride": args.aux_stride,
-        "share_predictors": args.share_predictors, "rules": RULES[args.rules] if args.rules else None}
+        "predictors": args.predictors, "rules": RULES[args.rules] if args.rules else None}
     local = glcan_fx.transform(model, k=k, task=experiment.task, example_inputs=example, **options)
     return local, local.plan
 

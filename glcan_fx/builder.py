@@ -13,6 +13,7 @@ from .trace import hasattr_path, shadow
 
 Head = Literal["full", "light", "lean"]
 Method = Literal["glcan", "dgl"]
+Predictors = Literal["own", "shared", "model"]
 Ending = Literal["mean", "decoder", "maps"]
 """How a network ends: with the mean over all places of the trunk's last map, as classifiers do; with a decoder that
 joins maps of several sizes; or with maps otherwise."""
@@ -23,8 +24,9 @@ class Options:
     """How auxiliary networks are built.
 
     depth: trunk blocks kept; hidden: layers in front of a mean over all places; width: relative channels; head: see
-    above; stride: output levels of smaller strides are left out, where there are others; share_predictors: copies of
-    the same layers of the tail, or of the head, that have the same shapes are one module in all auxiliary networks;
+    above; stride: output levels of smaller strides are left out, where there are others; predictors: "own" ones of each
+    auxiliary network; "shared": copies of the same layers of the tail, or of the head, that have the same shapes are
+    one module in all; "model": the layers that make the model's outputs are read, not copied, where shapes agree;
     method: "dgl" makes those of decoupled greedy learning, of which depth, hidden, width and stride do not decide
     anything. Of the last module: fused: it computes losses in the memory-saving way that the copies do; slices: its end
     and its loss run in so many slices of the batch.
@@ -37,7 +39,7 @@ class Options:
     stride: int = 1
     fused: bool = False
     slices: int = 1
-    share_predictors: bool = False
+    predictors: Predictors = "own"
     method: Method = "glcan"
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from .analyze import Structure, Unit, analyze, unit_at
 from .boundaries import build_segments, plan_segments
-from .builder import Head, Method, Options
+from .builder import Head, Method, Options, Predictors
 from .capture import argument_names
 from .copies import cuda_devices, fake_copy, replicate
 from .drafts import Drafts, last_module, levels_of, local_module, tail_cost
@@ -40,7 +40,8 @@ from .planner import (
 )
 from .replay import Call, Segments, arguments_of, calls_of, surroundings
 from .rules import Rules
-from .synthesize import ending_of, share
+from .runtime import ReadOnly
+from .synthesize import ending_of, readable, share
 from .tasks import Spec, Task, make_task, specs
 from .tasks.around import Around
 from .tasks.base import Criterion
@@ -68,7 +69,7 @@ class _Request:
     head: Head | None = None
     fused_loss: bool = False
     slices: int = 1
-    share_predictors: bool = False
+    predictors: Predictors = "own"
     memory_budget: int | str | None = None
     compute_budget: float | None = None
     optimizer: OptimizerLike = "sgd"
@@ -97,7 +98,7 @@ def plan(
     head: Head | None = None,
     fused_loss: bool = False,
     slices: int = 1,
-    share_predictors: bool = False,
+    predictors: Predictors = "own",
     memory_budget: int | str | None = None,
     compute_budget: float | None = None,
     optimizer: OptimizerLike = "sgd",
@@ -134,8 +135,10 @@ def plan(
         slices: run the last module's end (a detector's head, an upsampler, and the loss) in so many slices of the
             batch, each with its backward: the same gradients where the loss is a mean over images, which the first
             steps check.
-        share_predictors: auxiliary networks have their predictors in common, where shapes agree: copies of the same
-            layers of the model's head are one module, which all local losses train.
+        predictors: "own": each auxiliary network has its own. "shared": they have them in common, where shapes agree:
+            copies of the same layers of the model's head are one module, which all local losses train. "model": what is
+            in front of the model's own last layer is trained to suit that layer, whose present weights are read (as the
+            readout of SOLO, arXiv 2609.35440).
         memory_budget: bytes, or text ("6GiB"), that a training step may take at most, by simulation; the plan's notes
             say what was tried. optimizer: that memory is simulated for: "sgd" (with momentum), "adam", or a function of
             the parameters.
@@ -147,7 +150,7 @@ def plan(
     """
     return _plan(model, _Request(
         k, task, example_inputs, example_targets, criterion, rules, method, aux_depth, aux_hidden, aux_width,
-        aux_stride, head, fused_loss, slices, share_predictors, memory_budget, compute_budget, optimizer))[0]
+        aux_stride, head, fused_loss, slices, predictors, memory_budget, compute_budget, optimizer))[0]
 
 
 def transform(
@@ -169,7 +172,7 @@ def transform(
     head: Head | None = None,
     fused_loss: bool = False,
     slices: int = 1,
-    share_predictors: bool = False,
+    predictors: Predictors = "own",
     memory_budget: int | str | None = None,
     compute_budget: float | None = None,
     optimizer: OptimizerLike = "sgd",
@@ -184,7 +187,7 @@ def transform(
     takes about a second; a difference is a TraceError. Raises TraceError, PlanError.
     """
     request = _Request(k, task, example_inputs, example_targets, criterion, rules, method, aux_depth, aux_hidden,
-                       aux_width, aux_stride, head, fused_loss, slices, share_predictors, memory_budget,
+                       aux_width, aux_stride, head, fused_loss, slices, predictors, memory_budget,
                        compute_budget, optimizer)
     if plan is None:
         chosen, build = _plan(model, request)
@@ -251,8 +254,9 @@ def apply(
         raise PlanError(f"slices={plan.options.slices}: a part of this model runs as Python, which takes whole batches")
     if isinstance(plan.around, Segments) and any(module.recompute for module in plan.modules):
         raise PlanError("recompute: this model runs as Python, so its blocks cannot run again. Leave it out.")
-    if isinstance(plan.around, Segments) and plan.options.share_predictors:
-        raise PlanError("share_predictors: this model runs as Python, and its copies differ. Leave it out.")
+    if isinstance(plan.around, Segments) and plan.options.predictors != "own":
+        raise PlanError(f"predictors={plan.options.predictors!r}: this model runs as Python, and its copies differ. "
+                        "Leave it out.")
     if isinstance(plan.around, Segments):
         _check(model, plan.options)
         return build_segments(plan, model, task, _calls(model, plan.inputs))
@@ -271,7 +275,7 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
     """The plan, and what builds it from what planning has found out already."""
     given: dict[str, Any] = {
         "depth": request.aux_depth, "hidden": request.aux_hidden, "width": request.aux_width,
-        "stride": request.aux_stride, "head": request.head, "share_predictors": request.share_predictors,
+        "stride": request.aux_stride, "head": request.head, "predictors": request.predictors,
         "method": request.method}
     choices = candidates(**given)
     _check(model, replace(choices[0], slices=request.slices))
@@ -285,9 +289,9 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
     budget = _budget(model, request)
 
     def in_segments(calls: Sequence[Call], error: TraceError) -> tuple[Plan, Callable[[bool], LocalModel]]:
-        if (budget is not None or request.slices > 1 or request.share_predictors or request.method != "glcan"
+        if (budget is not None or request.slices > 1 or request.predictors != "own" or request.method != "glcan"
                 or request.aux_hidden or request.compute_budget is not None or request.k == "fewest"):
-            raise PlanError("memory_budget, compute_budget, slices, share_predictors, aux_hidden, k='fewest' and "
+            raise PlanError("memory_budget, compute_budget, slices, predictors, aux_hidden, k='fewest' and "
                             f"method='dgl' need a model that can be captured: {error.reason}. Leave them out.")
         options = replace(choices[0], hidden=0)
         planned = plan_segments(model, request.k, made, inputs, _names(model, inputs), calls, options, error)
@@ -404,7 +408,7 @@ def _decide(
     options = richest(choices, excess) if len(choices) > 1 else choices[0]
     cuts = cuts_for(options)  # 3 partition
     modules = [drafts.module(unit, cuts, options) for unit in cuts]  # 4 select, and 5 synthesize as a draft
-    if options.share_predictors:
+    if options.predictors != "own":
         modules = drafts.counted_once(modules, cuts, options)
     modules.append(drafts.last(cuts))
     return Plan(
@@ -453,8 +457,8 @@ def _check_options(options: Options) -> None:
         raise PlanError(f"aux_stride={stride!r}: input pixels per place, 1 or more")
     if isinstance(options.slices, bool) or not isinstance(options.slices, int) or options.slices < 1:
         raise PlanError(f"slices={options.slices!r}: a number, 1 or more")
-    if not isinstance(options.share_predictors, bool):
-        raise PlanError(f"share_predictors={options.share_predictors!r}: True or False")
+    if options.predictors not in ("own", "shared", "model"):
+        raise PlanError(f"predictors={options.predictors!r}: choose 'own', 'shared' or 'model'")
     if options.method not in ("glcan", "dgl"):
         raise PlanError(f"method={options.method!r}: choose 'glcan' or 'dgl'")
     if options.head not in ("full", "light", "lean"):
@@ -565,14 +569,18 @@ def _connect(
                 key = str(request)  # fake tensors print as their sizes
                 drafts[key] = drafts.get(key) or task.head(model, **request)
                 heads.append(replicate(drafts[key], fake))
-        if chosen.options.share_predictors:
+        if chosen.options.predictors == "model":
+            for auxiliary in auxiliaries:
+                for path, source in readable(structure, auxiliary):
+                    auxiliary.network.set_submodule(path, ReadOnly(source))
+        if chosen.options.predictors == "shared":
             share(auxiliaries, heads, requests, [module.levels for module in chosen.modules[:-1]],
                   tails=not task.outputs_are_levels)
         aux = nn.Module()
         register(aux, structure, [cut.end for cut in cuts], auxiliaries, heads, task)
     last = last_module(structure, model, task, cuts, tail_cost(structure, model, task))
     modules.append(replace(last, recompute=chosen.modules[-1].recompute))
-    if not chosen.options.share_predictors:  # a plan may have been edited: its figures are the model's
+    if chosen.options.predictors == "own":  # a plan may have been edited: its figures are the model's
         chosen = replace(chosen, modules=tuple(modules))
     keys = list(levels_of(structure, task) or {})
 

@@ -13,7 +13,7 @@ from .errors import PlanError
 from .layers import Cost, weights_in
 from .plan import Block, LocalModule
 from .rules import Feature, Place, State
-from .synthesize import predictors_of, reads, synthesize, tail_of
+from .synthesize import predictors_of, readable, reads, synthesize, tail_of
 from .tasks import Task
 
 
@@ -30,18 +30,27 @@ class Drafts:
         return local_module(self.structure, self.model, self.task, options, unit, cuts, sizes=self._costs)[0]
 
     def counted_once(self, modules: Sequence[LocalModule], cuts: Sequence[Unit], options: Options) -> list[LocalModule]:
-        """The same local modules, but a shared predictor's parameters count for the first one that has it."""
+        """The same local modules, but a shared predictor's parameters count for the first one that has it, and the
+        model's own predictors for none. Raises PlanError where no auxiliary network has those."""
         seen: set[Any] = set()
         found = []
         for unit, module in zip(cuts, modules, strict=True):
             _, auxiliary, request = local_module(self.structure, self.model, self.task, options, unit, cuts)
             assert auxiliary is not None
+            if options.predictors == "model":
+                read = [path for path, _ in readable(self.structure, auxiliary)]
+                fewer = sum(weights_in(auxiliary.network.get_submodule(path)) for path in dict.fromkeys(read))
+                found.append(replace(module, aux_parameters=module.aux_parameters - fewer))
+                continue
             sizes: dict[Any, int] = {str(request): self.task.head_cost(self.model, **request).parameters}
             for key, path in [] if self.task.outputs_are_levels else predictors_of(auxiliary, module.levels):
                 sizes[key] = weights_in(auxiliary.network.get_submodule(path))
             again = sum(size for key, size in sizes.items() if key in seen)
             found.append(replace(module, aux_parameters=module.aux_parameters - again))
             seen |= sizes.keys()
+        if options.predictors == "model" and modules and found == modules:
+            raise PlanError("predictors='model': no auxiliary network ends with a layer of the shape of the model's "
+                            "last one. Leave it out, or make them wider: aux_width=1, head='light'.")
         return found
 
     def last(self, cuts: Sequence[Unit]) -> LocalModule:

@@ -23,6 +23,7 @@ from .runtime import (
     LocalBackward,
     LocalOutput,
     LossScale,
+    ReadOnly,
     Recomputed,
     SlicedHead,
     parameters_of,
@@ -287,6 +288,9 @@ def assemble(
     aux.get_submodule("last").add_module("head", head)
     for name, part in task.parts(model).items():
         aux.add_module(name, part)
+    for module in aux.modules():
+        if isinstance(module, ReadOnly):
+            module.bind(model)
     scale = aux._modules.get("scale") or LossScale()
     aux.add_module("scale", scale)
     for index, info in enumerate(plan.modules[:-1]):

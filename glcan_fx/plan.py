@@ -26,7 +26,7 @@ from .trace import Report
 if TYPE_CHECKING:
     from .local_model import LocalModel
 
-_VERSION = 3
+_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Plan:
         return apply(self, model, task, criterion, verify)
 
     def to_json(self) -> str:
-        """The plan as JSON text (format version 3), with its simulated memory; ``from_json`` reads it back."""
+        """The plan as JSON text (format version 4), with its simulated memory; ``from_json`` reads it back."""
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del data["task_object"], data["draft"]
         try:

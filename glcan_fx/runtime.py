@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
@@ -225,6 +226,26 @@ class _OfModel(nn.Module):
 
     def __reduce__(self) -> Any:
         return nn.Identity, ()
+
+
+class ReadOnly(_OfModel):
+    """A layer of the model, by its path, on the weights that it has at the moment: gradients pass through to what is in
+    front of it, and do not train it. ``bind`` says whose."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.__dict__.update(path=path, model=None)
+
+    def __reduce__(self) -> Any:
+        return ReadOnly, (self.__dict__["path"],)
+
+    def bind(self, model: nn.Module) -> None:
+        self.__dict__["model"] = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        layer = self.__dict__["model"].get_submodule(self.__dict__["path"])
+        weights = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+        return functional_call(layer, weights, args, kwargs)
 
 
 class Recomputed(_OfModel):

@@ -142,8 +142,8 @@ def settings(plan: "Plan") -> list[str]:
         kept += f", {options.hidden} hidden layer{'s' * (options.hidden > 1)}" if options.hidden else ""
         fewer = options.stride > 1 and plan.modules[0].levels
         levels = f", levels of stride {options.stride} and more" if fewer else ""
-        shared = ", shared predictors" if options.share_predictors else ""
-        lines.append(f"Auxiliary networks: head {options.head}, width {options.width:g}{kept}{levels}{shared}.")
+        predictors = {"shared": ", shared predictors", "model": ", the model's predictors"}.get(options.predictors, "")
+        lines.append(f"Auxiliary networks: head {options.head}, width {options.width:g}{kept}{levels}{predictors}.")
     savings = ["losses from class ids"] * options.fused + [f"{options.slices} slices"] * (options.slices > 1)
     if savings:
         lines.append(f"Last module: {', '.join(savings)}.")

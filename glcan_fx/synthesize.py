@@ -149,6 +149,21 @@ def predictors_of(auxiliary: Auxiliary, levels: Sequence[int]) -> Iterator[tuple
                 yield (path, repr(layer), shapes, tuple(levels)), path
 
 
+def readable(structure: Structure, auxiliary: Auxiliary) -> list[tuple[str, str]]:
+    """The copies of layers that make the model's outputs, where they have the model's shapes: their paths in the
+    auxiliary network, and in the model."""
+    found = []
+    for node in auxiliary.network.graph.nodes:
+        path = str(node.target)
+        source = path.removeprefix("tail.")
+        if node.op == "call_module" and source != path:
+            layer, copied = structure.trace.shadow.get_submodule(source), auxiliary.network.get_submodule(path)
+            alike = [p.shape for p in layer.parameters()] == [p.shape for p in copied.parameters()]
+            if layer in structure.interface and alike and not list(layer.buffers()):  # statistics are not read
+                found.append((path, source))
+    return found
+
+
 def share(
     auxiliaries: Sequence[Auxiliary], heads: Sequence[nn.Module], requests: Sequence[Mapping[str, Any]],
     levels: Sequence[Sequence[int]], *, tails: bool,

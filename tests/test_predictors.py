@@ -1,4 +1,4 @@
-"""Auxiliary networks with their predictors in common: one module, trained by all local losses."""
+"""Predictors of auxiliary networks: in common, one module that all local losses train; or the model's own, read."""
 
 import copy
 import pickle
@@ -46,7 +46,7 @@ def case(request) -> tuple[str, nn.Module, Plan, Plan, tuple[Any, ...]]:
     """Name, model, a plan that shares, one that does not, a batch."""
     torch.manual_seed(0)
     model, given, inputs = CASES[request.param]()
-    plan = glcan_fx.plan(model, share_predictors=True, **given)
+    plan = glcan_fx.plan(model, predictors="shared", **given)
     return request.param, model, plan, glcan_fx.plan(model, **given), inputs
 
 
@@ -96,7 +96,7 @@ def test_parameters_are_fewer_and_counted_once(case):
 
 def test_other_shapes_are_not_shared():
     """A narrower network behind the first modules; the third predicts from its own channels."""
-    plan = glcan_fx.plan(Net(), task="classification", example_inputs=EXAMPLE, aux_width=0.5, share_predictors=True)
+    plan = glcan_fx.plan(Net(), task="classification", example_inputs=EXAMPLE, aux_width=0.5, predictors="shared")
     local = plan.apply(Net()).train()
     assert shared(local) == [[f"{index}.network.tail.fc.{name}" for index in (0, 1)] for name in ("weight", "bias")]
     local(*batch()).loss.backward()
@@ -162,10 +162,122 @@ def test_where_it_cannot_be_had():
             return self.c(self.b(x) if x.sum() > 0 else x).mean((2, 3))
 
     given: dict[str, Any] = {"task": "classification", "example_inputs": EXAMPLE}
-    with pytest.raises(PlanError, match="share_predictors.*need a model that can be captured"):
-        glcan_fx.plan(Branches(), share_predictors=True, **given)
+    with pytest.raises(PlanError, match="predictors.*need a model that can be captured"):
+        glcan_fx.plan(Branches(), predictors="shared", **given)
     plan = glcan_fx.plan(Branches(), **given)
     with pytest.raises(PlanError, match="runs as Python"):
-        replace(plan, options=replace(plan.options, share_predictors=True)).apply(Branches())
-    with pytest.raises(PlanError, match="share_predictors='yes'"):
-        glcan_fx.plan(Net(), share_predictors="yes", **given)
+        replace(plan, options=replace(plan.options, predictors="shared")).apply(Branches())
+    with pytest.raises(PlanError, match="predictors='yes': choose 'own', 'shared' or 'model'"):
+        glcan_fx.plan(Net(), predictors="yes", **given)
+
+
+# ---------------------------------------------------------------------------------------------- the model's own
+
+
+def upsampler() -> tuple[nn.Module, dict[str, Any], tuple[Any, ...]]:
+    model, given, inputs = super_resolution()
+    return model, given | {"head": "light", "aux_width": 1.0}, inputs
+
+
+READ = {"classification": (classifier, "tail.fc", "fc"), "super-resolution": (upsampler, "tail.tail.2", "tail.2")}
+
+
+@pytest.fixture(scope="module", params=READ)
+def reading(request) -> tuple[nn.Module, Plan, tuple[Any, ...], str, str]:
+    """A model, a plan that reads its predictor, a batch, where the predictor is in an auxiliary network, and in it."""
+    torch.manual_seed(0)
+    make, path, source = READ[request.param]
+    model, given, inputs = make()
+    return model, glcan_fx.plan(model, predictors="model", **given), inputs, path, source
+
+
+def step_by_hand(local: LocalModel, inputs: tuple[Any, ...], path: str, source: str) -> dict[str, Tensor]:
+    """Gradients by plain autograd, with frozen copies of the predictor as it is."""
+    twin = copy.deepcopy(local)
+    for index in range(twin.plan.k - 1):
+        layer = copy.deepcopy(twin.original.get_submodule(source)).requires_grad_(False)
+        twin.aux.get_submodule(f"{index}.network").set_submodule(path, layer)
+    losses_of(plain_step(twin, *inputs)).backward()
+    return {name: gradient for name, gradient in gradients(twin).items() if f".network.{path}." not in name}
+
+
+def test_the_models_predictor_is_read_and_not_trained(reading):
+    """By local losses: its gradient is the last module's alone. What it reads are the weights after each step."""
+    model, plan, inputs, path, source = reading
+    local = plan.apply(copy.deepcopy(model)).train()
+    assert not [name for name, _ in local.aux.named_parameters() if f".network.{path}." in name]
+    optimizer = torch.optim.SGD(local.parameters(), lr=0.1)
+    for _ in range(3):
+        expected = step_by_hand(local, inputs, path, source)
+        optimizer.zero_grad()
+        losses_of(local(*inputs)).backward()
+        found = gradients(local)
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+        before = local.original.get_submodule(source).weight.detach().clone()
+        optimizer.step()
+        assert not torch.equal(before, local.original.get_submodule(source).weight)
+
+
+def test_what_is_read_costs_no_parameters(reading):
+    model, plan, _, path, source = reading
+    local = plan.apply(copy.deepcopy(model))
+    assert sum(module.aux_parameters for module in plan.modules) == weights_in(local.aux)
+    assert "the model's predictors" in str(plan)
+    assert plan.memory.plan.peak > 0
+
+
+def test_copies_read_their_own_model(reading):
+    model, plan, inputs, path, source = reading
+    local = plan.apply(copy.deepcopy(model)).train()
+    expected = step_by_hand(local, inputs, path, source)
+    for one in (copy.deepcopy(local), pickle.loads(pickle.dumps(local)), copy.copy(local),
+                Plan.from_json(plan.to_json()).apply(copy.deepcopy(model)).train()):
+        one.load_state_dict(local.state_dict())
+        if one.original is not local.original:
+            with torch.no_grad():
+                local.original.get_submodule(source).weight.mul_(2)  # another's
+        losses_of(one.train()(*inputs)).backward()
+        for name, gradient in gradients(one).items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+        one.zero_grad()
+        if one.original is not local.original:
+            with torch.no_grad():
+                local.original.get_submodule(source).weight.div_(2)
+
+
+def test_a_predictor_that_is_replaced_is_read():
+    """Another number of classes: the auxiliary networks follow."""
+    local = glcan_fx.transform(Net(), task="classification", example_inputs=EXAMPLE, aux_width=1.0, predictors="model")
+    local.fc = nn.Linear(local.original.fc.in_features, 3)
+    out = local.train()(EXAMPLE, torch.zeros(len(EXAMPLE), dtype=torch.int64))
+    out.loss.backward()
+    assert out.output.shape[1] == 3 and local.fc.weight.grad is not None
+
+
+def test_the_models_predictor_with_compile_and_in_the_forward_pass(reading):
+    model, plan, inputs, path, source = reading
+    local, twin = (plan.apply(copy.deepcopy(model)).train() for _ in range(2))
+    twin.load_state_dict(local.state_dict())
+    inside = local.optimizer_in_forward(torch.optim.SGD, lr=1e-2)
+    for one, optimizer in ((local, inside), (twin, torch.optim.SGD(twin.parameters(), lr=1e-2))):
+        for _ in range(2):
+            optimizer.zero_grad()
+            losses_of(one(*inputs)).backward()
+            optimizer.step()
+    expected = twin.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in local.state_dict().items())
+    twin.zero_grad()
+    again = copy.deepcopy(twin)
+    compiled = torch.compile(again, backend="aot_eager")
+    for one in (compiled, twin):
+        losses_of(one(*inputs)).backward()
+    for name, gradient in gradients(twin).items():
+        torch.testing.assert_close(gradients(again)[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_where_no_network_has_the_models_predictor():
+    model, given, _ = detector()
+    with pytest.raises(PlanError, match="predictors='model': no auxiliary network ends with a layer of the shape"):
+        glcan_fx.plan(model, predictors="model", **given)
