@@ -59,7 +59,10 @@ def candidates(ending: Ending = "maps", **given: Any) -> list[Options]:
     decided = {name: value for name, value in given.items() if value is not None}
     if given.get("method") == "dgl":
         return [replace(Options(head="light"), **decided)]
-    return list(dict.fromkeys(replace(options, **decided) for options in _CHOICES[ending]))
+    made = list(dict.fromkeys(replace(options, **decided) for options in _CHOICES[ending]))
+    if decided.get("predictors") == "model" and "width" not in decided:
+        made = [options for options in made if options.width == 1]  # narrower layers do not fit the model's last
+    return made
 
 
 def allowances(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from loops_ddp import EXAMPLE, Net, batch, gradients, plain_step
 from torch import Tensor, nn
 
@@ -275,6 +276,15 @@ def test_the_models_predictor_with_compile_and_in_the_forward_pass(reading):
         losses_of(one(*inputs)).backward()
     for name, gradient in gradients(twin).items():
         torch.testing.assert_close(gradients(again)[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_left_out_suits_the_models_predictor():
+    """The planner would choose narrow networks here, in front of which the model's last layer does not fit."""
+    given = {"task": "classification", "example_inputs": torch.empty(8, 3, 64, 64, device="meta"), "k": 3}
+    model = torchvision.models.resnet50(num_classes=10)
+    assert glcan_fx.plan(model, **given).options.width < 1
+    plan = glcan_fx.plan(model, predictors="model", **given)
+    assert plan.options.width == 1 and "the model's predictors" in str(plan)
 
 
 def test_where_no_network_has_the_models_predictor():
