@@ -126,7 +126,8 @@ def prepared(experiment: Experiment, args: argparse.Namespace) -> tuple[nn.Modul
     if args.method == "bp":
         return model, None
     example = torch.empty(experiment.example, device="meta")
-    k = int(args.k) if args.k.isdecimal() else args.k if args.k in ("natural", "fewest") else args.k.split(",")
+    named = args.k in ("natural", "fewest", "auto")
+    k = int(args.k) if args.k.isdecimal() else args.k if named else [name.strip() for name in args.k.split(",")]
     if args.method == "checkpoint":
         plan = glcan_fx.plan(model, k=1, task=experiment.task, example_inputs=example)
         recompute(model, plan.known.blocks[1])
@@ -249,9 +250,9 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     record = {**state.identity, "k": plan.k if plan else 1, "out": str(out), **state.metrics[-1], "compute": compute}
     (out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
     _curves(out / "curves.png", state.metrics)
-    found = ", ".join(f"{name} {state.metrics[-1][name]:.4g}" for name in _scores(state.metrics[-1]))
-    print(f"wrote {out}/record.json: {found}, peak of a step {state.peak / MIB:.0f} MiB, {state.seconds:.3f} s a "
-          f"step, compute {compute:.2f} of backpropagation's")
+    found = ", ".join(f"{name} {record[name]:.4g}" for name in _scores(state.metrics[-1]))
+    print(f"wrote {out}/record.json: {found}, peak of a step {record['peak_bytes'] / MIB:.0f} MiB, "
+          f"{record['seconds_a_step']:.3f} s a step, compute {compute:.2f} of backpropagation's")
     return record
 
 

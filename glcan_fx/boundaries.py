@@ -22,9 +22,9 @@ from .emit import register_task
 from .errors import PlanError, TraceError
 from .graphs import with_headlines
 from .layers import freshen, inner_activation, is_norm, moments, set_width, unhooked_copy, weights_in
-from .local_model import LocalModel, assemble
+from .local_model import LocalModel, assemble, warn_of_unstepped
 from .nested import tensors_in
-from .partition import K, merge
+from .partition import K, ModuleCost, merge
 from .plan import Block, LocalModule, Plan
 from .replay import Absent, Call, Record, Segments, detach_record, empty_stand_ins, substituted
 from .runtime import collect
@@ -98,7 +98,7 @@ def partition_calls(units: Sequence[CallUnit], k: Any) -> list[list[CallUnit]]:
     elif isinstance(k, int) and not isinstance(k, bool) and 1 <= k <= len(ends):
         firsts = [0, *(end + 1 for end in ends)]
         saved = [0, *accumulate(sum(u.saved for u in units[a:b]) for a, b in pairwise(firsts))]
-        costs = [[(max(0, last - first),) * 2 for last in saved] for first in saved[:-1]]
+        costs = [[ModuleCost(last - first, last - first) for last in saved] for first in saved[:-1]]
         cuts = [ends[end - 1] for end in merge(costs, k)]
     elif isinstance(k, Sequence) and not isinstance(k, str) and all(name in names for name in k):
         cuts = sorted(ends[names.index(name)] for name in k)
@@ -198,7 +198,9 @@ def build_segments(chosen: Plan, model: nn.Module, task: Task, calls: Sequence[C
             if not any(within(name, path) for group in segments.paths for path in group)]
     trains = [[*group, *glue] for group in segments.paths]
     graph = emit_segments(segments, [m.headline(i) for i, m in enumerate(chosen.modules)], trains)
-    return assemble(model, aux, graph, chosen, InSegments(task, segments))
+    local = assemble(model, aux, graph, chosen, InSegments(task, segments))
+    warn_of_unstepped(local)
+    return local
 
 
 class SegmentHead(nn.Module):

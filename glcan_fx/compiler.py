@@ -22,7 +22,7 @@ from .emit import emit, register, why_not_sliced
 from .errors import GlcanFxError, PlanError, TraceError
 from .estimate import AnyLoss, Estimate, Memory, OptimizerLike, backpropagated, simulate_local, simulate_plain
 from .layers import weights_in
-from .local_model import LocalModel, assemble, is_compiled
+from .local_model import LocalModel, assemble, is_compiled, warn_of_unstepped
 from .nested import map_tensors
 from .partition import K, partition
 from .plan import Plan
@@ -263,6 +263,7 @@ def apply(
     if plan.around is not None:
         task = Around(task, plan.around)
     structure = _structure(model, task, plan.inputs)
+    task.fits(structure.trace.output.meta["value"])
     if plan.draft is None and plan.around is None:
         plan = replace(plan, draft=_Draft(structure, model, task, plan.inputs, None))
     return _build(plan, structure, model, task, verify)
@@ -536,6 +537,7 @@ def _build(chosen: Plan, structure: Structure, model: nn.Module, task: Task, ver
     if verified:
         verify_capture(structure, model, chosen.inputs, task.network(model))
     local = _connect(chosen, structure, model, task)
+    warn_of_unstepped(local)
     log.info("compiled %s; create the optimiser after this call, from its parameters()", chosen.model)
     return local
 
@@ -631,7 +633,8 @@ class _Draft:
         return self._steps[key]
 
     def simulate(self, plan: Plan, optimizer: OptimizerLike, in_forward: bool = False) -> Estimate:
-        """A step of the plan; the same step is simulated once."""
+        """A step of the plan; the same step is simulated once, so a function that makes an optimiser should always make
+        the same."""
         key = repr(plan.modules), plan.options, optimizer, in_forward  # an edited plan may hold lists
         if key not in self._steps:
             self._steps[key] = simulate_local(self.local(plan), self.inputs, self.targets, optimizer, in_forward)

@@ -6,13 +6,14 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import PythonCode
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .errors import PlanError, UnsupportedError, UnusedGradientsWarning
 from .graphs import Packed, Parts, pack, unpack
@@ -63,7 +64,7 @@ class LocalModel(fx.GraphModule):
         super().__init__(root, graph, class_name="LocalModel")
         _share(self, model, aux)
         self.__dict__.update(_original=model, plan=plan, task=task, _last_reached=[], _parts=parts,
-                             _optimizer=_no_optimizer, _versions=[])
+                             _optimizer=_no_optimizer)
         self.__dict__["training"] = model.training
         for name, part in aux.named_children():
             if name != "task":
@@ -95,7 +96,6 @@ class LocalModel(fx.GraphModule):
         self.task.check(next(iter(given.values()), None), given.get("targets"))
         _refuse_sharded(self)
         self._warn_of_unused()
-        self._warn_of_unstepped()
         optimizer = self.__dict__["_optimizer"]()
         stepping = optimizer is not None and torch.is_grad_enabled()
         with private_graph() if self.plan.k > 1 else nullcontext(), \
@@ -132,28 +132,6 @@ class LocalModel(fx.GraphModule):
                 f"only {sum(flags.values())} of {len(flags)} local losses of the last step reached backward(): the "
                 f"local modules {missed} were not trained. Minimise the sum: out.loss, or sum(losses.values()) of a "
                 "detector.",
-                UnusedGradientsWarning, stacklevel=4,
-            )
-
-    def _warn_of_unstepped(self) -> None:
-        """Warn, once, where two steps have changed the model and no auxiliary network: the optimiser is older."""
-        seen = self.__dict__["_versions"]
-        networks = [] if seen is None else [
-            p for index in range(self.plan.k - 1) for p in self.aux.get_submodule(str(index)).parameters()
-            if p.requires_grad]
-        if not networks:
-            return
-        own, auxiliary = (sum(p._version for p in tensors) for tensors in (self.original.parameters(), networks))
-        if not seen or own != seen[-1][0]:  # else gradients are accumulated
-            seen.append((own, auxiliary))
-        if auxiliary != seen[0][1]:
-            self.__dict__["_versions"] = None
-        elif len(seen) == _STEPS:
-            self.__dict__["_versions"] = None
-            warnings.warn(
-                f"the last {_STEPS - 1} optimiser steps changed {type(self.original).__name__}'s parameters, but none "
-                "of its auxiliary networks', which stay as they were initialised. Create the optimiser after "
-                "transform(), from local.parameters() or local.parameter_groups().",
                 UnusedGradientsWarning, stacklevel=4,
             )
 
@@ -274,7 +252,6 @@ class LocalModel(fx.GraphModule):
         return _rebuild, (self.original, self.aux, pack(self.graph), self.plan, self.task, _modes(self), parts)
 
 
-_STEPS = 3  # of them the first may be a checkpoint that was loaded
 _RESERVED = ("aux", "plan", "task", "original", "graph", "code", "meta")
 
 
@@ -351,6 +328,40 @@ def _trained_alone(local: LocalModel) -> dict[str, list[Tensor]]:
         if len(names) == 1 and "" not in names:
             alone[next(iter(names))].append(tensors[key])
     return alone
+
+
+_STEPS = 10  # an auxiliary optimiser may step less often
+_watched: weakref.WeakKeyDictionary[LocalModel, int] = weakref.WeakKeyDictionary()  # steps of the model alone
+
+
+def warn_of_unstepped(local: LocalModel) -> None:
+    """From now on, until it is known: warn where an optimiser steps the model and none its auxiliary networks, as one
+    that was made before them does."""
+    _watch_optimizers()
+    _watched[local] = 0
+
+
+@cache
+def _watch_optimizers() -> None:
+    """Once in a process: PyTorch has no way to drop such a hook from inside it."""
+    register_optimizer_step_post_hook(_stepped)
+
+
+def _stepped(optimizer: Optimizer, *_: Any) -> None:
+    for compiled in list(_watched):
+        networks = {id(p) for index in range(compiled.plan.k - 1)
+                    for p in compiled.aux.get_submodule(str(index)).parameters() if p.requires_grad}
+        taken = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not networks or networks & taken:
+            del _watched[compiled]
+            continue
+        _watched[compiled] += any(id(p) in taken for p in compiled.original.parameters())
+        if _watched[compiled] == _STEPS:
+            del _watched[compiled]
+            warnings.warn(
+                f"{_STEPS} optimiser steps changed parameters of {type(compiled.original).__name__}, and none those of "
+                "its auxiliary networks, which stay as they were initialised. Create the optimiser after transform(), "
+                "from local.parameters() or local.parameter_groups().", UnusedGradientsWarning, stacklevel=3)
 
 
 def _no_optimizer() -> None:

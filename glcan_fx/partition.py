@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import fx
 
@@ -42,27 +42,42 @@ def partition(
         )
     if k in (1, len(units)):
         return units[:-1] if k > 1 else []
-    behind = [aux_bytes(unit) for unit in units[:-1]] + [tail_bytes()]
-    return [units[end - 1] for end in merge(_costs(structure, units, behind), k)]
+    costs = costs_of(*_kept_and_gradients(structure, units), carried(structure, units),
+                     [*(aux_bytes(unit) for unit in units[:-1]), tail_bytes()])
+    return [units[end - 1] for end in merge(costs, k)]
 
 
-Cost = tuple[int, int]  # of a local module: the most bytes that are live in its backward pass, and those that it keeps
+class ModuleCost(NamedTuple):
+    """Of a local module, in bytes. most: that are live during its backward pass; kept: by itself for that pass."""
+
+    most: int
+    kept: int
 
 
-def _costs(structure: Structure, units: Sequence[Unit], behind: Sequence[int]) -> list[list[Cost]]:
-    """Of a local module of the units from one, the first index, up to another, not included. ``behind``: bytes that
-    the auxiliary network behind each unit keeps, and the tail."""
-    n, live = len(units), carried(structure, units)
-    own, gradients = _bytes(structure, units), _gradients(structure, units)
+def costs_of(
+    kept: Sequence[int], gradients: Sequence[int], carried: Sequence[Sequence[tuple[int, int]]], behind: Sequence[int]
+) -> list[list[ModuleCost]]:
+    """What local modules cost, by their first unit and the one behind their last.
+
+    The backward pass goes through a module's units from the last to the first. At each of them there are the gradients
+    of all earlier modules, values that earlier modules made and somebody still reads, what this unit and those in
+    front of it keep, and the gradients of those behind it; at the last unit also what the auxiliary network keeps.
+    Weights, the optimiser's state, and what a loss allocates meanwhile, are left out.
+
+    Args, all in bytes: what each unit keeps for backward, the gradients of its parameters, the values of earlier units
+    that live on in it (see ``carried``), what the auxiliary network or tail keeps that follows it.
+    """
+    n = len(kept)
+    so_far, made = [0, *accumulate(kept)], [0, *accumulate(gradients)]
     found = []
     for start in range(n):
-        row, worst = [(0, 0)] * (start + 1), own[start] - gradients[start]
+        row, worst = [ModuleCost(0, 0)] * (start + 1), -made[start]
         for end in range(start + 1, n + 1):
-            worst = max(worst, own[end] - gradients[end])  # at this unit: what those before keep, gradients of the rest
-            kept = own[end] - own[start] + behind[end - 1]
-            earlier = sum(size for size, unit in live[start] if not start <= unit < end)
-            most = max(kept, worst - own[start] + gradients[end])
-            row.append((gradients[start] + earlier + most, kept))
+            own = so_far[end] - so_far[start]
+            worst = max(worst, own - made[end])  # over the units: kept up to it, less the gradients that are missing
+            earlier = sum(size for size, keeper in carried[start] if not start <= keeper < end)
+            most = made[start] + earlier + max(own + behind[end - 1], worst + made[end])
+            row.append(ModuleCost(most, own + behind[end - 1]))
         found.append(row)
     return found
 
@@ -85,21 +100,17 @@ def _explicit(structure: Structure, names: Sequence[str]) -> list[Unit]:
     return sorted(found.values(), key=lambda unit: order[unit.end])
 
 
-def _bytes(structure: Structure, units: Sequence[Unit]) -> list[int]:
-    """Bytes that are kept for backward before each unit, and by all; the tail's are the last unit's."""
-    return [0, *accumulate(saved for _, saved in structure.uses([unit.end for unit in units[:-1]]))]
-
-
-def _gradients(structure: Structure, units: Sequence[Unit]) -> list[int]:
-    """Bytes of the gradients of all parameters before each unit, and of all."""
-    sizes, seen = [0] * len(units), set[int]()
-    owner = structure.assign([unit.end for unit in units[:-1]])
+def _kept_and_gradients(structure: Structure, units: Sequence[Unit]) -> tuple[list[int], list[int]]:
+    """Bytes that each unit keeps for backward, and of its parameters' gradients; the tail's are the last unit's."""
+    gradients, seen = [0] * len(units), set[int]()
+    ends = [unit.end for unit in units[:-1]]
+    owner = structure.assign(ends)
     for node in sorted(owner, key=owner.__getitem__):
         for p in structure.trace.parameters(node):
             if p.requires_grad and id(p) not in seen:
                 seen.add(id(p))
-                sizes[owner[node]] += p.numel() * p.element_size()
-    return [0, *accumulate(sizes)]
+                gradients[owner[node]] += p.numel() * p.element_size()
+    return [saved for _, saved in structure.uses(ends)], gradients
 
 
 def carried(structure: Structure, units: Sequence[Unit]) -> list[list[tuple[int, int]]]:
@@ -127,7 +138,7 @@ def carried(structure: Structure, units: Sequence[Unit]) -> list[list[tuple[int,
     return found
 
 
-def merge(costs: Sequence[Sequence[Cost]], k: int) -> list[int]:
+def merge(costs: Sequence[Sequence[ModuleCost]], k: int) -> list[int]:
     """Split units into k runs with the smallest largest one: for all runs but the last, the number of units up to
     its end. ``costs``: of the run from one unit up to another, not included.
 

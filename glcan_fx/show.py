@@ -35,7 +35,8 @@ def plan_text(plan: "Plan", *, notes: bool = True) -> str:
 
 
 def print_plan(plan: "Plan", console: Console) -> None:
-    """Print the plan, without its notes; in a table of fewer columns where the console is narrow."""
+    """Print the plan, without its notes; in a table of fewer columns where the console is narrow, which becomes as wide
+    as the narrowest table needs."""
     for count in range(len(_DISPENSABLE) + 1):
         left_out = _DISPENSABLE[:count]
         table = _table(plan, left_out)

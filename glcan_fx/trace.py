@@ -64,6 +64,7 @@ class Trace:
     - ``module``: path of the innermost module whose ``forward`` made the node ("" is the model itself),
     - ``returned_by``: paths of the modules whose call returned this value, innermost first,
     - ``saved``: bytes of memory that autograd first kept for backward while the node ran (parameters excluded),
+    - ``storages``: the identities of that memory, to find out which values' it is,
     - ``mutates``: the input nodes whose tensors the node changed in place,
     - ``overwritten``: whether this node's tensor was changed in place after some other node had read it.
 
@@ -256,7 +257,8 @@ def _follow_dtypes(
             if isinstance(value, torch.dtype) and value in node.meta["dtypes"] and value not in types:
                 with main.graph.inserting_before(node):
                     asks = main.graph.call_function(getattr, (node.meta["dtypes"][value], "dtype"))
-                asks.meta.update({**node.meta, "value": value, "saved": 0, "mutates": set(), "returned_by": []})
+                asks.meta.update({**node.meta, "value": value, "saved": 0, "storages": frozenset(), "mutates": set(),
+                                  "returned_by": []})
                 return asks
             return value
 

@@ -249,6 +249,20 @@ def test_task_that_does_not_fit_the_outputs(task):
     refused(Net(), PlanError, rf"task '{task}' expects .*returns \(2, \d+\): choose another", task=task)
 
 
+def test_a_subclass_with_a_loss_of_its_own_decides_itself():
+    class Places(glcan_fx.Classification):
+        def loss(self, outputs, targets):
+            return F.cross_entropy(outputs, targets)
+
+        def example_targets(self, model, inputs, outputs):
+            return torch.zeros(2, 4, 4, dtype=torch.int64)
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 5, 1))
+    plan = glcan_fx.plan(model, task=Places(), example_inputs=torch.empty(2, 3, 4, 4))
+    with pytest.raises(PlanError, match="expects logits"):
+        plan.apply(model, task="classification")
+
+
 def test_classification_of_places():
     refused(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 1)), PlanError,
             r"logits \(N, classes\), and the network returns \(2, 5, \d+, \d+\)", task="classification")

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 import glcan_fx
 from glcan_fx import LocalModel, UnsupportedError, UnusedGradientsWarning
+from glcan_fx.local_model import _watched
 from glcan_fx.models import retinanet
 
 
@@ -783,42 +784,64 @@ def test_complete_loops_are_not_reported(loop):
                 local.train()
 
 
-def test_an_optimizer_older_than_the_auxiliary_networks_is_reported():
-    """Once: the model is trained by losses of networks that stay as they were initialised."""
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimizer_older_than_the_auxiliary_networks_is_reported(fused):
+    """Once, at the user's line: the model is trained by losses of networks that stay as they were initialised."""
     local = build()
-    optimizer = torch.optim.SGD(local.original.parameters(), lr=0.1)
-    for iteration in range(2):
+    optimizer = torch.optim.SGD(local.original.parameters(), lr=0.01, fused=fused)
+    for iteration in range(9):
         local(*batch(seed=iteration)).loss.backward()
         optimizer.step()
-    with pytest.warns(UnusedGradientsWarning, match="2 optimiser steps changed Net's .*after transform()"):
-        local(*batch()).loss.backward()
+    with pytest.warns(UnusedGradientsWarning, match="10 optimiser steps changed .* Net, .*after transform()") as seen:
+        optimizer.step()
+    assert seen[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error", UnusedGradientsWarning)
-        optimizer.step()
-        local(*batch())
+        for _ in range(20):
+            optimizer.step()
 
 
-@pytest.mark.parametrize("loop", ["groups", "two optimisers", "accumulation", "no step", "checkpoint", "frozen", "k=1"])
-def test_optimizers_that_step_everything_are_not_reported(loop):
+OPTIMIZERS = {
+    "groups": lambda own, others: [torch.optim.Adam([{"params": own}, {"params": others, "lr": 0.1}])],
+    "two optimisers": lambda own, others: [torch.optim.SGD(own, lr=0.1), torch.optim.AdamW(others, fused=True)],
+    "seldom": lambda own, others: [torch.optim.SGD(own, lr=0.1), torch.optim.SGD(others, lr=0.1)],
+    "of another model": lambda own, others: [torch.optim.SGD(Net().parameters(), lr=0.1)],
+    "frozen": lambda own, others: [torch.optim.SGD(own, lr=0.1)],
+    "k=1": lambda own, others: [torch.optim.SGD(own, lr=0.1)],
+    "checkpoints": lambda own, others: [],
+}
+
+
+@pytest.mark.parametrize("loop", OPTIMIZERS)
+def test_loops_that_step_everything_are_not_reported(loop):
     local = build(**({"k": 1} if loop == "k=1" else {}))
     own = list(local.original.parameters())
     others = [p for p in local.parameters() if id(p) not in set(map(id, own))]
-    optimizers = {
-        "two optimisers": [torch.optim.SGD(own, lr=0.1), torch.optim.SGD(others or own, lr=0.0)],
-        "groups": [torch.optim.Adam(local.parameter_groups(0.1, 0.01))],
-        "frozen": [torch.optim.SGD(own, lr=0.1)], "no step": [],
-    }.get(loop, [torch.optim.SGD(local.parameters(), lr=0.1)])
+    optimizers = OPTIMIZERS[loop](own, others)
     if loop == "frozen":
         local.aux.requires_grad_(False)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UnusedGradientsWarning)
-        for iteration in range(5):
+        for iteration in range(16):
             local(*batch(seed=iteration)).loss.backward()
-            if loop == "checkpoint" and iteration == 0:
-                local.load_state_dict(local.original_state_dict())
-            elif loop != "accumulation" or iteration == 3:
-                for optimizer in optimizers:
-                    optimizer.step()
+            for optimizer in optimizers[:1 if loop == "seldom" and iteration % 4 else 2]:
+                optimizer.step()
+            if loop == "checkpoints":
+                local.original.load_state_dict(local.original_state_dict())
+
+
+def test_what_watches_optimizers_goes_with_the_model():
+    """And does not keep it alive, decided or not."""
+    local = build()
+    alive = weakref.ref(local)
+    torch.optim.SGD(local.original.parameters(), lr=0.1).step()
+    assert local in _watched
+    del local
+    gc.collect()
+    assert alive() is None
+    local = build()
+    torch.optim.SGD(local.parameters(), lr=0.1).step()
+    assert local not in _watched
 
 
 # ------------------------------------------------------------ parameters, modes

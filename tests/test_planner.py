@@ -22,7 +22,7 @@ from glcan_fx import BudgetError, PlanError
 from glcan_fx.analyze import multiply_adds
 from glcan_fx.builder import Ending, Options
 from glcan_fx.models import edsr, retinanet
-from glcan_fx.partition import merge
+from glcan_fx.partition import ModuleCost, carried, costs_of, merge
 from glcan_fx.planner import candidates, richest, with_richest
 from glcan_fx.synthesize import ending_of
 
@@ -199,7 +199,7 @@ def test_merging_finds_the_smallest_largest_run(data: st.DataObject) -> None:
     n = data.draw(st.integers(1, 7))
     k = data.draw(st.integers(1, n))
     sizes = st.integers(1, 9)
-    costs = [[(data.draw(sizes), data.draw(sizes)) for _ in range(n + 1)] for _ in range(n)]
+    costs = [[ModuleCost(data.draw(sizes), data.draw(sizes)) for _ in range(n + 1)] for _ in range(n)]
 
     def largest(ends: Sequence[int]) -> int:
         return max(costs[start][end][0] for start, end in pairwise((0, *ends, n)))
@@ -209,15 +209,53 @@ def test_merging_finds_the_smallest_largest_run(data: st.DataObject) -> None:
     assert largest(ends) == min(map(largest, itertools.combinations(range(1, n), k - 1)))
 
 
-@pytest.mark.parametrize(("channels", "batch", "k"), [
-    ((32, 32, "pool", 64, 64, "pool", 128, 128), 32, 3),  # what crosses a cut lives on in the next module
-    ((8, 8, 8, "pool", 64, 256, "pool", 256, 256), 4, 2),  # the gradients of earlier modules do
+def test_what_a_local_module_costs() -> None:
+    """By hand: three units that keep 10, 20, 30, have gradients of 1, 100, 2; auxiliary networks that keep 5, 6, 7."""
+    nothing: list[list[tuple[int, int]]] = [[], [], []]
+    costs = costs_of([10, 20, 30], [1, 100, 2], nothing, [5, 6, 7])
+    assert [[cost.kept for cost in row[index + 1:]] for index, row in enumerate(costs)] == [
+        [15, 36, 67], [26, 57], [37]]
+    assert costs[0][1].most == 15  # when it begins, with the auxiliary network
+    assert costs[0][2].most == 10 + 100  # at the first unit, when the second has its gradients
+    assert costs[0][3].most == 10 + 102
+    assert costs[1][3].most == 1 + 0 + 102  # at its end, beside the gradients of the first
+    assert costs[2][3].most == 101 + 37
+    live = [[], [(1000, 0)], [(1000, 0), (200, 2)]]  # two values live on, the second of them counts in the last unit
+    costs = costs_of([10, 20, 30], [1, 100, 2], live, [5, 6, 7])
+    assert (costs[0][3].most, costs[1][2].most, costs[2][3].most) == (10 + 102, 1 + 1000 + 100, 101 + 1000 + 37)
+
+
+class Bypass(nn.Module):
+    """The first unit's value is read by the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (
+            nn.Sequential(nn.Conv2d(3 if i == 0 else 8, 8, 3, padding=1), nn.ReLU()) for i in range(4))
+        self.out = nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.a(x)
+        return self.out(torch.cat([self.d(self.c(self.b(first))), first], 1))
+
+
+def test_values_that_pass_modules_by_count_in_all_of_them() -> None:
+    plan = glcan_fx.plan(Bypass(), task="segmentation", example_inputs=torch.empty(2, 3, 16, 16))
+    structure = plan.draft.structure
+    size = 2 * 8 * 16 * 16 * 4
+    assert [unit.name for unit in structure.units] == ["a", "b", "c", "d"]
+    assert carried(structure, structure.units) == [[], [(size, 0)], [(size, 0), (size, 1)], [(size, 0), (size, 2)]]
+
+
+@pytest.mark.parametrize(("model", "size", "task", "k"), [
+    (convolutions(32, 32, "pool", 64, 64, "pool", 128, 128), (32, 3, 32, 32), "classification", 3),
+    (convolutions(8, 8, 8, "pool", 64, 256, "pool", 256, 256), (4, 3, 32, 32), "classification", 2),
+    (UNet(11, 16), (4, 3, 64, 64), "segmentation", 2),
 ])
-def test_a_number_cuts_where_a_step_takes_the_least(channels: Sequence[int | str], batch: int, k: int) -> None:
+def test_a_number_cuts_where_a_step_takes_the_least(model: nn.Module, size: tuple[int, ...], task: str, k: int) -> None:
     """No list of as many split points does with less memory, to 2 %, than the number."""
-    given = {"task": "classification", "example_inputs": torch.empty(batch, 3, 32, 32, device="meta"), "head": "lean",
-             "aux_hidden": 0, "aux_width": 1.0}
-    model = convolutions(*channels)
+    given = {"task": task, "example_inputs": torch.empty(size, device="meta"), "head": "lean", "aux_width": 1.0}
+    given |= {"aux_hidden": 0} if task == "classification" else {}
     plan = glcan_fx.plan(model, k=k, **given)
     lists = [glcan_fx.plan(model, k=list(cuts), **given) for cuts in itertools.combinations(plan.natural, k - 1)]
     assert plan.memory.plan.peak <= 1.02 * min(other.memory.plan.peak for other in lists)

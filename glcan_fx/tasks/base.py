@@ -173,9 +173,12 @@ class LossHead(nn.Module):
             raise
 
 
-def _dimensions(task: Task, outputs: Any, allowed: Sequence[int], expected: str) -> None:
-    """Raise PlanError where a network's first output has none of the ``allowed`` numbers of dimensions."""
-    first = next(tensors_in(outputs), None)
+def _dimensions(task: Task, built_in: type[Task], outputs: Any, allowed: Sequence[int], expected: str) -> None:
+    """Raise PlanError where the network's main output has none of the ``allowed`` numbers of dimensions, and the loss
+    is still the built-in one."""
+    if type(task).loss is not built_in.loss:
+        return
+    first = next(tensors_in(outputs["out"] if isinstance(outputs, dict) and "out" in outputs else outputs), None)
     if first is None or first.dim() not in allowed:
         found = "no tensor" if first is None else f"{tuple(first.shape)}"
         raise PlanError(f"task '{task.name}' expects {expected}, and the network returns {found}: choose another task, "
@@ -213,7 +216,7 @@ class Classification(Task):
     name = "classification"
 
     def fits(self, outputs: Any) -> None:
-        _dimensions(self, outputs, (2,), "logits (N, classes)")
+        _dimensions(self, Classification, outputs, (2,), "logits (N, classes)")
 
     def example_targets(self, model: nn.Module, inputs: Any, outputs: Any) -> Any:
         return torch.zeros(next(tensors_in(outputs)).shape[0], dtype=torch.int64)
@@ -237,7 +240,7 @@ class Segmentation(Task):
     name = "segmentation"
 
     def fits(self, outputs: Any) -> None:
-        _dimensions(self, outputs, (3, 4, 5), "logits of places (N, classes, H, W)")
+        _dimensions(self, Segmentation, outputs, (3, 4, 5), "logits of places (N, classes, H, W)")
 
     def example_targets(self, model: nn.Module, inputs: Any, outputs: Any) -> Any:
         first = next(tensors_in(outputs))
@@ -258,7 +261,7 @@ class SuperResolution(Task):
     name = "super_resolution"
 
     def fits(self, outputs: Any) -> None:
-        _dimensions(self, outputs, (3, 4, 5), "images (N, C, H, W)")
+        _dimensions(self, SuperResolution, outputs, (3, 4, 5), "images (N, C, H, W)")
 
     def averages_images(self, model: nn.Module, levels: Any) -> bool:
         return True
