@@ -160,8 +160,8 @@ What they say so far, on one or two seeds:
   super-resolution then lose next to nothing, classification with four modules about a point. At k=2, where little is
   lost anyway, they bought nothing.
 - Classification: GLCAN leads DGL at every k, by several points at the natural one. It owes that to the hidden layers in
-  front of the mean: without them it is no better than DGL, and a copied block of the trunk instead of them buys less, for
-  twice the compute. Narrower auxiliary networks lose, less focal ones (`head light`) do not.
+  front of the mean: without them it is no better than DGL, and a copied block of the trunk instead of them buys less,
+  for twice the compute. Half the width loses where each network predicts from its own output alone (`head lean`).
 - Reading the model's own last layer (`predictors="model"`) helps at k=4, by a point, and costs nothing.
 - Detection: at the natural k almost all of AP is kept, once training is long enough for all classes to be found, which
   sixteen epochs are not. DGL, with a head of full width at one level, is a little behind, for more compute.
