@@ -128,7 +128,7 @@ class TwoLevels(glcan_fx.Rules):
         return 2.0 if level.stride > 10 else 1.0
 
 
-@pytest.mark.parametrize("name", ["RetinaNet", "FCOS", "FasterRCNN", "SSDlite", "YOLO"])
+@pytest.mark.parametrize("name", ["RetinaNet", "FCOS", "FasterRCNN", "YOLO"])
 def test_rules_choose_levels_and_weights(name: str) -> None:
     model = DETECTORS[name]()
     natural = glcan_fx.plan(model, task="detection").natural

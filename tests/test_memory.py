@@ -43,8 +43,8 @@ def detector(build: Callable[[], nn.Module]) -> Callable[[], tuple[nn.Module, di
 
 def large(build: Callable[..., nn.Module] = retinanet, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
     """Large enough that activations count; only for simulations."""
-    size = {"image_size": 512} if build is yolo else {"min_size": 512, "max_size": 512}
-    images = torch.empty(8, 3, 512, 512, device="meta")
+    size = {"image_size": 768} if build is yolo else {"min_size": 768, "max_size": 768}
+    images = torch.empty(3, 3, 768, 768, device="meta")  # few images, as each takes a loop's iteration in every loss
     return build(18, num_classes=20, **size, **options), {"task": "detection", "example_inputs": images}
 
 

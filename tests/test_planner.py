@@ -311,5 +311,5 @@ def test_a_decoder_that_costs_more_than_recomputation_is_left_out() -> None:
         assert plan.memory.plan.flops <= 4 / 3 * plan.memory.backpropagation.flops
         tight = glcan_fx.plan(model, k=plan.k, memory_budget=int(1.01 * plan.memory.plan.peak), **given)
         assert tight.options.head == head
-        leanest = glcan_fx.plan(model, compute_budget=1.0, **given)
-        assert leanest.options.head == "lean" and leanest.memory.plan.flops <= leanest.memory.backpropagation.flops
+    leanest = glcan_fx.plan(model, compute_budget=1.0, **given)
+    assert leanest.options.head == "lean" and leanest.memory.plan.flops <= leanest.memory.backpropagation.flops
