@@ -169,7 +169,8 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     try:
         model, plan = prepared(experiment, args)
     except glcan_fx.GlcanFxError as error:
-        raise SystemExit(str(error)) from error
+        hint = "\n--k takes a number, natural, fewest, or split points" if "split point" in str(error) else ""
+        raise SystemExit(f"{error}{hint}") from error
     out = args.out or Path("runs") / f"{experiment.task}-{args.method}-k{plan.k if plan else 1}-s{args.seed}"
     out.mkdir(parents=True, exist_ok=True)
     per_epoch = len(experiment.train) // args.batch_size  # type: ignore[arg-type]
@@ -206,6 +207,8 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
+    said = f", {len(plan.modules)} local modules: {', '.join(module.name for module in plan.modules)}" if plan else ""
+    print(f"{args.method}{said}; {steps - state.step} of {steps} steps", file=sys.stderr)
     times: list[float] = []
     model.train()
     batches = _batches(experiment, args, state.step, steps)

@@ -250,7 +250,8 @@ def fewest(savings: Savings, plan: Callable[[K, Savings], Plan], simulate: Calla
         if peak <= _ALIKE * least:
             found = fewer
             break
-    note = f"as little memory as k={natural.k}, to 2 %; simulated: {'; '.join(tried)}"
+    beside = f"as little memory as k={natural.k}, to 2 %" if found is not natural else "no fewer need as little memory"
+    note = f"k={found.k}: {beside}; simulated: {'; '.join(tried)}"
     return replace(found, notes=(*found.notes, note))
 
 

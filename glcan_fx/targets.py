@@ -18,12 +18,15 @@ from .errors import LoadError
 def load(target: str, kwargs: Mapping[str, Any]) -> nn.Module:
     """The model that ``target`` names: a module, or what a class or a function makes of ``kwargs``.
 
-    A bare file may be named where exactly one thing in it can be meant; see ``candidates``. Importing runs the code of
-    the file or package. Raises LoadError, and FileNotFoundError for a file that is not there.
+    A bare file may be named where exactly one thing in it can be meant: its one model, or see ``candidates``. Importing
+    runs the code of the file or package. Raises LoadError, and FileNotFoundError for a file that is not there.
     """
     if target.endswith(".py"):
         module = _from_file(Path(target))
         names = candidates(module, kwargs)
+        ready = [name for name in names if isinstance(getattr(module, name), nn.Module)]
+        if len(ready) == 1 and not kwargs:
+            names = ready
         if len(names) != 1:
             found = (f"{len(names)} things in it can be meant: name one, " + ", ".join(f"{target}:{n}" for n in names)
                      if names else "there is neither a model in it nor a class or function that makes one of "

@@ -74,6 +74,7 @@ def test_an_attribute_of_a_package(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("text", "kwargs"), [
     ("model = nn.Linear(1, 2)", {}),
+    ("class Net(nn.Linear):\n    def __init__(self): super().__init__(1, 3)\nmodel = nn.Linear(1, 2)", {}),
     ("class Net(nn.Linear):\n    def __init__(self): super().__init__(1, 2)\nclass Other(nn.Module):\n"
      "    def __init__(self, needed): super().__init__()", {}),
     ("def build(out): return nn.Linear(1, out)\ndef helper(image): return image\ndef train() -> None: 1 / 0\n"
@@ -84,7 +85,7 @@ def test_a_bare_file_with_one_candidate(tmp_path, text, kwargs):
 
 
 @pytest.mark.parametrize(("target", "kwargs", "message"), [
-    ("{file}", {}, r"3 things in it .*models.py:build, .*models.py:wrong.*"),
+    ("{file}", {}, r"4 things in it .*models.py:build, .*models.py:wrong.*"),
     ("{file}:nothing", {}, "there is no 'nothing' in it; it has .*build"),
     ("{file}:Net", {}, "called with no arguments raised TypeError.*classes"),
     ("{file}:Net", {"channels": 1}, "channels=1 raised TypeError"),
@@ -96,8 +97,8 @@ def test_a_bare_file_with_one_candidate(tmp_path, text, kwargs):
     ("no.such.package:net", {}, "'no.such.package' cannot be imported: ModuleNotFoundError.*looked for in"),
 ])
 def test_errors_say_what_to_do(file, target, kwargs, message):
-    if target == "{file}":  # leave out what fails, so that three are left
-        file.write_text(MODELS.replace("def fails(classes=1)", "def fails(classes)"))
+    if target == "{file}":  # leave out what fails; of two models none is meant
+        file.write_text(MODELS.replace("def fails(classes=1)", "def fails(classes)") + "\nother = nn.Linear(1, 1)\n")
     with pytest.raises(LoadError, match=message):
         load(target.format(file=file), kwargs)
 

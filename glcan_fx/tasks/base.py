@@ -59,7 +59,8 @@ class Task(ABC):
         if given is None:
             raise PlanError(
                 f"task '{self.name}' needs example_inputs=: one batch of the model's inputs, as a tensor or a tuple "
-                "of tensors (values do not matter, sizes do), for example torch.empty(2, 3, 224, 224)."
+                "of tensors, as large as those that you train with (values do not matter), for example "
+                "torch.empty(32, 3, 224, 224)."
             )
         return given if isinstance(given, dict) else tuple(given) if isinstance(given, tuple | list) else (given,)
 
