@@ -4,6 +4,7 @@ import copy
 import sys
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import cache, partial
@@ -330,15 +331,15 @@ def _trained_alone(local: LocalModel) -> dict[str, list[Tensor]]:
     return alone
 
 
-_STEPS = 10  # an auxiliary optimiser may step less often
-_watched: weakref.WeakKeyDictionary[LocalModel, int] = weakref.WeakKeyDictionary()  # steps of the model alone
+_STEPS = 10  # of one optimiser: another may step the auxiliary networks, later or less often
+_watched: weakref.WeakKeyDictionary[LocalModel, Counter[int]] = weakref.WeakKeyDictionary()  # steps of the model alone
 
 
 def warn_of_unstepped(local: LocalModel) -> None:
     """From now on, until it is known: warn where an optimiser steps the model and none its auxiliary networks, as one
     that was made before them does."""
     _watch_optimizers()
-    _watched[local] = 0
+    _watched[local] = Counter()
 
 
 @cache
@@ -355,8 +356,8 @@ def _stepped(optimizer: Optimizer, *_: Any) -> None:
         if not networks or networks & taken:
             del _watched[compiled]
             continue
-        _watched[compiled] += any(id(p) in taken for p in compiled.original.parameters())
-        if _watched[compiled] == _STEPS:
+        _watched[compiled][id(optimizer)] += any(id(p) in taken for p in compiled.original.parameters())
+        if _watched[compiled][id(optimizer)] == _STEPS:
             del _watched[compiled]
             warnings.warn(
                 f"{_STEPS} optimiser steps changed parameters of {type(compiled.original).__name__}, and none those of "

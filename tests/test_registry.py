@@ -19,7 +19,7 @@ from make_models import flow_criterion, kind_of, names  # noqa: E402
 
 SMALL = (  # but for maxvit, mvit, s3d and the R-CNNs, which take large inputs only, or are large
     "alexnet", "convnext_tiny", "deeplabv3_mobilenet_v3_large", "efficientnet_b0",
-    "fasterrcnn_mobilenet_v3_large_320_fpn", "fcos_resnet50_fpn", "googlenet", "inception_v3",
+    "fasterrcnn_mobilenet_v3_large_320_fpn", "fcos_resnet50_fpn", "inception_v3",
     "lraspp_mobilenet_v3_large", "mobilenet_v2", "mobilenet_v3_small", "r3d_18", "raft_small",
     "regnet_x_400mf", "regnet_y_400mf", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1",
     "ssdlite320_mobilenet_v3_large", "swin_t", "swin_v2_t", "vgg11", "vit_b_32",
