@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import networkx as nx
 from torch import Tensor, fx, nn
@@ -47,6 +47,15 @@ class Tap:
 
     node: fx.Node
     name: str
+
+
+class Used(NamedTuple):
+    """What a local module uses: the number of its parameters, those of earlier modules not counted again; bytes that it
+    keeps for backward; bytes of its parameters' gradients."""
+
+    parameters: int
+    saved: int
+    gradients: int
 
 
 @dataclass(frozen=True)
@@ -89,12 +98,11 @@ class Structure:
         """Nodes that are computed from the inputs, or change a buffer."""
         return frozenset(input_dependent(self.trace.graph))
 
-    def uses(self, cuts: Sequence[fx.Node]) -> list[tuple[int, int]]:
-        """Of each local module: the number of its parameters, those of earlier modules not counted again, and the bytes
-        that it keeps for backward."""
+    def uses(self, cuts: Sequence[fx.Node]) -> list["Used"]:
+        """Of each local module."""
         key = tuple(cuts)
         if key not in self._used:
-            found = [[0, 0] for _ in range(len(cuts) + 1)]
+            found = [[0, 0, 0] for _ in range(len(cuts) + 1)]
             owner = self.assign(cuts)
             seen: set[int] = set()
             for node in sorted(owner, key=owner.__getitem__):
@@ -102,11 +110,12 @@ class Structure:
                 seen |= new.keys()
                 found[owner[node]][0] += sum(p.numel() for p in new.values())
                 found[owner[node]][1] += node.meta["saved"]
-            self._used[key] = [(parameters, saved) for parameters, saved in found]
+                found[owner[node]][2] += sum(p.numel() * p.element_size() for p in new.values() if p.requires_grad)
+            self._used[key] = [Used(*numbers) for numbers in found]
         return self._used[key]
 
     @cached_property
-    def _used(self) -> dict[tuple[fx.Node, ...], list[tuple[int, int]]]:
+    def _used(self) -> dict[tuple[fx.Node, ...], list["Used"]]:
         return {}
 
     @cached_property

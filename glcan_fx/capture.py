@@ -501,6 +501,7 @@ class Recorder(TorchFunctionMode):
         """Note what a node stands for, so that its tensors are known."""
         node.meta.setdefault("module", "")
         node.meta.setdefault("saved", 0)
+        node.meta.setdefault("storages", frozenset())
         node.meta.setdefault("mutates", set())
         node.meta.setdefault("overwritten", False)
         node.meta["value"] = value if isinstance(value, Tensor) else plain_data(value)

@@ -86,7 +86,7 @@ class Drafts:
     def weight(self, cuts: Sequence[Unit], options: Options) -> float:
         """Memory of the auxiliary networks' weights, with gradients and momentum, relative to backpropagation's."""
         each = 3 * max((p.element_size() for p in self.structure.trace.shadow.parameters()), default=4)
-        parameters, saved = self.structure.uses([])[0]
+        parameters, saved, _ = self.structure.uses([])[0]
         return (each * sum(self.cost(unit, options).parameters for unit in cuts)
                 / max(1, each * parameters + saved + self.tail.saved))
 
@@ -190,7 +190,7 @@ def local_module(
         if sizes is not None:
             sizes[key] = known
     assert known is not None
-    parameters, saved = structure.uses([cut.end for cut in cuts])[index]
+    parameters, saved, _ = structure.uses([cut.end for cut in cuts])[index]
     info = LocalModule(
         **_extent(structure, cuts, index), cut=unit.name, parameters=parameters, aux_parameters=known.parameters,
         saved=saved, aux_saved=known.saved, aux_flops=known.flops, features=features, levels=tuple(kept),
@@ -240,7 +240,7 @@ def last_module(structure: Structure, model: nn.Module, task: Task, cuts: Sequen
     features = tuple(Feature(tap.name, "own" if owner.get(tap.node) == len(cuts) else "cache")
                      for tap in structure.taps if any(not is_size(user) for user in tap.node.users
                                                       if owner.get(user, len(cuts)) == len(cuts)))
-    parameters, saved = structure.uses(ends)[-1]
+    parameters, saved, _ = structure.uses(ends)[-1]
     traced = {id(p) for node in structure.trace.graph.nodes for p in structure.trace.parameters(node)}
     rest = sum(p.numel() for p in structure.trace.shadow.parameters() if id(p) not in traced)
     return LocalModule(
@@ -255,7 +255,8 @@ def _extent(structure: Structure, cuts: Sequence[Unit], index: int) -> dict[str,
     ends = [-1, *(order[cut.end] for cut in cuts), len(structure.chain)]
     uses = structure.uses([unit.end for unit in structure.units])
     blocks = tuple(
-        Block(unit.name, structure.shape(unit.end), structure.stride(unit.end), structure.channels(unit.end), *used)
+        Block(unit.name, structure.shape(unit.end), structure.stride(unit.end), structure.channels(unit.end),
+              used.parameters, used.saved)
         for unit, used in zip(structure.units, uses, strict=False)
         if ends[index] < order[unit.end] <= ends[index + 1])
     end = cuts[index].end if index < len(cuts) else structure.chain[-1]

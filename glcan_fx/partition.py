@@ -42,7 +42,8 @@ def partition(
         )
     if k in (1, len(units)):
         return units[:-1] if k > 1 else []
-    costs = costs_of(*_kept_and_gradients(structure, units), carried(structure, units),
+    used = structure.uses([unit.end for unit in units[:-1]])  # the tail's are the last unit's
+    costs = costs_of([unit.saved for unit in used], [unit.gradients for unit in used], carried(structure, units),
                      [*(aux_bytes(unit) for unit in units[:-1]), tail_bytes()])
     return [units[end - 1] for end in merge(costs, k)]
 
@@ -100,24 +101,11 @@ def _explicit(structure: Structure, names: Sequence[str]) -> list[Unit]:
     return sorted(found.values(), key=lambda unit: order[unit.end])
 
 
-def _kept_and_gradients(structure: Structure, units: Sequence[Unit]) -> tuple[list[int], list[int]]:
-    """Bytes that each unit keeps for backward, and of its parameters' gradients; the tail's are the last unit's."""
-    gradients, seen = [0] * len(units), set[int]()
-    ends = [unit.end for unit in units[:-1]]
-    owner = structure.assign(ends)
-    for node in sorted(owner, key=owner.__getitem__):
-        for p in structure.trace.parameters(node):
-            if p.requires_grad and id(p) not in seen:
-                seen.add(id(p))
-                gradients[owner[node]] += p.numel() * p.element_size()
-    return [saved for _, saved in structure.uses(ends)], gradients
-
-
 def carried(structure: Structure, units: Sequence[Unit]) -> list[list[tuple[int, int]]]:
     """Of each unit: the values of earlier ones that are read in it or behind it, and so live on while it runs; of each
     value its bytes, and the unit for whose backward pass it is kept first (-1: for none)."""
     owner = structure.assign([unit.end for unit in units[:-1]])
-    counted = {key: index for node, index in owner.items() for key in node.meta.get("storages", ())}
+    counted = {key: index for node, index in owner.items() for key in node.meta["storages"]}
     sizes: dict[int, int] = {}
     first: dict[int, int] = {}
     last: dict[int, int] = {}

@@ -53,11 +53,12 @@ def batch(detector: str) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     return images, targets
 
 
-LARGE = {("SSD", "full"), ("SSDlite", "light")}  # these are tried with one kind of head
+LARGE = {("SSD", "full"), ("SSDlite", "light")}  # the other kind of head is enough for a fast run
 
 
 @pytest.mark.parametrize(("name", "head"), [
-    pair for pair in itertools.product(DETECTORS, ("light", "full")) if pair not in LARGE])
+    pytest.param(*pair, marks=[pytest.mark.slow] * (pair in LARGE))
+    for pair in itertools.product(DETECTORS, ("light", "full"))])
 def test_detector_trains_and_evaluates_as_before(name: str, head: str) -> None:
     model = DETECTORS[name]()
     original = copy.deepcopy(model).eval()
@@ -128,7 +129,8 @@ class TwoLevels(glcan_fx.Rules):
         return 2.0 if level.stride > 10 else 1.0
 
 
-@pytest.mark.parametrize("name", ["RetinaNet", "FCOS", "FasterRCNN", "YOLO"])
+@pytest.mark.parametrize("name", [
+    "RetinaNet", "FCOS", "FasterRCNN", pytest.param("SSDlite", marks=pytest.mark.slow), "YOLO"])
 def test_rules_choose_levels_and_weights(name: str) -> None:
     model = DETECTORS[name]()
     natural = glcan_fx.plan(model, task="detection").natural
