@@ -492,8 +492,8 @@ class Recorder(TorchFunctionMode):
     def _create(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
         name = self.stack[-1].replace(".", "_") if op == "call_module" else None
         node = self.graph.create_node(op, target, args, kwargs, name=name)
-        node.meta.update(module=self.stack[-1], returned_by=[], saved=0, mutates=set(),
-                         overwritten=False, dtypes=self._asked_dtypes)
+        node.meta.update(module=self.stack[-1], returned_by=[], saved=0, storages=frozenset(),
+                         mutates=set(), overwritten=False, dtypes=self._asked_dtypes)
         self._asked_dtypes = {}
         return node
 
