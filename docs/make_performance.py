@@ -71,7 +71,7 @@ def estimated(preset: str) -> dict[str, Any]:
         size = f"{budget}GiB"
     chosen = [name for name in METHODS if name != "bp"]
     found = bench(preset, "--device", "estimate", "--methods", ",".join(["bp", *chosen]), "--memory-budget", size,
-                  *(() if k == "natural" else ("-k", str(k))))
+                  "-k", str(k))
     if k == "natural":  # all of them, within the budget, instead of the fewest
         natural = found["glcan"]["k"]
         found |= bench(preset, "--device", "estimate", "--methods", "budget", "--memory-budget", size, "-k",
@@ -112,7 +112,7 @@ def depths() -> list[dict[str, Any]]:
     for depth in (20, 50, 100, 200, 500, 1000):
         model = chain(depth)
         start = time.perf_counter()
-        plan = glcan_fx.plan(model, task="classification", example_inputs=x)
+        plan = glcan_fx.plan(model, k="natural", task="classification", example_inputs=x)
         planned = time.perf_counter() - start
         memory = plan.memory
         plain, local = side_by_side(model, plan, x, y, 3)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, folders: bool = False, **d
     training.add_argument("--threads", type=int, metavar="N", help="of a CPU")
     method = parser.add_argument_group("method")
     method.add_argument("--method", choices=METHODS, default="glcan", help="(%(default)s)")
-    method.add_argument("--k", default="natural", help="local modules: a number, natural, fewest, or split points "
+    method.add_argument("--k", default="fewest", help="local modules: a number, fewest, natural, or split points "
                         "with commas between them (%(default)s)")
     method.add_argument("--head", choices=("full", "light", "lean"), help="of auxiliary networks")
     method.add_argument("--aux-width", type=float, metavar="W", help="their relative channels, 0 to 1")
@@ -108,7 +109,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, folders: bool = False, **d
     method.add_argument("--rules", choices=RULES, help="ablation: no feature comes from the cache; a detector's "
                         "own level counts twice; only its nearest level counts")
     output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, default=None, metavar="DIR", help="(runs/TASK-METHOD-kK-sSEED)")
+    output.add_argument("--out", type=Path, default=None, metavar="DIR",
+                        help="(runs/TASK-METHOD-kK-sSEED; without -kK where there are no local modules)")
     kept = output.add_mutually_exclusive_group()
     kept.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     kept.add_argument("--overwrite", action="store_true", help="begin anew where --out holds a run already")
@@ -142,7 +144,9 @@ def prepared(experiment: Experiment, args: argparse.Namespace) -> tuple[nn.Modul
     return local, local.plan
 
 
-def cosines(task: Any, model: glcan_fx.LocalModel, inputs: Any, targets: Any) -> dict[str, float]:
+def cosines(
+    task: Any, model: glcan_fx.LocalModel, inputs: Any, targets: Any, autocast: Callable[[], Any] = nullcontext
+) -> dict[str, float]:
     """Between the gradients that a local module's own loss and backpropagation give its parameters, by its name."""
     modules = model.parameters_by_module()
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -150,7 +154,9 @@ def cosines(task: Any, model: glcan_fx.LocalModel, inputs: Any, targets: Any) ->
     for result in (partial(backpropagated, task, model.original, [inputs], targets), partial(model, inputs, targets)):
         model.zero_grad()
         with torch.random.fork_rng():
-            minimised(result()).backward()
+            with autocast():
+                loss = minimised(result())
+            loss.backward()
         found.append({name: torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
                                        for p in parameters]) for name, parameters in modules.items() if parameters})
         for buffer, value in buffers:
@@ -166,13 +172,17 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
+    if args.method in ("bp", "checkpoint") and args.k != "fewest":
+        raise SystemExit(f"--k {args.k}: --method {args.method} has no local modules; leave it out")
+    identity = _identity(experiment, args)
+    cut = f"-k{args.k.replace(',', '-')}" if args.method in ("glcan", "dgl") else ""
+    out = args.out or Path("runs") / f"{experiment.task}-{args.method}{cut}-s{args.seed}"
+    before = _before(out, identity, args)  # first: planning takes seconds
     try:
         model, plan = prepared(experiment, args)
     except glcan_fx.GlcanFxError as error:
         hint = "\n--k takes a number, natural, fewest, or split points" if "split point" in str(error) else ""
         raise SystemExit(f"{error}{hint}") from error
-    out = args.out or Path("runs") / f"{experiment.task}-{args.method}-k{plan.k if plan else 1}-s{args.seed}"
-    out.mkdir(parents=True, exist_ok=True)
     per_epoch = len(experiment.train) // args.batch_size  # type: ignore[arg-type]
     if per_epoch == 0:
         raise SystemExit(f"{len(experiment.train)} images are less than a batch of {args.batch_size}: choose a "  # type: ignore[arg-type]
@@ -185,20 +195,22 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     optimizer = experiment.optimizer(groups, args.lr)
     rates = [group["lr"] for group in groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps, pct_start=0.2)
-    state = _State(out, model, optimizer, schedule, _identity(experiment, args))
-    if args.resume:
-        state.load(device)
+    out.mkdir(parents=True, exist_ok=True)
+    state = _State(out, model, optimizer, schedule, identity)
+    if before is None:
+        state.begin()
     else:
-        state.begin(args.overwrite)
+        state.go_on(before)
     with torch.random.fork_rng():  # a resumed run has its state by now
         compute = compute_of(experiment, args.method, plan)
     if plan is not None:
         plan.save(out / "plan.html")
         plan.save(out / "plan.json")
     task = make_task(experiment.task, None, None)
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.amp)
 
     def step(inputs: Any, targets: Any) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+        with autocast():
             local = plan is not None
             result = model(inputs, targets) if local else backpropagated(task, model, [inputs], targets)
             loss = minimised(result)
@@ -242,7 +254,7 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
                 with torch.no_grad():
                     quality = experiment.evaluate(model, device)
                 model.train()
-                aligned = ({"cosines": cosines(task, model, inputs, targets)}
+                aligned = ({"cosines": cosines(task, model, inputs, targets, autocast)}
                            if args.cosines and isinstance(model, glcan_fx.LocalModel) else {})
                 state.note({"step": state.step, "epoch": state.step / per_epoch, "peak_bytes": state.peak,
                             "loss": statistics.fmean(state.losses[-per_epoch:]), "seconds_a_step": state.seconds,
@@ -277,10 +289,7 @@ class _State:
         self.losses: list[float] = []
         self.metrics: list[dict[str, Any]] = []
 
-    def begin(self, overwrite: bool) -> None:
-        if (self.out / "checkpoint.pt").exists() and not overwrite:
-            raise SystemExit(f"{self.out} holds a run already: go on with --resume, replace it with --overwrite, or "
-                             "choose another --out")
+    def begin(self) -> None:
         for name in ("metrics.jsonl", "checkpoint.pt", "record.json"):
             (self.out / name).unlink(missing_ok=True)
 
@@ -300,17 +309,7 @@ class _State:
         torch.save(content, temporary)
         os.replace(temporary, self.out / "checkpoint.pt")
 
-    def load(self, device: torch.device) -> None:
-        path = self.out / "checkpoint.pt"
-        if not path.is_file():
-            raise SystemExit(f"{path}: there is no checkpoint to go on from; leave out --resume")
-        content = torch.load(path, map_location=device, weights_only=False)
-        own = {key: value for key, value in self.identity.items() if key != "commit"}
-        other = {key: value for key, value in content["identity"].items() if key != "commit"}
-        if own != other:
-            differing = ", ".join(f"{key}: {other.get(key)} then, {own.get(key)} now" for key in own
-                                  if own[key] != other.get(key))
-            raise SystemExit(f"{path} is of a run with other options ({differing}): give the same, or another --out")
+    def go_on(self, content: Mapping[str, Any]) -> None:
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.schedule.load_state_dict(content["schedule"])
@@ -319,8 +318,28 @@ class _State:
         torch.set_rng_state(content["torch"].cpu())
         random.setstate(content["python"])
         np.random.set_state(content["numpy"])
-        if "cuda" in content and device.type == "cuda":
+        if "cuda" in content and torch.cuda.is_available():
             torch.cuda.set_rng_state_all([state.cpu() for state in content["cuda"]])
+
+
+def _before(out: Path, identity: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any] | None:
+    """The checkpoint to go on from; None where a run begins. A folder that holds another run is refused."""
+    path = out / "checkpoint.pt"
+    if not args.resume:
+        if path.exists() and not args.overwrite:
+            raise SystemExit(f"{out} holds a run already: go on with --resume, replace it with --overwrite, or choose "
+                             "another --out")
+        return None
+    if not path.is_file():
+        raise SystemExit(f"{path}: there is no checkpoint to go on from; leave out --resume")
+    content: dict[str, Any] = torch.load(path, map_location=args.device, weights_only=False)
+    own = {key: value for key, value in identity.items() if key != "commit"}
+    other = {key: value for key, value in content["identity"].items() if key != "commit"}
+    if own != other:
+        differing = ", ".join(f"{key}: {other.get(key)} then, {own.get(key)} now" for key in own
+                              if own[key] != other.get(key))
+        raise SystemExit(f"{path} is of a run with other options ({differing}): give the same, or another --out")
+    return content
 
 
 class _Order(Sampler[list[tuple[int, int]]]):

@@ -178,7 +178,7 @@ def _job(args: argparse.Namespace) -> tuple[Job, list[str]]:
         target=preset.target, kwargs={**preset.kwargs, **args.kwargs},
         inputs=[list(size) for size in args.input or preset.inputs], dtype=args.input_dtype or "float32",
         task=args.task or preset.task, k=preset.k if args.k is None else args.k, memory_budget=args.memory_budget,
-        budget_k=args.k or "natural",  # within a budget, the fewest that fit
+        budget_k=args.k or "fewest",  # within a budget, the fewest that fit
         compute_budget=args.compute_budget,
         device=args.device or ("cuda" if torch.cuda.is_available() else "estimate"),
         optimizer=args.optimizer or preset.optimizer, amp=args.amp is not None, steps=args.steps, seed=args.seed,

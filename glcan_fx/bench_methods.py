@@ -73,9 +73,9 @@ class Job:
     inputs: list[list[int]]
     dtype: str = "float32"
     task: str | None = None
-    k: int | str = "natural"
+    k: int | str = "fewest"
     memory_budget: int | None = None
-    budget_k: int | str = "natural"
+    budget_k: int | str = "fewest"
     compute_budget: float | None = None
     device: str = "estimate"
     optimizer: str = "sgd"

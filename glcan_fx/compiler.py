@@ -55,7 +55,7 @@ log = logging.getLogger("glcan_fx")
 class _Request:
     """What the user asks for; None is left to the planner."""
 
-    k: K = "natural"
+    k: K = "fewest"
     task: str | Task | None = None
     example_inputs: Any = None
     example_targets: Any = None
@@ -84,7 +84,7 @@ class _Request:
 def plan(
     model: nn.Module,
     *,
-    k: K = "natural",
+    k: K = "fewest",
     task: str | Task | None = None,
     example_inputs: Any = None,
     example_targets: Any = None,
@@ -112,10 +112,10 @@ def plan(
 
     Args:
         model: any module that runs, on any device, in either mode; `plan.report` says how it was captured.
-        k: number of local modules, "natural" (one per block), "fewest" (those with which a step takes at most 2 %
-            more memory than with the natural number, by simulation), or a list of split points (module paths). 1 is
-            plain backpropagation. With a ``memory_budget`` and no number, or "auto" (the GPU's memory), the fewest that
-            fit.
+        k: "fewest" (with which a step takes at most 2 % more memory than with the natural number, by simulation; the
+            natural number where none can be simulated), "natural" (one per block), a number of local modules, or a list
+            of split points (module paths). 1 is plain backpropagation. With a ``memory_budget`` and no number, or
+            "auto" (the GPU's memory), the fewest that fit.
         task: "detection", "classification", "segmentation", "super_resolution", or a Task object.
         example_inputs: one batch of the sizes that you train with (values do not matter): a tensor, a tuple of
             positional arguments, or a dict of keyword arguments. Detection: images, two of 320 x 320 when left out.
@@ -158,7 +158,7 @@ def transform(
     *,
     plan: Plan | None = None,
     verify: bool = True,
-    k: K = "natural",
+    k: K = "fewest",
     task: str | Task | None = None,
     example_inputs: Any = None,
     example_targets: Any = None,
@@ -291,11 +291,12 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
 
     def in_segments(calls: Sequence[Call], error: TraceError) -> tuple[Plan, Callable[[bool], LocalModel]]:
         if (budget is not None or request.slices > 1 or request.predictors != "own" or request.method != "glcan"
-                or request.aux_hidden or request.compute_budget is not None or request.k == "fewest"):
-            raise PlanError("memory_budget, compute_budget, slices, predictors, aux_hidden, k='fewest' and "
-                            f"method='dgl' need a model that can be captured: {error.reason}. Leave them out.")
+                or request.aux_hidden or request.compute_budget is not None):
+            raise PlanError("memory_budget, compute_budget, slices, predictors, aux_hidden and method='dgl' need a "
+                            f"model that can be captured: {error.reason}. Leave them out.")
         options = replace(choices[0], hidden=0)
-        planned = plan_segments(model, request.k, made, inputs, _names(model, inputs), calls, options, error)
+        k = "natural" if request.k == "fewest" else request.k  # no step of it can be simulated
+        planned = plan_segments(model, k, made, inputs, _names(model, inputs), calls, options, error)
         return planned, lambda _: build_segments(planned, model, made, calls)
 
     try:

@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="which to run, comma-separated (%(default)s); checkpoint, activation checkpointing on every"
         " residual block, is measured for a few steps and not trained, because its gradients are those of bp",
     )
-    methods.add_argument("--k", default="natural", help="local modules: a number, natural, or fewest (%(default)s)")
+    methods.add_argument("--k", default="fewest", help="local modules: a number, fewest, or natural (%(default)s)")
     methods.add_argument("--head", choices=("full", "light", "lean"), help="auxiliary heads (the compiler's choice)")
     methods.add_argument(
         "--aux-width",

@@ -132,7 +132,7 @@ def _plan(args: argparse.Namespace, preset: Preset, model: nn.Module) -> Plan:
         raise LoadError(f"--input-dtype {args.input_dtype}: no type of PyTorch's; float32 and int64 are")
     examples = tuple(torch.empty(size, dtype=dtype, device="meta") for size in sizes)
     return compiler.plan(
-        model, k=args.k or ("natural" if args.memory_budget else preset.k), task=task or AnyLoss(),
+        model, k=args.k or ("fewest" if args.memory_budget else preset.k), task=task or AnyLoss(),
         example_inputs=(examples[0] if len(examples) == 1 else examples) if examples else None,
         memory_budget=args.memory_budget, compute_budget=args.compute_budget,
         optimizer=args.optimizer or preset.optimizer)

@@ -11,7 +11,7 @@ from .errors import PlanError
 from .nested import tensors_in
 from .trace import hasattr_path
 
-K = int | Literal["natural", "fewest", "auto"] | Sequence[str]
+K = int | Literal["fewest", "natural", "auto"] | Sequence[str]
 
 
 def partition(
@@ -29,7 +29,7 @@ def partition(
     if isinstance(k, str) and k == "natural":
         return units[:-1]
     if isinstance(k, str) or not isinstance(k, int | Sequence):
-        raise PlanError(f"k must be a number, 'natural', 'fewest' or a list of split points, not {k!r}"
+        raise PlanError(f"k must be a number, 'fewest', 'natural' or a list of split points, not {k!r}"
                         + (f": did you mean k={k}?" if isinstance(k, str) and k.isdecimal() else ""))
     if isinstance(k, Sequence):
         return _explicit(structure, k)

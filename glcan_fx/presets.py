@@ -13,7 +13,7 @@ class Preset:
     inputs: tuple[tuple[int, ...], ...]
     task: str
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    k: int | str = "natural"
+    k: int | str = "fewest"
     optimizer: str = "sgd"
 
 

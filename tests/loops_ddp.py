@@ -65,7 +65,7 @@ def build(norm: Norm = nn.BatchNorm2d, **options: Any) -> LocalModel:
     torch.manual_seed(0)
     if "criterion" not in options:
         options["task"] = "classification"
-    return glcan_fx.transform(Net(norm), example_inputs=EXAMPLE, **options)
+    return glcan_fx.transform(Net(norm), **{"k": "natural", "example_inputs": EXAMPLE, **options})
 
 
 def batch(size: int = 8, seed: int = 1) -> tuple[Tensor, Tensor]:

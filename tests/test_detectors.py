@@ -62,7 +62,7 @@ LARGE = {("SSD", "full"), ("SSDlite", "light")}  # the other kind of head is eno
 def test_detector_trains_and_evaluates_as_before(name: str, head: str) -> None:
     model = DETECTORS[name]()
     original = copy.deepcopy(model).eval()
-    natural = glcan_fx.plan(model, task="detection").natural
+    natural = glcan_fx.plan(model, k="natural", task="detection").natural
     local = glcan_fx.transform(model, k=[natural[len(natural) // 2]], task="detection", head=head)
     images, targets = batch(name)
 
@@ -113,7 +113,7 @@ def test_levels_are_focal_or_synthesised_by_depth() -> None:
     """Early modules synthesise the levels, late ones read them from the cache (GLCAN, section 4.1)."""
     model = retinanet(18, num_classes=3, fpn_channels=32, extra_levels=False, min_size=64, max_size=64,
                       anchor_sizes=((8,), (16,), (32,)))
-    plan = glcan_fx.plan(model, task="detection", example_inputs=torch.empty(2, 3, 64, 64))
+    plan = glcan_fx.plan(model, k="natural", task="detection", example_inputs=torch.empty(2, 3, 64, 64))
     sources = [[feature.source for feature in module.features] for module in plan.modules[:-1]]
     assert sources[0] == ["synthesised"] * 3
     assert sources[4] == ["own", "synthesised", "synthesised"]
@@ -133,7 +133,7 @@ class TwoLevels(glcan_fx.Rules):
     "RetinaNet", "FCOS", "FasterRCNN", pytest.param("SSDlite", marks=pytest.mark.slow), "YOLO"])
 def test_rules_choose_levels_and_weights(name: str) -> None:
     model = DETECTORS[name]()
-    natural = glcan_fx.plan(model, task="detection").natural
+    natural = glcan_fx.plan(model, k="natural", task="detection").natural
     local = glcan_fx.transform(model, k=[natural[2]], task="detection", rules=TwoLevels())
     assert local.plan.modules[0].levels == (1, 2)
     assert 2.0 in local.plan.modules[0].sigma

@@ -25,7 +25,7 @@ def test_trains_on_its_own_output_alone(task: str) -> None:
     torch.manual_seed(0)
     make, x, y = CASES[task]
     model = make()
-    plan = glcan_fx.plan(model, task=task, example_inputs=x, method="dgl")
+    plan = glcan_fx.plan(model, k="natural", task=task, example_inputs=x, method="dgl")
     assert all(not module.features and len(module.levels) <= 1 for module in plan.modules[:-1])
     assert Plan.from_json(plan.to_json()) == plan
     local = Plan.from_json(plan.to_json()).apply(model).train()
@@ -65,5 +65,5 @@ def test_what_it_cannot_do_is_said() -> None:
         glcan_fx.plan(torchvision.models.vit_b_16(), k=3, task="classification", method="dgl",
                       example_inputs=torch.empty(2, 3, 224, 224, device="meta"))
     with pytest.raises(PlanError, match="'glcan' or 'dgl'"):
-        glcan_fx.plan(torchvision.models.resnet18(), task="classification", method="greedy",
+        glcan_fx.plan(torchvision.models.resnet18(), k="natural", task="classification", method="greedy",
                       example_inputs=torch.empty(2, 3, 64, 64))

@@ -59,7 +59,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def transform(model: Any, **options: Any) -> LocalModel:
-    return glcan_fx.transform(model, **{"task": "classification", "example_inputs": EXAMPLE, **options})
+    return glcan_fx.transform(model, **{"k": "natural", "task": "classification", "example_inputs": EXAMPLE, **options})
 
 
 def refused(model: nn.Module, kind: type[Exception], match: str, **options: Any) -> str:
@@ -68,7 +68,7 @@ def refused(model: nn.Module, kind: type[Exception], match: str, **options: Any)
         with pytest.raises(kind, match=match) as caught:
             transform(model, **options)
         with pytest.raises(kind, match=match):
-            glcan_fx.plan(model, **{"task": "classification", "example_inputs": EXAMPLE, **options})
+            glcan_fx.plan(model, **{"k": "natural", "task": "classification", "example_inputs": EXAMPLE, **options})
     return str(caught.value)
 
 
@@ -117,7 +117,7 @@ def test_untraceable_model():
 def test_branch_at_the_root():
     model = Branch()
     with untouched(model):
-        report = glcan_fx.plan(model, task="classification", example_inputs=EXAMPLE).report
+        report = glcan_fx.plan(model, k="natural", task="classification", example_inputs=EXAMPLE).report
     assert report.rung == 5 and "test_errors.py" in report.lost[0]
 
 
@@ -258,7 +258,7 @@ def test_a_subclass_with_a_loss_of_its_own_decides_itself():
             return torch.zeros(2, 4, 4, dtype=torch.int64)
 
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 5, 1))
-    plan = glcan_fx.plan(model, task=Places(), example_inputs=torch.empty(2, 3, 4, 4))
+    plan = glcan_fx.plan(model, k="natural", task=Places(), example_inputs=torch.empty(2, 3, 4, 4))
     with pytest.raises(PlanError, match="expects logits"):
         plan.apply(model, task="classification")
 
@@ -270,7 +270,7 @@ def test_classification_of_places():
 
 def test_targets_that_do_not_fit():
     """The loss's own error, with the sizes of what it got."""
-    local = glcan_fx.transform(Net(), task="classification", example_inputs=EXAMPLE)
+    local = glcan_fx.transform(Net(), k="natural", task="classification", example_inputs=EXAMPLE)
     with pytest.raises(ValueError, match="batch") as caught:
         local(EXAMPLE, torch.zeros(3, dtype=torch.int64))
     note, = caught.value.__notes__
@@ -328,7 +328,7 @@ def test_unknown_keywords(call):
 
 
 def made(model: nn.Module | None = None) -> Plan:
-    return glcan_fx.plan(model or Net(), task="classification", example_inputs=EXAMPLE)
+    return glcan_fx.plan(model or Net(), k="natural", task="classification", example_inputs=EXAMPLE)
 
 
 @pytest.mark.parametrize("text", [
@@ -374,7 +374,7 @@ def test_plan_for_another_model():
 
 
 def test_plan_for_a_model_that_needs_a_criterion():
-    plan = glcan_fx.plan(Net(), criterion=F.cross_entropy, example_inputs=EXAMPLE)
+    plan = glcan_fx.plan(Net(), k="natural", criterion=F.cross_entropy, example_inputs=EXAMPLE)
     model = Net()
     with untouched(model), pytest.raises(PlanError, match="criterion="):
         Plan.from_json(plan.to_json()).apply(model)
@@ -513,7 +513,7 @@ def test_detection_without_transform_and_backbone(example):
                          ids=["text", "empty", "one image", "no channels", "number"])
 def test_detection_example_inputs_that_are_no_images(example):
     with pytest.raises(PlanError, match=r"example_inputs= for detection.*\(3, H, W\) images"):
-        glcan_fx.plan(small_detector(), task="detection", example_inputs=example)
+        glcan_fx.plan(small_detector(), k="natural", task="detection", example_inputs=example)
 
 
 def test_detection_without_targets(detector):

@@ -96,7 +96,8 @@ def test_hidden_layers_are_trained(name: str, batch: int) -> None:
     make, size = MODELS[name]
     model = make()
     x, y = torch.randn(batch, *size), torch.randint(5, (batch,))
-    plan = glcan_fx.plan(model, task="classification", example_inputs=x, aux_hidden=3, aux_width=0.5, head="lean")
+    plan = glcan_fx.plan(model, k="natural", task="classification", example_inputs=x, aux_hidden=3, aux_width=0.5,
+                         head="lean")
     assert plan.options.hidden == 3 and "3 hidden layers" in str(plan) and Plan.from_json(plan.to_json()) == plan
     local = plan.apply(model).train()
     hidden = {n: p for n, p in local.named_parameters() if ".hidden_" in n and n.endswith("conv.weight")}
@@ -131,26 +132,26 @@ def test_what_they_are() -> None:
 ])
 def test_without_a_mean_there_are_none(model: nn.Module, size: int, task: str) -> None:
     given = {"task": task, "example_inputs": torch.empty(2, 3, size, size, device="meta")}
-    assert glcan_fx.plan(model, **given).options.hidden == 0
+    assert glcan_fx.plan(model, k="natural", **given).options.hidden == 0
     with pytest.raises(PlanError, match="aux_hidden=2.*no mean over all places"):
-        glcan_fx.plan(model, aux_hidden=2, **given)
+        glcan_fx.plan(model, k="natural", aux_hidden=2, **given)
 
 
 @pytest.mark.parametrize("make", [Slopes, Flat, Window, Net])
 def test_a_plan_takes_what_can_be_built(make: Callable[[], nn.Module]) -> None:
     """Where hidden layers or narrow ones cannot be built, the others are looked at."""
     x = torch.empty(64, 3, 24, 24, device="meta")
-    plan = glcan_fx.plan(make(), task="classification", example_inputs=x)
+    plan = glcan_fx.plan(make(), k="natural", task="classification", example_inputs=x)
     assert plan.k > 2
     if make is not Flat:  # flattened maps cost more to make than such a small network has
         assert plan.memory.plan.flops <= 1.05 * plan.memory.backpropagation.flops
-    narrow = glcan_fx.plan(make(), task="classification", example_inputs=x, aux_width=0.5)
+    narrow = glcan_fx.plan(make(), k="natural", task="classification", example_inputs=x, aux_width=0.5)
     assert narrow.options.width == 0.5
 
 
 def test_rich_networks_do_not_cost_the_memory_that_is_saved() -> None:
     """A copy of VGG's classifier for each module would be larger than everything else together."""
-    plan = glcan_fx.plan(torchvision.models.vgg11_bn(), task="classification",
+    plan = glcan_fx.plan(torchvision.models.vgg11_bn(), k="natural", task="classification",
                          example_inputs=torch.empty(16, 3, 224, 224, device="meta"))
     assert plan.memory.plan.peak < 0.9 * plan.memory.backpropagation.peak
     assert plan.memory.plan.flops <= 1.05 * plan.memory.backpropagation.flops

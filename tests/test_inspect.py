@@ -179,10 +179,11 @@ def test_nothing_is_touched(file: Path, tmp_path: Path, ending: str, monkeypatch
 
 def small_plan(**options: object) -> Plan:
     return glcan_fx.plan(torchvision.models.resnet18(num_classes=10), task="classification",
-                         example_inputs=torch.empty(2, 3, 64, 64), **options)
+                         example_inputs=torch.empty(2, 3, 64, 64), **{"k": "natural", **options})
 
 
 def shown(model: Callable[[], nn.Module], size: tuple[int, ...], task: str, **options: object) -> Callable[[], Plan]:
+    options = {"k": "natural", **options}
     return lambda: glcan_fx.plan(model(), task=task, example_inputs=torch.empty(size, device="meta"), **options)
 
 
@@ -241,7 +242,7 @@ def test_totals_are_the_model_s() -> None:
             return self.head(self.second(self.first(self.stem(x))).mean((2, 3)))
 
     for model in (Shared(), torchvision.models.resnet18()):
-        plan = glcan_fx.plan(model, task="classification", example_inputs=torch.empty(2, 3, 64, 64))
+        plan = glcan_fx.plan(model, k="natural", task="classification", example_inputs=torch.empty(2, 3, 64, 64))
         assert sum(module.parameters for module in plan.modules) == sum(p.numel() for p in model.parameters())
         assert sum(map(plan.memory.plan.share, range(plan.k))) == pytest.approx(1)
         assert all(sum(block.saved for block in module.blocks) <= module.saved for module in plan.modules)
@@ -392,7 +393,7 @@ def test_sizes_are_no_features() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return nn.functional.interpolate(super().forward(x), size=x.shape[-2:])
 
-    plan = glcan_fx.plan(Net(), task="segmentation", example_inputs=torch.empty(4, 3, 64, 64))
+    plan = glcan_fx.plan(Net(), k="natural", task="segmentation", example_inputs=torch.empty(4, 3, 64, 64))
     assert not [feature for module in plan.modules for feature in module.features if feature.tap in ("x", "input")]
     plan.apply(Net())
 
@@ -431,7 +432,7 @@ def test_names_that_code_cannot_hold(name: str) -> None:
     for part in (name, "c", "d"):
         model.add_module(part, nn.Conv2d(3, 3, 3, padding=1))
     with pytest.raises(PlanError, match="rename it"):
-        glcan_fx.plan(model, task="super_resolution", example_inputs=torch.empty(2, 3, 16, 16))
+        glcan_fx.plan(model, k="natural", task="super_resolution", example_inputs=torch.empty(2, 3, 16, 16))
 
 
 def test_names_that_graphs_and_pages_must_escape(tmp_path: Path) -> None:
@@ -446,7 +447,7 @@ def test_names_that_graphs_and_pages_must_escape(tmp_path: Path) -> None:
                 x = part(x)
             return x
 
-    plan = glcan_fx.plan(Odd(), task="super_resolution", example_inputs=torch.empty(2, 3, 16, 16))
+    plan = glcan_fx.plan(Odd(), k="natural", task="super_resolution", example_inputs=torch.empty(2, 3, 16, 16))
     assert "<b>&{x|y}" in str(plan) and ":smile:" in str(plan)
     plan.save(tmp_path / "plan.HTML")
     if shutil.which("dot"):

@@ -245,7 +245,7 @@ def test_5_a_module_that_is_called_twice_is_two_values():
     case = CASES[-1]
     torch.manual_seed(0)
     model = UNet(share_layers=True)
-    plan = glcan_fx.plan(model, task=case.task, example_inputs=case.example)
+    plan = glcan_fx.plan(model, k="natural", task=case.task, example_inputs=case.example)
     assert len(set(plan.cuts)) == plan.k - 1 == 2
     usual = case.compile().plan
     assert [module.stride for module in plan.modules] == [module.stride for module in usual.modules]
@@ -275,7 +275,7 @@ class PlainUNet(nn.Module):
 
 def test_5_values_of_one_shared_activation_are_different_taps():
     case = CASES[-1]
-    local = glcan_fx.transform(PlainUNet(), task=case.task, example_inputs=case.example, head="light")
+    local = glcan_fx.transform(PlainUNet(), k="natural", task=case.task, example_inputs=case.example, head="light")
     assert built(local, case) == local.plan.k == 3
     for index, module in enumerate(local.plan.modules[:-1]):
         assert len({feature.tap for feature in module.features}) == 3
@@ -296,7 +296,7 @@ def test_5_the_names_of_later_calls_are_no_other_modules():
             return self.conv3(self.relu(self.conv2(x))).mean((2, 3))
 
     case = CASES[0]
-    local = glcan_fx.transform(Named(), task=case.task, example_inputs=case.example)
+    local = glcan_fx.transform(Named(), k="natural", task=case.task, example_inputs=case.example)
     assert built(local, case) == local.plan.k == len(set(local.plan.cuts)) + 1 == 4
 
 
@@ -309,7 +309,7 @@ def test_5_weights_that_are_used_twice():
 
     case = CASES[0]
     torch.manual_seed(0)
-    local = glcan_fx.transform(Twice(), task=case.task, example_inputs=case.example)
+    local = glcan_fx.transform(Twice(), k="natural", task=case.task, example_inputs=case.example)
     assert len(set(local.plan.cuts)) == local.plan.k - 1 == 4
     assert built(local, case) == 5
 

@@ -60,7 +60,7 @@ class InLoop(nn.Module):
 
 
 def compiled(model: nn.Module, **options: object) -> glcan_fx.LocalModel:
-    defaults = {"criterion": F.cross_entropy, "example_inputs": IMAGES}
+    defaults = {"k": "natural", "criterion": F.cross_entropy, "example_inputs": IMAGES}
     return glcan_fx.transform(model, **(defaults | options)).train()
 
 
@@ -252,7 +252,7 @@ def test_types_follow_their_tensors_and_constants_stay() -> None:
 
 def test_every_attempt_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "glcan_fx"):
-        glcan_fx.plan(InLoop(), criterion=F.cross_entropy, example_inputs=IMAGES)
+        glcan_fx.plan(InLoop(), k="natural", criterion=F.cross_entropy, example_inputs=IMAGES)
     assert "InLoop cannot be captured: it is cut at calls of sub-modules" in caplog.text
     with caplog.at_level("INFO", "glcan_fx"):
         trace(Body(), [torch.empty(2, 8, 16, 16)])

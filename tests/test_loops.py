@@ -184,7 +184,7 @@ def test_parameters_frozen_after_the_transform_get_no_gradient():
 def test_models_in_other_types_are_compiled_and_trained(dtype):
     def make():
         torch.manual_seed(0)
-        return glcan_fx.transform(Net().to(dtype), task="classification", example_inputs=EXAMPLE.to(dtype))
+        return glcan_fx.transform(Net().to(dtype), k="natural", task="classification", example_inputs=EXAMPLE.to(dtype))
 
     def loop(local, step):
         images, labels = batch()
@@ -212,7 +212,7 @@ class SharedGradient(nn.Module):
 
 def shared_gradient() -> LocalModel:
     torch.manual_seed(0)
-    return glcan_fx.transform(SharedGradient(), task="classification", example_inputs=EXAMPLE)
+    return glcan_fx.transform(SharedGradient(), k="natural", task="classification", example_inputs=EXAMPLE)
 
 
 def test_parameters_that_share_one_gradient_are_scaled_once():
@@ -266,7 +266,7 @@ class Conditioned(Net):
 def test_sparse_gradients():
     def make():
         torch.manual_seed(0)
-        return glcan_fx.transform(Conditioned(), task="classification",
+        return glcan_fx.transform(Conditioned(), k="natural", task="classification",
                                   example_inputs=(EXAMPLE, torch.zeros(2, dtype=torch.int64)))
 
     local, twin = make(), make()
@@ -905,7 +905,7 @@ def test_parameters_by_module(k):
 def test_the_optimizer_moves_the_users_model():
     torch.manual_seed(0)
     model = Net()
-    local = glcan_fx.transform(model, task="classification", example_inputs=EXAMPLE)
+    local = glcan_fx.transform(model, k="natural", task="classification", example_inputs=EXAMPLE)
     before = weights(model)
     optimizer = torch.optim.SGD(local.parameters(), lr=0.1)
     local(*batch()).loss.backward()
@@ -945,7 +945,7 @@ class FrozenBlock(loops_ddp.Block):
 
 def test_a_models_own_train_method_is_respected():
     torch.manual_seed(0)
-    local = glcan_fx.transform(FrozenNorm(), task="classification", example_inputs=EXAMPLE)
+    local = glcan_fx.transform(FrozenNorm(), k="natural", task="classification", example_inputs=EXAMPLE)
     local.eval()
     local.train()
     local(*batch()).loss.backward()
@@ -958,7 +958,7 @@ def test_a_sub_modules_own_train_method_is_respected():
     torch.manual_seed(0)
     model = Net()
     model.block2 = FrozenBlock(8, 16, 2, nn.BatchNorm2d)
-    local = glcan_fx.transform(model, task="classification", example_inputs=EXAMPLE)
+    local = glcan_fx.transform(model, k="natural", task="classification", example_inputs=EXAMPLE)
     local.eval()
     local.train()
     local(*batch()).loss.backward()
@@ -977,7 +977,7 @@ def dropout_net() -> Net:
 
 def trainer(seed: int) -> tuple[LocalModel, torch.optim.Optimizer]:
     torch.manual_seed(seed)
-    local = glcan_fx.transform(dropout_net(), task="classification", example_inputs=EXAMPLE)
+    local = glcan_fx.transform(dropout_net(), k="natural", task="classification", example_inputs=EXAMPLE)
     return local, torch.optim.Adam(local.parameter_groups(lr=1e-2, aux_lr=1e-3))
 
 

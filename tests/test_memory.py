@@ -132,7 +132,7 @@ def test_what_the_allocator_says() -> None:
 @pytest.mark.parametrize("case", ["classification", "RetinaNet"])
 def test_parts_add_up_and_the_timeline_holds_the_peak(case: str) -> None:
     model, given, _, _ = CASES[case]()
-    memory = glcan_fx.plan(model, **given).memory
+    memory = glcan_fx.plan(model, k="natural", **given).memory
     for estimate in (memory.plan, memory.backpropagation, memory.checkpointing):
         assert estimate is not None and sum(estimate.parts.values()) == estimate.peak
         assert max(phase.peak for phase in estimate.timeline) == estimate.peak
@@ -169,7 +169,7 @@ def test_estimating_changes_nothing() -> None:
     model, given, x, _ = classifier()
     before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     model.eval()
-    glcan_fx.plan(model, **given).estimate("adam")
+    glcan_fx.plan(model, k="natural", **given).estimate("adam")
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random) and not model.training
     assert all(p.grad is None for p in model.parameters())
@@ -184,7 +184,7 @@ class Picky(nn.Module):
 
 def test_a_criterion_of_ones_own_is_simulated_on_example_targets() -> None:
     model, given, x, y = classifier()
-    plan = glcan_fx.plan(model, criterion=Picky(), example_inputs=x, example_targets=y)
+    plan = glcan_fx.plan(model, k="natural", criterion=Picky(), example_inputs=x, example_targets=y)
     assert plan.memory.plan.peak > 0
 
 
@@ -317,16 +317,16 @@ def test_pooling_first_only_where_nobody_else_reads() -> None:
     (resnet18(), "classification", 224), (edsr(2, blocks=6), "super_resolution", 96)])
 def test_auxiliary_networks_stay_within_their_compute(model: nn.Module, task: str, size: int) -> None:
     given = {"task": task, "example_inputs": torch.empty(4, 3, size, size, device="meta")}
-    plan = glcan_fx.plan(model, **given)
+    plan = glcan_fx.plan(model, k="natural", **given)
     assert plan.memory.plan.flops <= 1.05 * plan.memory.backpropagation.flops
-    full = glcan_fx.plan(model, aux_width=1.0, head="full", **given)
+    full = glcan_fx.plan(model, k="natural", aux_width=1.0, head="full", **given)
     assert full.memory.plan.flops > plan.memory.plan.flops
 
 
 def test_a_budget_that_only_leaner_networks_meet() -> None:
     model = resnet18()
     given = {"task": "classification", "example_inputs": torch.empty(64, 3, 64, 64, device="meta")}
-    rich = glcan_fx.plan(model, **given)
+    rich = glcan_fx.plan(model, k="natural", **given)
     k = list(rich.natural)
     lean = glcan_fx.plan(model, k=k, head="lean", aux_width=0.125, aux_hidden=0, **given)
     assert lean.memory.plan.peak < 0.98 * rich.memory.plan.peak
@@ -337,7 +337,7 @@ def test_a_budget_that_only_leaner_networks_meet() -> None:
 
 def test_a_lean_super_resolution_network_predicts_from_its_own_output() -> None:
     model, given, x, y = super_resolution()
-    local = glcan_fx.transform(model, head="lean", **given).train()
+    local = glcan_fx.transform(model, k="natural", head="lean", **given).train()
     network = local.aux.get_submodule("1.network")
     weights = [part for part in network.modules() if isinstance(part, nn.Conv2d)]
     assert len(weights) == 1 and weights[0].out_channels == 12
@@ -366,7 +366,7 @@ def test_a_lean_detector_has_one_anchor_at_each_place_of_coarse_levels() -> None
 
 def test_budgets() -> None:
     model, given = large()
-    natural = glcan_fx.plan(model, **given)
+    natural = glcan_fx.plan(model, k="natural", **given)
     whole = natural.memory.backpropagation.peak
     least = glcan_fx.estimate_memory(replace(natural, options=replace(natural.options, fused=True, slices=4))).peak
     assert glcan_fx.plan(model, memory_budget=whole, **given).k == 1
@@ -584,7 +584,7 @@ def test_a_budget_promises_no_slices_that_a_step_refuses() -> None:
     x, y = torch.rand(4, 3, 32, 32), torch.rand(4, 3, 64, 64)
     model, given = NormInTail(), {"task": "super_resolution", "example_inputs": x}
     with pytest.raises(PlanError, match=r"slices=2: 'up.2' keeps statistics"):
-        glcan_fx.transform(model, slices=2, **given)
+        glcan_fx.transform(model, k="natural", slices=2, **given)
     budget = int(0.9 * glcan_fx.estimate_memory(model, x, task="super_resolution").peak)
     plan = glcan_fx.plan(model, memory_budget=budget, **given)
     assert plan.options.slices == 1

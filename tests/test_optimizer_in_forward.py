@@ -108,7 +108,8 @@ def test_savings_go_together(options):
     def make() -> LocalModel:
         torch.manual_seed(0)
         model = Net(norm=lambda channels: nn.GroupNorm(2, channels))
-        plan = glcan_fx.plan(model, task="classification", example_inputs=EXAMPLE, slices=options.get("slices", 1))
+        plan = glcan_fx.plan(model, k="natural", task="classification", example_inputs=EXAMPLE,
+                             slices=options.get("slices", 1))
         if "recompute" in options:
             plan = replace(plan, modules=tuple(replace(module, recompute=True) for module in plan.modules))
         return plan.apply(model)
@@ -247,7 +248,7 @@ class Trunk(nn.Module):
 def test_models_around_a_trunk():
     def make() -> LocalModel:
         torch.manual_seed(0)
-        return glcan_fx.transform(Trunk(), task="classification", example_inputs=EXAMPLE)
+        return glcan_fx.transform(Trunk(), k="natural", task="classification", example_inputs=EXAMPLE)
 
     local = assert_same_training(make, SGD, classes)
     assert local.plan.report.rung == 4
@@ -524,7 +525,7 @@ class Heavy(nn.Module):
 def test_simulated_and_real_peaks(name):
     make: Any = partial(OPTIMIZERS[name], lr=1e-4)
     images, labels = batch()
-    plan = glcan_fx.plan(Heavy(), task="classification", example_inputs=images)
+    plan = glcan_fx.plan(Heavy(), k="natural", task="classification", example_inputs=images)
     peaks = {}
     for in_forward in (False, True):
         local = plan.apply(Heavy()).train()
@@ -544,7 +545,7 @@ def test_simulated_and_real_peaks(name):
 
 
 def test_estimates_that_make_no_sense():
-    plan = glcan_fx.plan(Net(), task="classification", example_inputs=EXAMPLE)
+    plan = glcan_fx.plan(Net(), k="natural", task="classification", example_inputs=EXAMPLE)
     with pytest.raises(PlanError, match="in_forward=True"):
         glcan_fx.estimate_memory(plan, optimizer=None, in_forward=True)
     with pytest.raises(PlanError, match="only local modules"):

@@ -82,7 +82,7 @@ class Scale(nn.Module):
 def test_a_memory_budget_where_narrow_networks_cannot_be_built() -> None:
     model, given = cifar()
     model.fc = nn.Sequential(nn.Linear(64, 64), Scale(64), nn.ReLU(), nn.Linear(64, 10))
-    natural = glcan_fx.plan(model, head="lean", aux_width=1.0, aux_hidden=0, **given)
+    natural = glcan_fx.plan(model, k="natural", head="lean", aux_width=1.0, aux_hidden=0, **given)
     budget = int(1.001 * natural.memory.plan.peak)
     plan = glcan_fx.plan(model, memory_budget=budget, **given)
     assert plan.memory.plan.peak <= budget and plan.options.width == 1.0
@@ -147,9 +147,9 @@ class Transposed(nn.Module):
 def test_a_compute_budget_holds_in_the_simulated_step(budget: float) -> None:
     """Whatever the planner's own count of a layer says."""
     given = {"task": "segmentation", "example_inputs": torch.empty(4, 3, 96, 96, device="meta")}
-    plan = glcan_fx.plan(Transposed(), compute_budget=budget, **given)
+    plan = glcan_fx.plan(Transposed(), k="natural", compute_budget=budget, **given)
     assert plan.memory.plan.flops <= budget * plan.memory.backpropagation.flops
-    open_ = glcan_fx.plan(Transposed(), **given)
+    open_ = glcan_fx.plan(Transposed(), k="natural", **given)
     assert open_.memory.plan.flops <= 1.02 * 4 / 3 * open_.memory.backpropagation.flops
 
 
@@ -240,7 +240,7 @@ class Bypass(nn.Module):
 
 
 def test_values_that_pass_modules_by_count_in_all_of_them() -> None:
-    plan = glcan_fx.plan(Bypass(), task="segmentation", example_inputs=torch.empty(2, 3, 16, 16))
+    plan = glcan_fx.plan(Bypass(), k="natural", task="segmentation", example_inputs=torch.empty(2, 3, 16, 16))
     structure = plan.draft.structure
     size = 2 * 8 * 16 * 16 * 4
     assert [unit.name for unit in structure.units] == ["a", "b", "c", "d"]
@@ -270,8 +270,8 @@ def test_a_number_cuts_where_a_step_takes_the_least(model: nn.Module, size: tupl
 ])
 def test_the_fewest_that_save_as_much(model: nn.Module, given: dict[str, Any]) -> None:
     """The memory of the natural k; with fewer local modules it would be more."""
-    natural = glcan_fx.plan(model, **given)
-    plan = glcan_fx.plan(model, k="fewest", **given)
+    natural = glcan_fx.plan(model, k="natural", **given)
+    plan = glcan_fx.plan(model, **given)
     assert 1 < plan.k < natural.k
     most = 1.02 * natural.memory.plan.peak
     assert plan.memory.plan.peak <= most
@@ -287,6 +287,18 @@ def test_the_fewest_where_nothing_is_saved() -> None:
     assert plan.k == 1 and plan.memory.plan.peak <= plan.memory.backpropagation.peak
 
 
+def test_a_step_that_cannot_be_simulated() -> None:
+    """One local module per block then, with the reason."""
+    def criterion(outputs: Tensor, targets: Tensor) -> Tensor:  # looks at values
+        return F.cross_entropy(outputs, targets) * float(outputs.detach().numpy().std())
+
+    x, y = torch.randn(4, 3, 32, 32), torch.arange(4)
+    plan = glcan_fx.plan(CifarResNet(20), criterion=criterion, example_inputs=x, example_targets=y)
+    assert plan.k == len(plan.natural) + 1 == 10
+    assert any(note.startswith("k=10, one local module per block: the memory of a step cannot be simulated: ")
+               for note in plan.notes)
+
+
 @pytest.mark.parametrize(("model", "size", "task", "ending"), [
     (CifarResNet(20), 32, "classification", "mean"),
     (UNet(11, 32), 64, "segmentation", "decoder"),
@@ -298,7 +310,7 @@ def test_the_fewest_where_nothing_is_saved() -> None:
     (torchvision.models.vgg11(num_classes=5), 64, "classification", "maps"),
 ])
 def test_endings(model: nn.Module, size: int, task: str, ending: Ending) -> None:
-    plan = glcan_fx.plan(model, task=task, example_inputs=torch.empty(2, 3, size, size, device="meta"))
+    plan = glcan_fx.plan(model, k="natural", task=task, example_inputs=torch.empty(2, 3, size, size, device="meta"))
     assert ending_of(plan.draft.structure, task != "detection") == ending
 
 
@@ -306,10 +318,10 @@ def test_a_decoder_that_costs_more_than_recomputation_is_left_out() -> None:
     """The narrowest one may cost more than other auxiliary networks, with a memory budget, too, but not any price."""
     for model, head in ((UNet(11, 32), "light"), (UNet(11, 4), "lean")):
         given = {"task": "segmentation", "example_inputs": torch.empty(8, 3, 160, 224, device="meta")}
-        plan = glcan_fx.plan(model, **given)
+        plan = glcan_fx.plan(model, k="natural", **given)
         assert plan.options.head == head
         assert plan.memory.plan.flops <= 4 / 3 * plan.memory.backpropagation.flops
         tight = glcan_fx.plan(model, k=plan.k, memory_budget=int(1.01 * plan.memory.plan.peak), **given)
         assert tight.options.head == head
-    leanest = glcan_fx.plan(model, compute_budget=1.0, **given)
+    leanest = glcan_fx.plan(model, k="natural", compute_budget=1.0, **given)
     assert leanest.options.head == "lean" and leanest.memory.plan.flops <= leanest.memory.backpropagation.flops

@@ -97,7 +97,8 @@ def test_parameters_are_fewer_and_counted_once(case):
 
 def test_other_shapes_are_not_shared():
     """A narrower network behind the first modules; the third predicts from its own channels."""
-    plan = glcan_fx.plan(Net(), task="classification", example_inputs=EXAMPLE, aux_width=0.5, predictors="shared")
+    plan = glcan_fx.plan(Net(), k="natural", task="classification", example_inputs=EXAMPLE, aux_width=0.5,
+                         predictors="shared")
     local = plan.apply(Net()).train()
     assert shared(local) == [[f"{index}.network.tail.fc.{name}" for index in (0, 1)] for name in ("weight", "bias")]
     local(*batch()).loss.backward()
@@ -164,12 +165,12 @@ def test_where_it_cannot_be_had():
 
     given: dict[str, Any] = {"task": "classification", "example_inputs": EXAMPLE}
     with pytest.raises(PlanError, match="predictors.*need a model that can be captured"):
-        glcan_fx.plan(Branches(), predictors="shared", **given)
-    plan = glcan_fx.plan(Branches(), **given)
+        glcan_fx.plan(Branches(), k="natural", predictors="shared", **given)
+    plan = glcan_fx.plan(Branches(), k="natural", **given)
     with pytest.raises(PlanError, match="runs as Python"):
         replace(plan, options=replace(plan.options, predictors="shared")).apply(Branches())
     with pytest.raises(PlanError, match="predictors='yes': choose 'own', 'shared' or 'model'"):
-        glcan_fx.plan(Net(), predictors="yes", **given)
+        glcan_fx.plan(Net(), k="natural", predictors="yes", **given)
 
 
 # ---------------------------------------------------------------------------------------------- the model's own
@@ -189,7 +190,7 @@ def reading(request) -> tuple[nn.Module, Plan, tuple[Any, ...], str, str]:
     torch.manual_seed(0)
     make, path, source = READ[request.param]
     model, given, inputs = make()
-    return model, glcan_fx.plan(model, predictors="model", **given), inputs, path, source
+    return model, glcan_fx.plan(model, k="natural", predictors="model", **given), inputs, path, source
 
 
 def step_by_hand(local: LocalModel, inputs: tuple[Any, ...], path: str, source: str) -> dict[str, Tensor]:
@@ -250,7 +251,8 @@ def test_copies_read_their_own_model(reading):
 
 def test_a_predictor_that_is_replaced_is_read():
     """Another number of classes: the auxiliary networks follow."""
-    local = glcan_fx.transform(Net(), task="classification", example_inputs=EXAMPLE, aux_width=1.0, predictors="model")
+    local = glcan_fx.transform(Net(), k="natural", task="classification", example_inputs=EXAMPLE, aux_width=1.0,
+                               predictors="model")
     local.fc = nn.Linear(local.original.fc.in_features, 3)
     out = local.train()(EXAMPLE, torch.zeros(len(EXAMPLE), dtype=torch.int64))
     out.loss.backward()

@@ -66,6 +66,7 @@ def examples(count: int) -> Callable[[Callable[..., None]], Callable[..., None]]
 
 def compiled(net: Architecture, seed: int = 0, **options: Any) -> glcan_fx.LocalModel:
     torch.manual_seed(seed)
+    options = {"k": "natural", **options}
     return glcan_fx.transform(net.build(seed), criterion=criterion, example_inputs=net.example(), **options)
 
 
@@ -348,11 +349,11 @@ def assert_same_behaviour(a: glcan_fx.LocalModel, b: glcan_fx.LocalModel, net: A
 @given(data=st.data())
 def test_plan_round_trip_and_untouched_model(family: str, data: st.DataObject) -> None:
     net = data.draw(architectures(family))
-    given = {"criterion": criterion, "example_inputs": net.example()}
+    given = {"k": "natural", "criterion": criterion, "example_inputs": net.example()}
     choices = data.draw(OPTIONS)
     model = net.build().train(data.draw(st.booleans()))
     with untouched(model):
-        plan, options = accepted(choices, lambda options: glcan_fx.plan(model, **given, **options))
+        plan, options = accepted(choices, lambda options: glcan_fx.plan(model, **given | options))
     again = glcan_fx.Plan.from_json(plan.to_json())
     assert again == plan
     assert again.to_json() == plan.to_json()
@@ -361,7 +362,7 @@ def test_plan_round_trip_and_untouched_model(family: str, data: st.DataObject) -
         locals_ = [
             again.apply(model, criterion=criterion),
             glcan_fx.transform(model, plan=plan),
-            glcan_fx.transform(model, **given, **options),
+            glcan_fx.transform(model, **given | options),
         ]
     assert {local.plan.cuts for local in locals_} == {plan.cuts}
     assert len({local.code for local in locals_}) == 1
@@ -450,7 +451,7 @@ def test_untouched_when_not_captured() -> None:
 
 
 def test_plan_of_another_model_is_refused() -> None:
-    plan = glcan_fx.plan(SMALL.build(), criterion=criterion, example_inputs=SMALL.example())
+    plan = glcan_fx.plan(SMALL.build(), k="natural", criterion=criterion, example_inputs=SMALL.example())
     other = Architecture("residual", 4, ((4, 1),)).build()
     with untouched(other), pytest.raises(glcan_fx.PlanError, match="another model"):
         plan.apply(other)
@@ -533,7 +534,7 @@ def four_blocks(family: str, **changes: Any) -> Architecture:
 def test_merging_gives_contiguous_modules(family: str) -> None:
     net = four_blocks(family)
     model = net.build()
-    natural = glcan_fx.plan(model, criterion=criterion, example_inputs=net.example())
+    natural = glcan_fx.plan(model, k="natural", criterion=criterion, example_inputs=net.example())
     assert natural.k == len(natural.natural) + 1 >= 4
     assert natural.cuts == natural.natural
     units = [block.name for module in natural.modules for block in module.blocks]
@@ -564,7 +565,7 @@ def test_any_number_of_modules_trains(family: str, k: int) -> None:
 @given(data=st.data())
 def test_explicit_split_points(data: st.DataObject) -> None:
     net = data.draw(architectures(data.draw(st.sampled_from(["chain", "residual", "unet", "pyramid"]))))
-    natural = glcan_fx.plan(net.build(), criterion=criterion, example_inputs=net.example()).natural
+    natural = glcan_fx.plan(net.build(), k="natural", criterion=criterion, example_inputs=net.example()).natural
     chosen = data.draw(st.lists(st.sampled_from(natural), unique=True))
     local, plain = compiled(net, k=chosen), net.build()
     assert local.plan.cuts == tuple(name for name in natural if name in chosen)
@@ -590,7 +591,7 @@ def test_split_points_inside_a_block_and_by_other_names() -> None:
 
 def test_too_many_modules_names_the_split_points() -> None:
     model = SMALL.build()
-    natural = glcan_fx.plan(model, criterion=criterion, example_inputs=SMALL.example()).natural
+    natural = glcan_fx.plan(model, k="natural", criterion=criterion, example_inputs=SMALL.example()).natural
     assert natural == ("stem", "blocks.0")
     with pytest.raises(glcan_fx.PlanError) as error:
         glcan_fx.plan(model, k=4, criterion=criterion, example_inputs=SMALL.example())
@@ -617,7 +618,8 @@ def natural_partition(name: str, pixels: int) -> int:
     with torch.device("meta"):
         model = getattr(torchvision.models, name)(num_classes=4)
     example = torch.empty(2, 3, pixels, pixels)
-    plan = glcan_fx.plan(model, task="classification", example_inputs=example)
+    plan = glcan_fx.plan(model, k="natural", task="classification", example_inputs=example, head="lean", aux_width=0.25,
+                         aux_hidden=0)
     blocks = [f"layer{i}.{j}" for i in range(1, 5) for j in range(len(model.get_submodule(f"layer{i}")))]
     assert plan.cuts == ("maxpool", *blocks[:-1])
     return plan.k
@@ -640,7 +642,7 @@ def test_natural_partition_of_detectors_is_the_papers(detector: str, name: str, 
     options = {} if detector == "FasterRCNN" else dense
     backbone = resnet_fpn_backbone(backbone_name=name, weights=None, trainable_layers=5, **options)
     model = getattr(torchvision.models.detection, detector)(backbone, num_classes=4)
-    plan = glcan_fx.plan(model, task="detection", example_inputs=torch.empty(2, 3, 128, 128))
+    plan = glcan_fx.plan(model, k="natural", task="detection", example_inputs=torch.empty(2, 3, 128, 128))
     assert plan.k == k
     assert all(cut.startswith("backbone.body.") for cut in plan.cuts)
 
@@ -701,7 +703,7 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
 
 def test_at_boundaries_live_gradients_and_one_activation() -> None:
     model, net = deep_chain()
-    local = glcan_fx.transform(model, criterion=criterion, example_inputs=net.example())
+    local = glcan_fx.transform(model, k="natural", criterion=criterion, example_inputs=net.example())
     images, targets = net.batch(4)
     owned = owned_parameters(local)
     activation = images[:, :1].nbytes * 8 // 4  # 8 channels at stride 2
@@ -725,7 +727,7 @@ def test_peak_of_a_deep_chain_is_a_fraction_of_backpropagations() -> None:
     def peak(compiled: bool) -> int:
         model, net = deep_chain()
         if compiled:
-            model = glcan_fx.transform(model, criterion=criterion, example_inputs=net.example())
+            model = glcan_fx.transform(model, k="natural", criterion=criterion, example_inputs=net.example())
         images, targets = net.batch(4)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         with PeakMemory(model, optimizer) as memory:
@@ -820,7 +822,7 @@ def test_special_forward_passes(kind: type[Small]) -> None:
     model = kind()
     plain = copy.deepcopy(model)
     with untouched(model):
-        local = glcan_fx.transform(model, criterion=criterion, example_inputs=SMALL.example())
+        local = glcan_fx.transform(model, k="natural", criterion=criterion, example_inputs=SMALL.example())
     assert local.plan.k == 3
     assert {node.meta.get("local_module") for node in local.graph.nodes} >= {0, 1, 2}
     images, targets = SMALL.batch()
@@ -851,14 +853,14 @@ class Keeper(Small):
 
 def test_tracing_leaves_the_models_own_lists_alone() -> None:
     model = Keeper()
-    glcan_fx.plan(model, criterion=criterion, example_inputs=SMALL.example())
+    glcan_fx.plan(model, k="natural", criterion=criterion, example_inputs=SMALL.example())
     assert model.maps == []
 
 
 def test_global_residual_can_be_cut() -> None:
     net = Architecture("denoiser", 8, ((8, 1),) * 3, variant=1)
     assert net.build().subtract
-    plan = glcan_fx.plan(net.build(), criterion=criterion, example_inputs=net.example())
+    plan = glcan_fx.plan(net.build(), k="natural", criterion=criterion, example_inputs=net.example())
     assert plan.cuts[:3] == ("stem", "body.0", "body.1")
 
 
@@ -876,7 +878,7 @@ class Noise(nn.Module):
 
 
 def test_residual_around_one_container_can_be_cut() -> None:
-    plan = glcan_fx.plan(Noise(), criterion=criterion, example_inputs=SMALL.example())
+    plan = glcan_fx.plan(Noise(), k="natural", criterion=criterion, example_inputs=SMALL.example())
     assert plan.cuts[:2] == ("net.0", "net.1")
 
 
@@ -885,7 +887,7 @@ def test_attention_is_no_hourglass(tokens: int) -> None:
     side = 4 * round(tokens**0.5)
     for variant in (0, 1):
         net = Architecture("transformer", 8, ((8, 1),) * 3, size=(side, side), variant=variant)
-        plan = glcan_fx.plan(net.build(), criterion=criterion, example_inputs=net.example())
+        plan = glcan_fx.plan(net.build(), k="natural", criterion=criterion, example_inputs=net.example())
         assert plan.cuts[-2:] == ("blocks.0", "blocks.1")
 
 
@@ -920,7 +922,7 @@ class Embedding(Small):
 def test_narrow_networks_predict_in_full_width(family: str, width: float) -> None:
     net = Architecture(family, 8, ((8, 1),) * 2)
     model = Embedding() if family == "embedding" else net.build()
-    local = glcan_fx.transform(model, criterion=criterion, example_inputs=net.example(), aux_width=width)
+    local = glcan_fx.transform(model, k="natural", criterion=criterion, example_inputs=net.example(), aux_width=width)
     with predictions(local) as predicted:
         out = step(local, net)
     assert [found.shape for found in predicted] == [out.output.shape] * (local.plan.k - 1)
@@ -942,7 +944,7 @@ def test_square_maps_of_as_many_channels_keep_their_layout(family: str) -> None:
 def test_auxiliary_networks_have_the_models_dtype(dtype: torch.dtype) -> None:
     net = Architecture("residual", 8, ((8, 1), (12, 2)))
     model = net.build().to(dtype)
-    local = glcan_fx.transform(model, criterion=criterion, example_inputs=net.example().to(dtype))
+    local = glcan_fx.transform(model, k="natural", criterion=criterion, example_inputs=net.example().to(dtype))
     assert {p.dtype for p in local.parameters()} == {dtype}
     images, targets = net.batch()
     out = local(images.to(dtype), targets)
@@ -973,7 +975,7 @@ class Temperature(nn.Module):
 
 def test_copies_of_a_learned_criterion_are_independent() -> None:
     learned = Temperature()
-    local = glcan_fx.transform(SMALL.build(), criterion=learned, example_inputs=SMALL.example())
+    local = glcan_fx.transform(SMALL.build(), k="natural", criterion=learned, example_inputs=SMALL.example())
     expected = summed_loss_gradients(local, *SMALL.batch())
     for twin in (local, copy.deepcopy(local), saved(local, weights_only=False)):
         learned.scale.grad = None
@@ -1005,7 +1007,7 @@ class SideInputs(Small):
 def test_plan_with_nested_inputs_round_trips() -> None:
     one = torch.empty(2, 8, 1, 1)
     inputs = (SMALL.example(), (one, {"bias": one}))
-    plan = glcan_fx.plan(SideInputs(), criterion=criterion, example_inputs=inputs)
+    plan = glcan_fx.plan(SideInputs(), k="natural", criterion=criterion, example_inputs=inputs)
     assert glcan_fx.Plan.from_json(plan.to_json()) == plan
 
 
@@ -1022,7 +1024,7 @@ class Masked(Small):
 @pytest.mark.parametrize("kind", [Scaled, Masked])
 def test_targets_follow_the_inputs_of_the_example(kind: type[Small]) -> None:
     """Arguments that the example leaves out keep their defaults."""
-    local = glcan_fx.transform(kind(), criterion=criterion, example_inputs=SMALL.example())
+    local = glcan_fx.transform(kind(), k="natural", criterion=criterion, example_inputs=SMALL.example())
     images, targets = SMALL.batch()
     out = local(images, targets)
     assert equal(out.output, local.original(images))
@@ -1040,7 +1042,7 @@ def test_what_an_auxiliary_network_costs_depends_on_what_is_left_of_a_perceptron
             return x + torch.relu(self.norm(self.linear(x)))
 
     model = nn.Sequential(*(Layer(32) for _ in range(5)), nn.Linear(32, 10))
-    plan = glcan_fx.plan(model, task="classification", example_inputs=torch.empty(4, 32))
+    plan = glcan_fx.plan(model, k="natural", task="classification", example_inputs=torch.empty(4, 32))
     local = plan.apply(model)
     real = [sum(p.numel() for p in local.aux.get_submodule(str(i)).parameters()) for i in range(plan.k - 1)]
     assert [module.aux_parameters for module in plan.modules[:-1]] == real and len(set(real)) > 1

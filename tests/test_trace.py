@@ -909,6 +909,7 @@ def assert_same(found: Any, expected: Any) -> None:
 
 def compiled(name: str, **options: Any) -> glcan_fx.LocalModel:
     model = built(ZOO[name])
+    options = {"k": "natural", **options}
     return glcan_fx.transform(model, criterion=criterion, example_inputs=ZOO[name].inputs(2), **options)
 
 
@@ -995,7 +996,7 @@ def test_plan_leaves_the_model_alone(name: str) -> None:
     model = built(ZOO[name])
     model.blocks[2].eval()
     with untouched(model):
-        glcan_fx.plan(model, criterion=criterion, example_inputs=ZOO[name].inputs(2))
+        glcan_fx.plan(model, k="natural", criterion=criterion, example_inputs=ZOO[name].inputs(2))
     model.eval()
     with untouched(model):
         report(name, model)
@@ -1005,7 +1006,7 @@ def test_plan_leaves_the_model_alone(name: str) -> None:
 def test_transform_leaves_the_model_alone(name: str) -> None:
     model = built(ZOO[name])
     with untouched(model):
-        glcan_fx.transform(model, criterion=criterion, example_inputs=ZOO[name].inputs(2))
+        glcan_fx.transform(model, k="natural", criterion=criterion, example_inputs=ZOO[name].inputs(2))
 
 
 @zoo
@@ -1060,7 +1061,7 @@ def test_a_container_in_evaluation_mode_stays_in_it_or_the_report_says_so() -> N
         seed(0)
         models.append(MostLayers())
     model, plain = models
-    local = glcan_fx.transform(model, criterion=criterion, example_inputs=images(2))
+    local = glcan_fx.transform(model, k="natural", criterion=criterion, example_inputs=images(2))
     lost = trace(model, images(2)).report.lost
     for each in models:
         each.blocks.eval()
@@ -1112,10 +1113,10 @@ def test_parameters_that_the_first_call_makes(kind: type[nn.Module]) -> None:
     model = Net(kind())
     inputs = images(2)
     with untouched(nn.ModuleList([model.stem, model.fc])), pytest.raises(glcan_fx.TraceError, match="call .* once"):
-        glcan_fx.plan(model, criterion=criterion, example_inputs=inputs)
+        glcan_fx.plan(model, k="natural", criterion=criterion, example_inputs=inputs)
     assert kind is Lazy or model.blocks[1].late is None
     model(*inputs)
-    local = glcan_fx.transform(model, criterion=criterion, example_inputs=inputs)
+    local = glcan_fx.transform(model, k="natural", criterion=criterion, example_inputs=inputs)
     run(local, inputs, labels(2)).loss.backward()
     assert all(p.grad is not None for p in local.parameters())
 
@@ -1162,7 +1163,7 @@ class HandsOn(nn.Module):
 
 @pytest.mark.parametrize("kind", [HandsOnSizes, HandsOnWeights, HandsOnStateFirst, HandsOnFromOpaque])
 def test_blocks_that_return_more_than_their_value_are_units(kind: type[nn.Module]) -> None:
-    local = glcan_fx.transform(HandsOn(kind), criterion=criterion, example_inputs=images(2))
+    local = glcan_fx.transform(HandsOn(kind), k="natural", criterion=criterion, example_inputs=images(2))
     assert local.plan.cuts == ("stem", "blocks.0", "blocks.1", "blocks.2")
     run(local, images(3), labels(3)).loss.backward()
     assert all(p.grad is not None for p in local.parameters())
@@ -1185,7 +1186,8 @@ def test_hooks_that_do_not_run_are_listed() -> None:
 
 def test_nothing_keeps_the_model_alive() -> None:
     model = Net()
-    plan = dataclasses.replace(glcan_fx.plan(model, criterion=criterion, example_inputs=images(2)), draft=None)
+    made = glcan_fx.plan(model, k="natural", criterion=criterion, example_inputs=images(2))
+    plan = dataclasses.replace(made, draft=None)
     traced = trace(model, images(2)).report
     alive = weakref.ref(model)
     del model
@@ -1306,7 +1308,7 @@ def test_what_the_root_does_is_refused_or_right(kind: type[Root]) -> None:
     plain.load_state_dict(model.state_dict())
     try:
         with untouched(model):
-            local = glcan_fx.transform(model, criterion=criterion, example_inputs=images(2))
+            local = glcan_fx.transform(model, k="natural", criterion=criterion, example_inputs=images(2))
     except glcan_fx.TraceError:
         return
     for batch in (2, 3):

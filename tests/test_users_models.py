@@ -462,12 +462,12 @@ def test_synthesised_maps_have_the_sources_places() -> None:
 def test_linear_layers_keep_no_weights_for_backward() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                           nn.Linear(8, 4096), nn.ReLU(), nn.Linear(4096, 10))
-    plan = glcan_fx.plan(model, criterion=F.cross_entropy, example_inputs=IMAGES)
+    plan = glcan_fx.plan(model, k="natural", criterion=F.cross_entropy, example_inputs=IMAGES)
     assert plan.modules[0].aux_saved < 4 * 4096 * 10
 
 
 def test_a_plan_for_another_width_is_refused() -> None:
-    plan = glcan_fx.plan(Net(), criterion=F.cross_entropy, example_inputs=IMAGES)
+    plan = glcan_fx.plan(Net(), k="natural", criterion=F.cross_entropy, example_inputs=IMAGES)
     wide = Net()
     wide.a = Block(8, 24)
     wide.b = Block(24, 16, 2)
