@@ -9,181 +9,29 @@ graph cannot hold becomes one opaque node, the innermost such module first.
 
 import dataclasses
 import inspect
-import linecache
-import math
 import operator
-import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-    unset_fake_temporarily,
-)
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from .copies import fake_like, kept_python_random, random_like, real_copy, replicate
 from .layers import is_norm
 from .nested import map_tensors, parts_of, plain_data, tensors_in
+from .places import NotMadeYet, Opaque, Specialisation, Uncapturable, in_words, place_of, users_frame, users_place
+from .sizes import Number, Ratio, Size, plain
 
-_OWN_FILES = (torch.__path__[0] + os.sep, __file__, __file__.replace("capture.py", "trace.py"))
-
-
-@dataclass(frozen=True)
-class Specialisation:
-    """A question about sizes that was answered for the example's: the graph holds while the answer does."""
-
-    where: str  # file:line
-    code: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class Opaque:
-    """A module that is called as a whole, because of what its forward does at ``where`` (file:line)."""
-
-    path: str
-    kind: str
-    reason: str
-    where: str
-
-
-class Uncapturable(Exception):
-    """Something in a forward pass that a graph cannot hold. replayable: Python may run it more than once a step."""
-
-    def __init__(self, message: str, *, replayable: bool = True) -> None:
-        super().__init__(message)
-        self.replayable = replayable
-
-
-class NotMadeYet(BaseException):
-    """Parameters appear in the first call: nothing can be compiled before it. No opaque module helps."""
-
-
-# ---------------------------------------------------------------------------------------------- sizes
-
-
-class _Number:
-    """A size, or a number computed from sizes: its value, and the node that computes it at run time."""
-
-    def __init__(self, value: Any, node: fx.Node, recorder: "Recorder") -> None:
-        self.value, self.fx_node, self.recorder = value, node, recorder
-
-    @property  # type: ignore[misc]  # code that asks isinstance(n, int) goes the way that it goes with real sizes
-    def __class__(self) -> Any:
-        return type(self.value)
-
-    def _asked(self) -> Any:
-        self.recorder.ask(self.value)
-        return self.value
-
-    def __hash__(self) -> int:
-        return hash(self._asked())
-
-    def __repr__(self) -> str:
-        return repr(self.value)
-
-    def __str__(self) -> str:  # text decides nothing: messages of assertions are full of sizes
-        return str(self.value)
-
-    def __format__(self, form: str) -> str:
-        return format(self.value, form)
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return self
-
-    def __bool__(self) -> bool:
-        return bool(self._asked())
-
-    def __int__(self) -> int:
-        return int(self._asked())
-
-    def __float__(self) -> float:
-        return float(self._asked())
-
-    def __index__(self) -> int:
-        return operator.index(self._asked())
-
-
-class _Size(_Number, torch.SymInt):  # the base class makes torch accept it wherever it takes a size
-    __hash__ = _Number.__hash__
-
-
-class _Ratio(_Number, torch.SymFloat):
-    __hash__ = _Number.__hash__
-
-
-def _divmod(a: Any, b: Any) -> tuple[Any, Any]:
-    return a // b, a % b
-
-
-def _install() -> None:
-    def binary(function: Callable[[Any, Any], Any], swap: bool) -> Callable[[Any, Any], Any]:
-        def method(self: Any, other: Any) -> Any:
-            if type(other) not in (int, float, bool, _Size, _Ratio):
-                return NotImplemented
-            return self.recorder.number(function, *((other, self) if swap else (self, other)))
-        return method
-
-    def comparison(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-        def method(self: Any, other: Any) -> Any:
-            if type(other) not in (int, float, bool, _Size, _Ratio):
-                return NotImplemented
-            answer = function(self.value, _plain(other))
-            self.recorder.ask(answer)
-            return answer
-        return method
-
-    def unary(function: Callable[[Any], Any]) -> Callable[..., Any]:
-        return lambda self, *rest: self.recorder.number(function, self, *rest)
-
-    for kind in (_Size, _Ratio):
-        for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow"):
-            setattr(kind, f"__{name}__", binary(getattr(operator, name), False))
-            setattr(kind, f"__r{name}__", binary(getattr(operator, name), True))
-        kind.__divmod__ = _divmod  # type: ignore[operator]
-        for name in ("eq", "ne", "lt", "le", "gt", "ge"):
-            setattr(kind, f"__{name}__", comparison(getattr(operator, name)))
-        for name, function in (("neg", operator.neg), ("abs", abs), ("pos", operator.pos), ("ceil", math.ceil),
-                               ("floor", math.floor), ("trunc", math.trunc), ("round", round)):
-            setattr(kind, f"__{name}__", unary(function))
-
-
-_install()
 _OPERATORS = {"add": "add", "sub": "sub", "mul": "mul", "div": "truediv", "matmul": "matmul"}  # nicer to read
 _SIZES = ("size", "numel", "nelement")  # methods whose answers are sizes
-
-
-def _plain(value: Any) -> Any:
-    """Numbers in place of sizes, in nested arguments."""
-    if isinstance(value, _Number):
-        return value.value
-    if type(value) is torch.Size:
-        return torch.Size(_plain(item) for item in value)
-    if type(value) in (list, tuple):
-        return type(value)(_plain(item) for item in value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_plain(item) for item in value))
-    if type(value) is dict:
-        return {key: _plain(item) for key, item in value.items()}
-    if type(value) is slice:
-        return slice(_plain(value.start), _plain(value.stop), _plain(value.step))
-    return value
-
-
-# ---------------------------------------------------------------------------------------------- recording
 
 
 class Recorder(TorchFunctionMode):
@@ -250,7 +98,7 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._paused:
-            return func(*_plain(args), **_plain(kwargs))
+            return func(*plain(args), **plain(kwargs))
         name = getattr(func, "__name__", "")
         with self._pause():
             if name in ("__get__", "__set__", "__delete__"):
@@ -269,7 +117,7 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, torch.Size):
             return self._sizes(args[0], value)
         if isinstance(value, torch.dtype):
-            self._dtypes[id(_frame()), value] = args[0]
+            self._dtypes[id(users_frame()), value] = args[0]
         if isinstance(value, Tensor) and name != "grad":
             node = self._create("call_function", getattr, (self._argument(args[0]), name), {})
             self._describe(node, value)
@@ -296,8 +144,8 @@ class Recorder(TorchFunctionMode):
             return out
 
         if target is assign:
-            return self._run(op, target, args, kwargs, lambda: assign(*_plain(args)))
-        return self._run(op, target, shown, kwargs, lambda: func(*_plain(args), **_plain(kwargs)), asked)
+            return self._run(op, target, args, kwargs, lambda: assign(*plain(args)))
+        return self._run(op, target, shown, kwargs, lambda: func(*plain(args), **plain(kwargs)), asked)
 
     def _run(
         self, op: str, target: Any, args: Any, kwargs: Any, run: Callable[[], Any],
@@ -359,11 +207,11 @@ class Recorder(TorchFunctionMode):
 
     def _number(self, value: Any, node: fx.Node) -> Any:
         self._describe(node, value, derived=True)
-        return _Size(value, node, self) if type(value) is int else _Ratio(value, node, self)
+        return Size(value, node, self) if type(value) is int else Ratio(value, node, self)
 
     def number(self, function: Callable[..., Any], *args: Any) -> Any:
         """Arithmetic on sizes."""
-        value = function(*map(_plain, args))
+        value = function(*map(plain, args))
         if self._paused or type(value) not in (int, float):
             return value
         return self._number(value, self._create("call_function", function, self._argument(args), {}))
@@ -375,7 +223,7 @@ class Recorder(TorchFunctionMode):
     def ask(self, answer: Any) -> None:
         """Note that Python's control flow used a size."""
         if not self._paused:
-            where, code = _place()
+            where, code = users_place()
             self.specialisations.setdefault((where, code), Specialisation(where, code, repr(answer)))
 
     # ---- module calls
@@ -436,8 +284,8 @@ class Recorder(TorchFunctionMode):
         try:
             with self._pause(), kept_python_random():
                 def run() -> Any:
-                    return self._really(path, args, kwargs) if really else module.forward(*_plain(args),
-                                                                                         **_plain(kwargs))
+                    return self._really(path, args, kwargs) if really else module.forward(*plain(args),
+                                                                                         **plain(kwargs))
                 out = self._run("call_module", path, args, kwargs, run)
         finally:
             self.stack.pop()
@@ -469,8 +317,8 @@ class Recorder(TorchFunctionMode):
         with unset_fake_temporarily(), torch.random.fork_rng(devices=[]):
             module = replicate(self.original.get_submodule(path), real_copy)
             module.train(self.root.get_submodule(path).training)
-            values = [map_tensors(_plain(value), random_like) for value in args]
-            named = {key: map_tensors(_plain(value), random_like) for key, value in kwargs.items()}
+            values = [map_tensors(plain(value), random_like) for value in args]
+            named = {key: map_tensors(plain(value), random_like) for key, value in kwargs.items()}
             out = module(*values, **named)
         flat = [t for t in tensors_in(out) if t.is_floating_point() and t.requires_grad]
         real_ids = {id(t): index for index, t in enumerate(flat)}
@@ -534,7 +382,7 @@ class Recorder(TorchFunctionMode):
 
     def _argument(self, value: Any) -> Any:
         """What stands for a value in the graph."""
-        if isinstance(value, _Number):
+        if isinstance(value, Number):
             return value.fx_node
         if isinstance(value, Tensor):
             return self._node_of(value)
@@ -564,7 +412,7 @@ class Recorder(TorchFunctionMode):
             if not all(isinstance(key, str | int | float | bool) for key in value):
                 raise Uncapturable("it makes a dict whose keys are neither names nor numbers")
             return {key: self._argument(part) for key, part in value.items()}
-        if isinstance(value, torch.dtype) and (tensor := self._dtypes.get((id(_frame()), value))) is not None:
+        if isinstance(value, torch.dtype) and (tensor := self._dtypes.get((id(users_frame()), value))) is not None:
             self._asked_dtypes[value] = self._node_of(tensor)
         if value is None or value is Ellipsis or isinstance(
                 value, int | float | complex | str | torch.dtype | torch.device | torch.memory_format | torch.layout):
@@ -707,7 +555,7 @@ def _check_state(module: nn.Module, tables: Mapping[str, Any], attributes: Mappi
     for name, value in vars(module).items():
         before = attributes.get(name)
         kept = isinstance(before, bool | int | float | Tensor) and isinstance(value, bool | int | float | Tensor)
-        if kept and value is not before and (isinstance(value, Tensor) or _plain(value) != before):
+        if kept and value is not before and (isinstance(value, Tensor) or plain(value) != before):
             raise Uncapturable(f"it changes its own attribute '{name}'", replayable=False)
 
 
@@ -715,47 +563,6 @@ def _python_random() -> Any:
     numpy = sys.modules.get("numpy")
     return random.getstate(), None if numpy is None else numpy.random.get_state()[1:3][0].tobytes() + bytes(
         str(numpy.random.get_state()[2]), "ascii")
-
-
-def _frame() -> Any:
-    """The innermost frame that is the model's."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith(_OWN_FILES) and not name.startswith("<"):
-            return frame
-        frame = frame.f_back
-    return None
-
-
-def _place() -> tuple[str, str]:
-    """File:line, and the source line, of the innermost frame that is the model's."""
-    frame = _frame()
-    if frame is None:
-        return "", ""
-    name = frame.f_code.co_filename
-    return f"{name}:{frame.f_lineno}", linecache.getline(name, frame.f_lineno).strip()
-
-
-def in_words(error: BaseException) -> str:
-    """What went wrong, without torch's advice on its own logs."""
-    if isinstance(error, DataDependentOutputException):
-        return "data-dependent: its forward asks for the value of a tensor"
-    if isinstance(error, DynamicOutputShapeException):
-        return "data-dependent: the shape of a result depends on values"
-    text = str(error).partition("\n\n")[0].strip()
-    return text if isinstance(error, Uncapturable) else f"{type(error).__name__}: {text}"
-
-
-def place_of(error: BaseException) -> tuple[str, str]:
-    """File:line, and the source line, of the innermost frame of an error that is the model's."""
-    found, step = ("", ""), error.__traceback__
-    while step is not None:
-        name = step.tb_frame.f_code.co_filename
-        if not name.startswith(_OWN_FILES) and not name.startswith("<"):
-            found = f"{name}:{step.tb_lineno}", linecache.getline(name, step.tb_lineno).strip()
-        step = step.tb_next
-    return found
 
 
 _CHECKPOINTS = ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")

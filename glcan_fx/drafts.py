@@ -13,7 +13,8 @@ from .errors import PlanError
 from .layers import Cost, weights_in
 from .plan import Block, LocalModule
 from .rules import Feature, Place, State
-from .synthesize import predictors_of, readable, reads, synthesize, tail_of
+from .synthesize import predictors_of, readable, reads, synthesize
+from .tails import tail_of
 from .tasks import Task
 
 

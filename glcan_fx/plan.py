@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import nn
 
 from .builder import Options
-from .capture import Opaque, Specialisation
 from .draw import PICTURES, picture, plan_dot
 from .errors import PlanError
 from .estimate import Estimate, Memory, OptimizerLike, Phase
+from .places import Opaque, Specialisation
 from .replay import Segments, Surroundings
 from .report import plan_fragment, plan_report
 from .rules import Feature

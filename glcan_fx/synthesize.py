@@ -11,7 +11,6 @@ one prediction at each place.
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, takewhile
 from typing import Any
@@ -23,7 +22,7 @@ from torch.nn.utils import skip_init
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .analyze import Structure, ancestors, is_size, tensor_of
-from .builder import Auxiliary, Builder, Ending, Options
+from .builder import Auxiliary, Builder, Options
 from .decoupled import decoupled
 from .errors import PlanError
 from .graphs import Network
@@ -45,6 +44,7 @@ from .layers import (
     set_width,
 )
 from .rules import Feature
+from .tails import Tail, direct_layers, is_averaged, is_map, name_of, tail_of, takes_any_size, towers_of
 from .trace import is_float, quiet, shadow
 
 
@@ -100,7 +100,7 @@ def _collaborative(
 ) -> None:
     """GLCAN's: focal features are read, analog ones made, and the tail's copy computes the outputs of both."""
     sources = {feature.tap: feature.source for feature in features}
-    direct = _direct(build.structure, cut, tail) if options.head == "lean" and outputs_are_predictions else None
+    direct = direct_layers(build.structure, cut, tail) if options.head == "lean" and outputs_are_predictions else None
     if direct is not None:
         focal = [build.input(tap.node) for tap in build.structure.taps if tap.name in sources and tap.node is not cut]
         _predict_directly(build, cut, own, focal, *direct)
@@ -118,7 +118,7 @@ def _collaborative(
             learning.append(tap.node)
     _synthesise_taps(build, cut, own, missing, options, outputs_are_predictions)
     for node in learning:
-        if options.hidden and _is_averaged(build.structure, node, tail):
+        if options.hidden and is_averaged(build.structure, node, tail):
             build.values[node] = _hidden(build, node, build.values[node], options.hidden, options.head != "full")
     _copy_tail(build, tail, options.head != "full")
 
@@ -130,9 +130,9 @@ def reads(
     """Of the features that the rules select, those that the auxiliary network reads or makes. Where it predicts the
     network's maps directly from the module's own output, these are the focal ones of the output's shape (the long skip
     of a residual network)."""
-    if options.head != "lean" or not outputs_are_predictions or _direct(structure, cut, tail) is None:
+    if options.head != "lean" or not outputs_are_predictions or direct_layers(structure, cut, tail) is None:
         return tuple(features)
-    alike = {tap.name for tap in structure.taps if _is_map(tap.node) and tap.node.op != "placeholder"
+    alike = {tap.name for tap in structure.taps if is_map(tap.node) and tap.node.op != "placeholder"
              and structure.shape(tap.node) == structure.shape(cut)}
     return tuple(feature for feature in features if feature.source != "synthesised" and feature.tap in alike)
 
@@ -181,34 +181,8 @@ def share(
 # ---------------------------------------------------------------------------------------------- tail
 
 
-@dataclass(frozen=True)
-class Tail:
-    """What follows the trunk for some of the network's outputs: nodes in order, and the taps they read."""
-
-    nodes: list[fx.Node]
-    taps: frozenset[fx.Node]
-
-
-def tail_of(structure: Structure, outputs: Any) -> Tail:
-    """The part of the graph between the taps and ``outputs`` (nested nodes)."""
-    dependent = structure.dependent
-    known = {tap.node for tap in structure.taps}
-    needed: set[fx.Node] = set()
-    taps: set[fx.Node] = set()
-    stack: list[fx.Node] = []
-    fx.map_arg(outputs, lambda node: stack.append(node))
-    while stack:
-        node = stack.pop()
-        if node in known and node in dependent:
-            taps.add(node)
-        elif node not in needed:
-            needed.add(node)
-            stack.extend(node.all_input_nodes)
-    return Tail([node for node in structure.trace.graph.nodes if node in needed], frozenset(taps))
-
-
 def _copy_tail(build: Builder, tail: Tail, light: bool) -> None:
-    skipped = _tail_towers(build.structure, tail) if light else {}
+    skipped = towers_of(build.structure, tail) if light else {}
     inside = {node for nodes, _, _ in skipped.values() for node in nodes}
     for node in tail.nodes:
         if node in skipped:
@@ -216,71 +190,6 @@ def _copy_tail(build: Builder, tail: Tail, light: bool) -> None:
             build.values[node] = build.values[source]
         elif node not in inside and node not in build.values:
             build.copy(node, "tail")
-
-
-def _tail_towers(structure: Structure, tail: Tail) -> dict[fx.Node, tuple[set[fx.Node], fx.Node, fx.Node]]:
-    """Calls of modules with weights that keep their input's shape, by their last node: (nodes, input, output)."""
-    groups: dict[str, list[fx.Node]] = {}
-    for node in tail.nodes:
-        parts = (str(node.target) if node.op == "call_module" else node.meta["module"]).split(".")
-        for depth in range(1, len(parts) + 1):
-            groups.setdefault(".".join(parts[:depth]), []).append(node)
-    interface = structure.interface
-    towers: dict[fx.Node, tuple[set[fx.Node], fx.Node, fx.Node]] = {}
-    taken: set[fx.Node] = set()
-    everything = set(tail.nodes)
-    for path in sorted((path for path in groups if path), key=lambda path: path.count(".")):
-        nodes = set(groups[path])
-        if nodes & taken or nodes == everything or any(structure.trace.module(n) in interface for n in nodes):
-            continue
-        weights = [p for node in nodes for p in structure.trace.parameters(node) if p.dim() >= 2]
-        sources = {s for n in nodes for s in n.all_input_nodes if s not in nodes and s in structure.dependent}
-        ends = {n for n in nodes if any(user not in nodes for user in n.users)}
-        if not weights or len(sources) != 1 or len(ends) != 1:
-            continue
-        source, end = next(iter(sources)), next(iter(ends))
-        if source in tail.taps:  # the first layer on a tap adapts it (a lateral convolution): no tower
-            continue
-        if not (_is_map(source) and _is_map(end)) or tensor_of(source).shape != tensor_of(end).shape:
-            continue
-        towers[end] = (nodes, source, end)
-        taken |= nodes
-    return towers
-
-
-def _is_map(node: fx.Node) -> bool:
-    return isinstance(node.meta["value"], Tensor) and is_float(node.meta["value"])
-
-
-def _direct(structure: Structure, cut: fx.Node, tail: Tail) -> tuple[list[fx.Node], list[fx.Node]] | None:
-    """The layers that make the network's maps, where all of them can be made from the module's own output instead; and
-    what follows them.
-
-    That is so where each is a map of the cut's rank, and what follows needs no other layer with weights.
-    """
-    interface = structure.interface
-    made = [node for node in tail.nodes if structure.trace.module(node) in interface]
-    rank = len(structure.shape(cut))
-    if not made or cut in structure.channels_last or rank < 3 or structure.positions(cut) <= 1:
-        return None
-    if any(not _is_map(node) or len(structure.shape(node)) != rank or structure.positions(node) <= 1 for node in made):
-        return None
-    needed = _behind(tail, made)
-    if any(structure.trace.parameters(node) for node in needed) or any(
-            node in tail.taps for node in needed for node in node.all_input_nodes):
-        return None
-    return made, needed
-
-
-def _behind(tail: Tail, made: list[fx.Node]) -> list[fx.Node]:
-    """What of the tail is computed from the layers that make the maps, and what it needs beside them."""
-    reached: set[fx.Node] = set()
-    for node in tail.nodes:
-        if node in made or any(source in reached for source in node.all_input_nodes):
-            reached.add(node)
-    inside = set(tail.nodes)
-    beside = ancestors(reached - set(made), set(made)) & inside
-    return [node for node in tail.nodes if node in (reached | beside) - set(made)]
 
 
 def _predict_directly(
@@ -544,44 +453,9 @@ def _hidden(build: Builder, tap: fx.Node, value: fx.Node, layers: int, half: boo
         if last:
             value = _move_axis(build, value, rank, to_last=True)
         value = _normalised(build, value, f"{name}.layer{index}", channels, norm, activation)
-    if not last and not _takes_any_size(structure, tap):  # a pooling layer that expects this many places
+    if not last and not takes_any_size(structure, tap):  # a pooling layer that expects this many places
         value = build.graph.call_function(F.interpolate, (value,), {"size": sides})
     return value
-
-
-def ending_of(structure: Structure, outputs_are_predictions: bool) -> Ending:
-    """How the network ends."""
-    tail = tail_of(structure, structure.trace.output.args[0])
-    if any(_is_averaged(structure, tap, tail) for tap in tail.taps):
-        return "mean"
-    sizes: dict[fx.Node, set[tuple[int, ...]]] = {  # of the maps that a value is computed from
-        tap: {structure.spatial(tap)} for tap in tail.taps if tap.op != "placeholder" and _is_map(tap)}
-    for node in tail.nodes:
-        if not is_size(node):
-            sizes[node] = set().union(*(sizes.get(source, set()) for source in node.all_input_nodes))
-    joins = any(len(known) > 1 for known in sizes.values())
-    return "decoder" if outputs_are_predictions and joins else "maps"
-
-
-def _is_averaged(structure: Structure, tap: fx.Node, tail: Tail) -> bool:
-    """Whether all that reads a tap's values takes their mean over all places."""
-    readers = [user for user in tap.users if user in tail.nodes and not is_size(user)]
-    return len(structure.spatial(tap)) > 0 and bool(readers) and all(
-        ("mean" in (name := _name(structure, user)) or "avgpool" in name)
-        and _is_map(user) and structure.positions(user) <= 1 for user in readers)
-
-
-def _takes_any_size(structure: Structure, tap: fx.Node) -> bool:
-    """Whether no pooling window behind a tap has a size of its own."""
-    names = [_name(structure, user) for user in tap.users]
-    return not any("avgpool" in name and "adaptive" not in name for name in names)
-
-
-def _name(structure: Structure, node: fx.Node) -> str:
-    """What a node calls, in small letters."""
-    module = structure.trace.module(node)
-    name = node.target if module is None else type(module).__name__
-    return (name if isinstance(name, str) else getattr(name, "__name__", "")).lower().replace("_", "")
 
 
 def _heaviest_path(structure: Structure, region: set[fx.Node], start: fx.Node, end: fx.Node) -> list[fx.Node]:
@@ -592,8 +466,8 @@ def _heaviest_path(structure: Structure, region: set[fx.Node], start: fx.Node, e
     places = structure.positions(end)
     best: dict[fx.Node, tuple[int, fx.Node | None]] = {start: (0, None)}
     for node in structure.trace.graph.nodes:
-        same_rank = _is_map(node) and len(structure.shape(node)) == len(structure.shape(end))
-        if node in region and _is_map(node) and not (same_rank and structure.positions(node) < places):
+        same_rank = is_map(node) and len(structure.shape(node)) == len(structure.shape(end))
+        if node in region and is_map(node) and not (same_rank and structure.positions(node) < places):
             above = [(best[source][0], source) for source in node.all_input_nodes if source in best]
             if above:
                 score, source = max(above, key=lambda pair: pair[0])
@@ -626,7 +500,7 @@ def _reduce(build: Builder, node: fx.Node, module: nn.Module | None, value: fx.N
     """A further reduction of the places: the source's own pooling, or its ratio."""
     if module is not None and _is_pool(module):
         return build.add(name, build.clone(str(node.target)), value)
-    before = next(source for source in node.all_input_nodes if _is_map(source))
+    before = next(source for source in node.all_input_nodes if is_map(source))
     scale = [a // b for a, b in zip(build.structure.spatial(before), build.structure.spatial(node), strict=True)]
     return build.add(name, _AVERAGE[len(scale)](scale[0] if len(scale) == 1 else tuple(scale), ceil_mode=True), value)
 
@@ -677,12 +551,12 @@ def _kinds(
     beside = [node for node in structure.trace.graph.nodes if node in region and node not in path]
     for node in [*beside, *path]:
         module = structure.trace.module(node)
-        if module is not None and is_norm(module) and _is_map(node):
+        if module is not None and is_norm(module) and is_map(node):
             last = channel_axis(module, tensor_of(node)) == -1
             norm = node if last == (end in structure.channels_last) else norm
             inner = inner_activation(module)
             activation = f"{node.target}.{inner}" if inner else activation
-        elif _is_map(node) and _is_activation(structure, node, module):
+        elif is_map(node) and _is_activation(structure, node, module):
             activation = str(node.target) if module is not None else node
     if norm is not None and inner_activation(structure.trace.shadow.get_submodule(str(norm.target))):
         activation = None
@@ -691,8 +565,8 @@ def _kinds(
 
 def _is_activation(structure: Structure, node: fx.Node, module: nn.Module | None) -> bool:
     """A torch.nn activation that keeps the shape, called as a module, a function or a method; gates do not count."""
-    found = _name(structure, node) in ACTIVATIONS if module is None else is_activation(module)
-    sources = [source for source in node.all_input_nodes if _is_map(source)]
+    found = name_of(structure, node) in ACTIVATIONS if module is None else is_activation(module)
+    sources = [source for source in node.all_input_nodes if is_map(source)]
     return found and len(sources) == 1 and tensor_of(sources[0]).shape == tensor_of(node).shape
 
 

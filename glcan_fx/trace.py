@@ -21,9 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from .capture import NotMadeYet, Opaque, Recorder, Specialisation, Uncapturable, erase_unused, in_words, place_of
+from .capture import Recorder, erase_unused
 from .copies import fake_copy, replicate
 from .errors import TraceError
+from .places import NotMadeYet, Opaque, Specialisation, Uncapturable, in_words, place_of
 
 log = logging.getLogger("glcan_fx")
 

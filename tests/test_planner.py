@@ -24,7 +24,7 @@ from glcan_fx.builder import Ending, Options
 from glcan_fx.models import edsr, retinanet
 from glcan_fx.partition import ModuleCost, carried, costs_of, merge
 from glcan_fx.planner import candidates, richest, with_richest
-from glcan_fx.synthesize import ending_of
+from glcan_fx.tails import ending_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from train_classification import CifarResNet

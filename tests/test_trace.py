@@ -1186,8 +1186,8 @@ def test_hooks_that_do_not_run_are_listed() -> None:
 
 def test_nothing_keeps_the_model_alive() -> None:
     model = Net()
-    made = glcan_fx.plan(model, k="natural", criterion=criterion, example_inputs=images(2))
-    plan = dataclasses.replace(made, draft=None)
+    plan = dataclasses.replace(
+        glcan_fx.plan(model, k="natural", criterion=criterion, example_inputs=images(2)), draft=None)
     traced = trace(model, images(2)).report
     alive = weakref.ref(model)
     del model
