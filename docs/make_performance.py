@@ -48,7 +48,7 @@ MEASURED: dict[str, tuple[str, float, dict[str, Any]]] = {
 }
 METHODS = {"bp": "backpropagation", "checkpoint": "checkpoint per block", "nested": "nested checkpoint",
            "selective": "selective checkpoint", "offload": "save_on_cpu", "accumulate": "accumulation",
-           "glcan": "glcan_fx", "budget": "glcan_fx, budget"}
+           "glcan": "glcan_fx", "fewest": "glcan_fx, fewest", "budget": "glcan_fx, budget"}
 
 
 def bench(preset: str, *options: str) -> dict[str, Any]:
@@ -69,9 +69,10 @@ def estimated(preset: str) -> dict[str, Any]:
         size = str(int(float(budget) * whole))
     else:
         size = f"{budget}GiB"
-    chosen = [name for name in METHODS if name != "bp"]
-    found = bench(preset, "--device", "estimate", "--methods", ",".join(["bp", *chosen]), "--memory-budget", size,
-                  "-k", str(k))
+    chosen = [name for name in METHODS if name != "fewest"]
+    found = bench(preset, "--device", "estimate", "--methods", ",".join(chosen), "--memory-budget", size, "-k", str(k))
+    fewest = bench(preset, "--device", "estimate", "--methods", "glcan", "-k", "fewest")
+    found["fewest"] = fewest["glcan"]
     if k == "natural":  # all of them, within the budget, instead of the fewest
         natural = found["glcan"]["k"]
         found |= bench(preset, "--device", "estimate", "--methods", "budget", "--memory-budget", size, "-k",
@@ -84,8 +85,12 @@ def measured(preset: str) -> dict[str, Any]:
     size, share, kwargs = MEASURED[preset]
     given = ("--input", size, "--kwargs", json.dumps(kwargs))
     whole = bench(preset, *given, "--device", "estimate", "--methods", "bp")["bp"]["estimated"]
-    return bench(preset, *given, "--device", "cpu", "--steps", "7", "--methods", "bp,checkpoint,glcan,budget",
-                 "--memory-budget", str(int(share * whole)))
+    steps = (*given, "--device", "cpu", "--steps", "7", "--methods")
+    found = bench(preset, *steps, "bp,checkpoint,glcan,budget", "-k", str(BUDGETS[preset][0]), "--memory-budget",
+                  str(int(share * whole)))
+    fewest = bench(preset, *steps, "glcan", "-k", "fewest")["glcan"]
+    return {"bp": found["bp"], "checkpoint": found["checkpoint"], "glcan": found["glcan"], "fewest": fewest,
+            "budget": found["budget"]}
 
 
 class Block(nn.Module):
@@ -256,8 +261,9 @@ torchvision {torchvision}, commits {commits}. Nothing here was measured on a GPU
 Peak memory of a training step in GiB, relative to backpropagation's, and compute relative to its; simulated
 (`glcan-fx bench PRESET --device estimate`). Batch 8 at 800 x 1066 for RetinaNet, 16 at 640 x 640 for YOLO, 16 of
 96 x 96 for EDSR x2 (Adam), 256 at 224 x 224 for ResNet-34; float32, trainable batch norm, SGD with momentum elsewhere.
-*glcan_fx* is the default at the paper's k (RetinaNet) or the natural one. *Budget* is the same k with `memory_budget=`
-({budgets}): losses from class ids, the last module in slices, blocks that run again, where needed.
+*glcan_fx* is at the paper's k (RetinaNet) or the natural one, *fewest* is the default: the fewest local modules with as
+little memory as the natural k. *Budget* is the first again, with `memory_budget=` ({budgets}): losses from class ids,
+the last module in slices, blocks that run again, where needed.
 
 {estimates}
 

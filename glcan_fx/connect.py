@@ -1,6 +1,7 @@
 """Passes 5 and 6 together, synthesize and emit: what a plan says, on a model, or on fake tensors to simulate a step."""
 
 import copy
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,10 +21,13 @@ from .local_model import LocalModel, assemble
 from .nested import map_tensors
 from .plan import Plan
 from .runtime import ReadOnly
+from .show import size
 from .synthesize import readable, share
 from .tasks import Spec, Task
 from .tasks.around import Around
 from .trace import hasattr_path, within
+
+log = logging.getLogger("glcan_fx")
 
 
 def connect(
@@ -99,8 +103,13 @@ class Draft:
     given_targets: Any  # the user's example targets
 
     def memory(self, plan: Plan, optimizer: OptimizerLike, in_forward: bool = False) -> Memory:
-        """A step of the plan, of backpropagation, and of backpropagation with recomputed blocks."""
-        again = self.backpropagation(optimizer, recompute=True) if self.blocks[1] else None
+        """A step of the plan, of backpropagation, and of backpropagation with recomputed blocks, where that is possible
+        (not for blocks that change their inputs)."""
+        again = None
+        try:
+            again = self.backpropagation(optimizer, recompute=True) if self.blocks[1] else None
+        except PlanError as error:
+            log.info("with every block recomputed: %s", error)
         return Memory(self.simulate(plan, optimizer, in_forward), self.backpropagation(optimizer), again)
 
     def backpropagation(self, optimizer: OptimizerLike, *, recompute: bool = False) -> Estimate:
@@ -118,7 +127,9 @@ class Draft:
         the same."""
         key = repr(plan.modules), plan.options, optimizer, in_forward  # an edited plan may hold lists
         if key not in self._steps:
-            self._steps[key] = simulate_local(self.local(plan), self.inputs, self.targets, optimizer, in_forward)
+            found = simulate_local(self.local(plan), self.inputs, self.targets, optimizer, in_forward)
+            log.info("simulated a step, k=%d: %s", plan.k, size(found.peak))
+            self._steps[key] = found
         return self._steps[key]
 
     @cached_property

@@ -64,8 +64,11 @@ def run(args: argparse.Namespace) -> int:
         print(f"glcan-fx inspect: the inputs of '{args.target}' are not known: pass --input, for example --input "
               "8x3x224x224", file=sys.stderr)
         return 2
+    from rich.console import Console
+
     try:
-        plan = _plan(args, preset, model)
+        with Console(stderr=True).status(f"planning {args.target}"):  # shown on terminals; takes seconds, or a minute
+            plan = _plan(args, preset, model)
     except TraceError as error:
         _print_reached(error)
         raise

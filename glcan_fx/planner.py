@@ -271,7 +271,8 @@ def fewest(savings: Savings, plan: Callable[[K, Savings], Plan], simulate: Calla
         else:
             below = fewer.k
     beside = f"as little memory as k={natural.k}, to 2 %" if found is not natural else "no fewer need as little memory"
-    note = f"k={found.k}: {beside}; simulated: {'; '.join(tried)}"
+    what = "k=1, plain backpropagation" if found.k == 1 else f"k={found.k}"
+    note = f"{what}: {beside}; simulated: {'; '.join(tried)}"
     return replace(found, notes=(*found.notes, note))
 
 

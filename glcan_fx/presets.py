@@ -19,7 +19,7 @@ class Preset:
 
 PRESETS: Mapping[str, Preset] = {
     "tiny": Preset("torchvision.models:mobilenet_v2", ((16, 3, 96, 96),), "classification",
-                   {"num_classes": 10, "width_mult": 0.25}),
+                   {"num_classes": 10, "width_mult": 0.25}, k="natural"),
     "resnet34": Preset("torchvision.models:resnet34", ((256, 3, 224, 224),), "classification"),
     **{f"retinanet-r{depth}": Preset("glcan_fx.models:retinanet", ((8, 3, 800, 1066),), "detection",
                                      {"depth": depth, "num_classes": 91}, k)

@@ -314,7 +314,7 @@ def test_a_model_that_cannot_be_used(file, tmp_path, capfd):
     (["tiny", "--kwargs", "{"], "no JSON"),
     (["tiny", "--input", "8x0"], "is no size"),
     (["tiny", "--memory-budget", "6 bananas"], "is no amount of memory"),
-    (["tiny", "-k", "0"], "natural or fewest"),
+    (["tiny", "-k", "0"], "fewest or natural"),
     (["tiny", "--steps", "0"], "above 0"),
     (["tiny", "--device", "tpu"], "choose cuda"),
     (["tiny", "-o", "plot.txt"], "ends in .png"),

@@ -212,7 +212,7 @@ def test_k_out_of_range(k):
 
 @pytest.mark.parametrize("k", [2.0, "many", "block1", None, {"block1": 1}])
 def test_k_of_a_wrong_kind(k):
-    refused(Net(), PlanError, "k must be a number, 'natural', 'fewest' or a list of split points", k=k)
+    refused(Net(), PlanError, "k must be a number, 'fewest', 'natural' or a list of split points", k=k)
 
 
 @pytest.mark.parametrize(("name", "reason"), [

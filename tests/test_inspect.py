@@ -57,7 +57,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_text(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["inspect", f"{file}:model", *OPTIONS]) == 0
+    assert cli.main(["inspect", f"{file}:model", "-k", "natural", *OPTIONS]) == 0
     out, notes = capsys.readouterr()
     assert "3 local modules of 3 possible" in out and "backpropagation: " in out and "this plan: " in out
     assert "rung 2 of 5" in notes and "x.shape[-1] > 8" in notes and "model.py" in notes
@@ -123,8 +123,8 @@ def test_colours_are_for_terminals(file: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_terminals_that_know_ascii_only(file: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "glcan_fx", "inspect", f"{file}:model", *OPTIONS], capture_output=True,
-                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    done = subprocess.run([sys.executable, "-m", "glcan_fx", "inspect", f"{file}:model", "-k", "natural", *OPTIONS],
+                          capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0, done.stderr
     assert b"3 local modules of 3 possible" in done.stdout and b"backpropagation: " in done.stdout
 
@@ -345,8 +345,9 @@ def test_numbers_are_never_cut_off(file: Path) -> None:
 @pytest.mark.parametrize("width", [60, 80, 140])
 def test_a_narrow_terminal_shows_fewer_columns(file: Path, width: int) -> None:
     """And says which are left out."""
-    done = subprocess.run([sys.executable, "-m", "glcan_fx", "inspect", f"{file}:model", *OPTIONS], capture_output=True,
-                          text=True, env={**os.environ, "FORCE_COLOR": "1", "COLUMNS": str(width), "NO_COLOR": "1"})
+    done = subprocess.run([sys.executable, "-m", "glcan_fx", "inspect", f"{file}:model", "-k", "natural", *OPTIONS],
+                          capture_output=True, text=True,
+                          env={**os.environ, "FORCE_COLOR": "1", "COLUMNS": str(width), "NO_COLOR": "1"})
     plain = re.sub(r"\x1b\[[\d;]*m", "", done.stdout)
     title = next(line for line in plain.splitlines() if "local module " in line)
     assert "kept" in title and "features" in title and "100.0 %" in plain

@@ -165,6 +165,22 @@ def test_the_plan_prints_what_it_takes() -> None:
     assert "backpropagation: " in text and "with every block recomputed" in text and "this plan: " in text
 
 
+def test_blocks_that_change_their_inputs() -> None:
+    """They cannot run again: checkpointing alone is then unknown."""
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act, self.conv = nn.SiLU(inplace=True), nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(self.act(x)) + x
+
+    end = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), InPlace(), InPlace(), *end)
+    memory = glcan_fx.plan(model, k=2, task="classification", example_inputs=torch.empty(4, 3, 32, 32)).memory
+    assert memory.checkpointing is None and memory.plan.peak > 0 and memory.backpropagation.peak > 0
+
+
 def test_estimating_changes_nothing() -> None:
     model, given, x, _ = classifier()
     before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()

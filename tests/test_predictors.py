@@ -20,13 +20,14 @@ BOXES = {"boxes": torch.tensor([[10.0, 12.0, 50.0, 40.0]]), "labels": torch.tens
 
 
 def classifier() -> tuple[nn.Module, dict[str, Any], tuple[Any, ...]]:
-    return Net(), {"task": "classification", "example_inputs": EXAMPLE, "aux_width": 1.0}, batch()
+    return Net(), {"task": "classification", "k": "natural", "example_inputs": EXAMPLE, "aux_width": 1.0}, batch()
 
 
 def super_resolution() -> tuple[nn.Module, dict[str, Any], tuple[Any, ...]]:
     x = torch.rand(2, 3, 12, 12)
     model = edsr(2, blocks=3, channels=16)
-    return model, {"task": "super_resolution", "example_inputs": x, "head": "lean"}, (x, torch.rand(2, 3, 24, 24))
+    given = {"task": "super_resolution", "k": "natural", "example_inputs": x, "head": "lean"}
+    return model, given, (x, torch.rand(2, 3, 24, 24))
 
 
 def detector() -> tuple[nn.Module, dict[str, Any], tuple[Any, ...]]:
@@ -190,7 +191,7 @@ def reading(request) -> tuple[nn.Module, Plan, tuple[Any, ...], str, str]:
     torch.manual_seed(0)
     make, path, source = READ[request.param]
     model, given, inputs = make()
-    return model, glcan_fx.plan(model, k="natural", predictors="model", **given), inputs, path, source
+    return model, glcan_fx.plan(model, predictors="model", **given), inputs, path, source
 
 
 def step_by_hand(local: LocalModel, inputs: tuple[Any, ...], path: str, source: str) -> dict[str, Tensor]:

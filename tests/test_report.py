@@ -309,7 +309,7 @@ def test_a_bench_s_report(opened: Any, tmp_path: Path) -> None:
     model = tmp_path / "model.py"
     model.write_text("from torchvision.models import resnet18\n")
     assert cli.main(["bench", f"{model}:resnet18", "--input", "2x3x64x64", "--task", "classification", "--device",
-                     "estimate", "--methods", "bp,glcan", "-o", str(path)]) == 0
+                     "estimate", "--methods", "bp,glcan", "-k", "9", "-o", str(path)]) == 0
     page = opened(path)
     page.wait_for_selector("#memory .chart")
     assert page.locator("#modules tbody tr").count() == 2 and not page.is_visible("#details")
