@@ -6,6 +6,7 @@ from .errors import (
     CriterionError,
     GlcanFxError,
     PlanError,
+    SmallExampleWarning,
     TargetError,
     TraceError,
     UnsupportedError,
@@ -25,5 +26,5 @@ __all__ = [
     "Block", "BudgetError", "Classification", "CriterionError", "CriterionTask", "Detection", "Estimate", "Feature",
     "GlcanFxError", "LocalModel", "LocalModule", "LocalOutput", "Memory", "Phase", "Place", "Plan", "PlanError",
     "Report", "Rules", "Segmentation", "SuperResolution", "TargetError", "Task", "TraceError", "UnsupportedError",
-    "UnusedGradientsWarning", "estimate_memory", "plan", "transform",
+    "SmallExampleWarning", "UnusedGradientsWarning", "estimate_memory", "plan", "transform",
 ]

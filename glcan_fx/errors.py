@@ -49,6 +49,10 @@ class UnsupportedError(GlcanFxError):
     """The training set-up cannot work with local gradients (second-order gradients, sharded sub-modules)."""
 
 
+class SmallExampleWarning(UserWarning):
+    """A training step is much larger than the example inputs that its plan was made for."""
+
+
 class UnusedGradientsWarning(UserWarning):
     """Gradients are computed for nothing: part of the last step's local losses never reached ``backward()``, or the
     optimiser steps no auxiliary network."""

@@ -1,6 +1,7 @@
 """The result: a GraphModule that trains by local losses and evaluates as the original model."""
 
 import copy
+import math
 import sys
 import warnings
 import weakref
@@ -15,8 +16,9 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import PythonCode
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._pytree import tree_leaves
 
-from .errors import PlanError, UnsupportedError, UnusedGradientsWarning
+from .errors import PlanError, SmallExampleWarning, UnsupportedError, UnusedGradientsWarning
 from .graphs import Packed, Parts, pack, unpack
 from .in_forward import OptimizerInForward, refuse_distributed
 from .nested import tensors_in
@@ -65,7 +67,7 @@ class LocalModel(fx.GraphModule):
         super().__init__(root, graph, class_name="LocalModel")
         _share(self, model, aux)
         self.__dict__.update(_original=model, plan=plan, task=task, _last_reached=[], _parts=parts,
-                             _optimizer=_no_optimizer)
+                             _optimizer=_no_optimizer, _compared=False)
         self.__dict__["training"] = model.training
         for name, part in aux.named_children():
             if name != "task":
@@ -97,6 +99,9 @@ class LocalModel(fx.GraphModule):
         self.task.check(next(iter(given.values()), None), given.get("targets"))
         _refuse_sharded(self)
         self._warn_of_unused()
+        if not self.__dict__["_compared"]:
+            self.__dict__["_compared"] = True
+            self._compare_sizes(next(iter(given.values()), None))
         optimizer = self.__dict__["_optimizer"]()
         stepping = optimizer is not None and torch.is_grad_enabled()
         with private_graph() if self.plan.k > 1 else nullcontext(), \
@@ -107,6 +112,22 @@ class LocalModel(fx.GraphModule):
         self.aux.get_submodule("scale").update()  # type: ignore[operator]
         self._watch_last(result)
         return result
+
+    def _compare_sizes(self, first: Any) -> None:
+        """Warn of a step much larger than the plan's example, which the choice of k and auxiliary networks rests on."""
+        spec = next((leaf for leaf in tree_leaves(self.plan.inputs) if hasattr(leaf, "shape")), None)
+        if spec is None or not spec.shape or not isinstance(first, Tensor | list | tuple) or len(first) == 0:
+            return
+        planned, now = spec.shape[0], len(first)
+        if isinstance(first, Tensor) and not self.plan.network and self.plan.around is None:
+            planned, now = math.prod(spec.shape), first.numel()
+        if now > _MUCH * planned:
+            size = "x".join(map(str, first.shape)) if isinstance(first, Tensor) else f"{len(first)} images"
+            warnings.warn(
+                f"this training step ({size}) is {now / planned:.0f} times as large as the example that it was planned "
+                f"for ({'x'.join(map(str, spec.shape))}): k and auxiliary networks suit the smaller one, and so does "
+                "its memory. Give plan() or transform() example_inputs as large as your batches.",
+                SmallExampleWarning, stacklevel=4)
 
     def _watch_last(self, result: Any) -> None:
         """Note whether the last module's loss, an ordinary autograd graph, reaches backward."""
@@ -253,6 +274,7 @@ class LocalModel(fx.GraphModule):
         return _rebuild, (self.original, self.aux, pack(self.graph), self.plan, self.task, _modes(self), parts)
 
 
+_MUCH = 4  # times the values of the example
 _RESERVED = ("aux", "plan", "task", "original", "graph", "code", "meta")
 
 

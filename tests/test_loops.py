@@ -28,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
 
 import glcan_fx
-from glcan_fx import LocalModel, UnsupportedError, UnusedGradientsWarning
+from glcan_fx import LocalModel, SmallExampleWarning, UnsupportedError, UnusedGradientsWarning
 from glcan_fx.local_model import _watched
 from glcan_fx.models import retinanet
 
@@ -782,6 +782,25 @@ def test_complete_loops_are_not_reported(loop):
             if loop == "evaluation between":
                 local.eval()(batch()[0])
                 local.train()
+
+
+def test_batches_much_larger_than_the_example_are_reported():
+    """Once: k and auxiliary networks were chosen for the example."""
+    said = r"\(10x3x8x8\) is 5 times as large as the example that it was planned for \(2x3x8x8\)"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SmallExampleWarning)
+        build()(*batch(8))  # four times
+        local = build()
+        local.eval()(batch(10)[0])
+        local.train()
+        with pytest.warns(SmallExampleWarning, match=said):
+            local(*batch(10))
+        local(*batch(10))
+    model = retinanet(18, num_classes=3, fpn_channels=32, min_size=64, max_size=64)
+    detector = glcan_fx.transform(model, k=2, task="detection", example_inputs=torch.empty(1, 3, 64, 64)).train()
+    targets = {"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
+    with pytest.warns(SmallExampleWarning, match=r"\(5 images\) is 5 times"):
+        detector([torch.rand(3, 64, 64)] * 5, [targets] * 5)
 
 
 @pytest.mark.parametrize("fused", [False, True])
