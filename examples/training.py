@@ -178,6 +178,8 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     cut = f"-k{args.k.replace(',', '-')}" if args.method in ("glcan", "dgl") else ""
     out = args.out or Path("runs") / f"{experiment.task}-{args.method}{cut}-s{args.seed}"
     before = _before(out, identity, args)  # first: planning takes seconds
+    if cut:
+        print(f"{args.method}: planning, which simulates training steps", file=sys.stderr)
     try:
         model, plan = prepared(experiment, args)
     except glcan_fx.GlcanFxError as error:

@@ -9,8 +9,8 @@ record of all calls' results is kept until the step ends.
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
@@ -109,6 +109,18 @@ def partition_calls(units: Sequence[CallUnit], k: Any) -> list[list[CallUnit]]:
     return [list(units[a:b]) for a, b in zip(starts, [*starts[1:], len(units)], strict=True)]
 
 
+def calls_within(groups: Groups, start: int, stop: int | None = None) -> dict[str, CallUnit]:
+    """The units that local modules ``start`` up to ``stop`` call, by path, with their calls there: a unit may be called
+    again later. A local module ends before the first call of the first unit of the next one."""
+    first = groups[start][0].calls[0].first if start else 0
+    end = math.inf if stop is None or stop >= len(groups) else groups[stop][0].calls[0].first
+    found = {}
+    for unit in chain.from_iterable(groups):
+        if calls := tuple(call for call in unit.calls if first <= call.first < end):
+            found[unit.path] = replace(unit, calls=calls)
+    return found
+
+
 def local_modules(model: nn.Module, inputs: tuple[str, ...], groups: Groups) -> tuple[LocalModule, ...]:
     """What a plan says of each group."""
     modules = []
@@ -196,7 +208,7 @@ def build_segments(chosen: Plan, model: nn.Module, task: Task, calls: Sequence[C
     register_task(aux, task)
     glue = [name for name, _ in model.named_parameters()
             if not any(within(name, path) for group in segments.paths for path in group)]
-    trains = [[*group, *glue] for group in segments.paths]
+    trains = [[*calls_within(groups, index, index + 1), *glue] for index in range(len(groups))]
     graph = emit_segments(segments, [m.headline(i) for i, m in enumerate(chosen.modules)], trains)
     local = assemble(model, aux, graph, chosen, InSegments(task, segments))
     warn_of_unstepped(local)
@@ -222,10 +234,8 @@ class Remainder(nn.Module):
     def __init__(self, model: nn.Module, inputs: tuple[str, ...], groups: Groups, index: int) -> None:
         super().__init__()
         self.inputs = inputs
-        behind = [unit for group in groups[index + 1:] for unit in group]
-        before = {unit.path for group in groups[: index + 1] for unit in group}
-        own = {unit.path: unit for unit in behind if unit.path not in before}
-        final = next((unit.path for unit in reversed(behind) if unit.weights), "")
+        own = calls_within(groups, index + 1)
+        final = next((unit.path for group in reversed(groups) for unit in reversed(group) if unit.weights), "")
         units = {unit.path for group in groups for unit in group}
 
         def answer(path: str, module: nn.Module) -> Callable[..., Any] | None:

@@ -279,3 +279,32 @@ def test_what_leaves_a_narrow_trunk_has_all_its_channels(k: object, width: float
     assert local.plan.report.rung == 4 and local.plan.memory.plan.peak > 0
     local.train()(x, y).loss.backward()
     assert all(p.grad is not None for p in local.aux.parameters() if p.requires_grad)
+
+
+class CalledAgain(nn.Module):
+    """Decides by values between its blocks, and calls a block and an activation in two local modules each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.second, self.last = Block(3, 8, 2), Block(8, 8), Block(8, 8), Block(8, 16, 2)
+        self.act, self.out = nn.ReLU(), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in (self.stem, self.first, self.second, self.first, self.last):
+            x = self.act(block(x))
+            if float(x.detach().sum()) > 1e9:
+                x = x * 2
+        return self.out(x.mean((2, 3)))
+
+
+def test_what_is_called_again_by_a_later_module_that_runs_as_python() -> None:
+    local = compiled(CalledAgain())
+    assert local.plan.report.rung == 5 and local.plan.cuts == ("stem", "first", "second")
+    out = local(IMAGES, LABELS)
+    assert torch.equal(out.output, local.original(IMAGES)) and len(out.losses) == 4
+    out.losses[2].backward()  # of 'second' and the second call of 'first'
+    trained = {name.partition(".")[0] for name, p in local.original.named_parameters() if p.grad is not None}
+    assert trained == {"first", "second"}
+    with pytest.warns(glcan_fx.UnusedGradientsWarning):
+        local(IMAGES, LABELS).loss.backward()
+    assert all(p.grad is not None for p in local.parameters() if p.requires_grad)
