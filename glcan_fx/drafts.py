@@ -73,16 +73,38 @@ class Drafts:
         return tail_cost(self.structure, self.model, self.task)
 
     @cached_property
-    def flops(self) -> float:
-        """Floating-point operations of the model's own forward pass."""
-        return max(1.0, 2 * multiply_adds(self.structure) + self.tail.flops)
+    def step(self) -> float:
+        """Floating-point operations of a step of backpropagation: forward, and as much for the gradients of a layer's
+        weights and of its input. Frozen layers have none of their weights, and none of their input where nothing in
+        front of them is trained."""
+        total = 3 * self.tail.flops
+        for node in self.structure.trace.graph.nodes:
+            passes = 1 + self._is_trained(node) + self._passes_gradient(node)
+            total += 2 * passes * multiply_adds(self.structure, [node])
+        return max(1.0, total)
+
+    def _is_trained(self, node: fx.Node) -> bool:
+        return any(p.requires_grad for p in self.structure.trace.parameters(node))
+
+    def _passes_gradient(self, node: fx.Node) -> bool:
+        """Whether backpropagation needs the gradient of what a node reads."""
+        return any(source in self._behind_trained for source in node.all_input_nodes)
+
+    @cached_property
+    def _behind_trained(self) -> set[fx.Node]:
+        """What is computed from trained weights."""
+        found: set[fx.Node] = set()
+        for node in self.structure.trace.graph.nodes:
+            if self._is_trained(node) or any(source in found for source in node.all_input_nodes):
+                found.add(node)
+        return found
 
     def extra(self, cuts: Sequence[Unit], options: Options) -> float:
         """Compute of a training step beyond backpropagation's, relative to it: what auxiliary networks take (backward
         is twice forward), less the gradients that no longer pass a cut."""
         auxiliary = sum(self.cost(unit, options).flops for unit in cuts)
-        readers = {user for unit in cuts for user in unit.end.users}
-        return (3 * auxiliary - 2 * multiply_adds(self.structure, readers)) / (3 * self.flops)
+        readers = {user for unit in cuts for user in unit.end.users if self._passes_gradient(user)}
+        return (3 * auxiliary - 2 * multiply_adds(self.structure, readers)) / self.step
 
     def weight(self, cuts: Sequence[Unit], options: Options) -> float:
         """Memory of the auxiliary networks' weights, with gradients and momentum, relative to backpropagation's."""

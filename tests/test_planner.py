@@ -21,6 +21,7 @@ import glcan_fx
 from glcan_fx import BudgetError, PlanError
 from glcan_fx.analyze import multiply_adds
 from glcan_fx.builder import Ending, Options
+from glcan_fx.drafts import Drafts
 from glcan_fx.models import edsr, retinanet
 from glcan_fx.partition import ModuleCost, carried, costs_of, merge
 from glcan_fx.planner import candidates, richest, with_richest
@@ -285,6 +286,19 @@ def test_the_fewest_where_nothing_is_saved() -> None:
              "head": "full", "aux_width": 1.0}
     plan = glcan_fx.plan(torchvision.models.resnet18(), k="fewest", **given)
     assert plan.k == 1 and plan.memory.plan.peak <= plan.memory.backpropagation.peak
+
+
+@pytest.mark.parametrize("frozen", [[], ["conv1", "bn1", "layer1", "layer2"], ["layer3"], ["fc"]])
+def test_compute_is_foretold(frozen: list[str]) -> None:
+    """Without a simulation, which would take seconds for every kind of auxiliary network; frozen layers, too."""
+    model = torchvision.models.resnet18(num_classes=10)
+    for name in frozen:
+        model.get_submodule(name).requires_grad_(False)
+    plan = glcan_fx.plan(model, k="natural", task="classification", example_inputs=torch.empty(2, 3, 64, 64))
+    drafts = Drafts(plan.draft.structure, model, plan.draft.task)
+    cuts = [unit for unit in plan.draft.structure.units if unit.name in plan.cuts]
+    assert plan.k > 2 and drafts.step == plan.memory.backpropagation.flops
+    assert drafts.extra(cuts, plan.options) == pytest.approx(plan.memory.plan.flops / drafts.step - 1, abs=1e-3)
 
 
 def test_a_step_that_cannot_be_simulated() -> None:
