@@ -25,6 +25,7 @@ class Drafts:
         self.structure, self.model, self.task = structure, model, task
         self._costs: dict[Any, Cost] = {}
         self._units: dict[tuple[str, Options], Cost] = {}
+        self._steps: dict[tuple[fx.Node, ...], float] = {}
 
     def module(self, unit: Unit, cuts: Sequence[Unit], options: Options) -> LocalModule:
         """The local module that ends with ``unit``, one of ``cuts``."""
@@ -72,39 +73,31 @@ class Drafts:
         """What the task's head costs the last module."""
         return tail_cost(self.structure, self.model, self.task)
 
-    @cached_property
-    def step(self) -> float:
-        """Floating-point operations of a step of backpropagation: forward, and as much for the gradients of a layer's
-        weights and of its input. Frozen layers have none of their weights, and none of their input where nothing in
-        front of them is trained."""
-        total = 3 * self.tail.flops
-        for node in self.structure.trace.graph.nodes:
-            passes = 1 + self._is_trained(node) + self._passes_gradient(node)
-            total += 2 * passes * multiply_adds(self.structure, [node])
-        return max(1.0, total)
+    def step(self, cuts: Sequence[Unit] = ()) -> float:
+        """Floating-point operations of a training step without auxiliary networks; without cuts backpropagation's.
 
-    def _is_trained(self, node: fx.Node) -> bool:
-        return any(p.requires_grad for p in self.structure.trace.parameters(node))
-
-    def _passes_gradient(self, node: fx.Node) -> bool:
-        """Whether backpropagation needs the gradient of what a node reads."""
-        return any(source in self._behind_trained for source in node.all_input_nodes)
-
-    @cached_property
-    def _behind_trained(self) -> set[fx.Node]:
-        """What is computed from trained weights."""
-        found: set[fx.Node] = set()
-        for node in self.structure.trace.graph.nodes:
-            if self._is_trained(node) or any(source in found for source in node.all_input_nodes):
-                found.add(node)
-        return found
+        Forward, and as much for the gradients of a layer's weights and of its input. Frozen layers have none of their
+        weights, and no gradient is needed of what no trained layer of the same local module has made.
+        """
+        ends = tuple(unit.end for unit in cuts)
+        if ends not in self._steps:
+            owner = self.structure.assign(ends)
+            total, trained = 3.0 * self.tail.flops, set[fx.Node]()
+            for node in self.structure.trace.graph.nodes:
+                passes = any(source in trained and owner.get(source) == owner.get(node)
+                             for source in node.all_input_nodes)
+                trains = any(p.requires_grad for p in self.structure.trace.parameters(node))
+                if passes or trains:
+                    trained.add(node)
+                total += 2 * (1 + passes + trains) * multiply_adds(self.structure, [node])
+            self._steps[ends] = max(1.0, total)
+        return self._steps[ends]
 
     def extra(self, cuts: Sequence[Unit], options: Options) -> float:
         """Compute of a training step beyond backpropagation's, relative to it: what auxiliary networks take (backward
         is twice forward), less the gradients that no longer pass a cut."""
-        auxiliary = sum(self.cost(unit, options).flops for unit in cuts)
-        readers = {user for unit in cuts for user in unit.end.users if self._passes_gradient(user)}
-        return (3 * auxiliary - 2 * multiply_adds(self.structure, readers)) / self.step
+        auxiliary = 3 * sum(self.cost(unit, options).flops for unit in cuts)
+        return (auxiliary + self.step(cuts)) / self.step() - 1
 
     def weight(self, cuts: Sequence[Unit], options: Options) -> float:
         """Memory of the auxiliary networks' weights, with gradients and momentum, relative to backpropagation's."""
