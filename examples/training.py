@@ -202,7 +202,8 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     if before is None:
         state.begin()
     else:
-        state.go_on(before)
+        state.go_on(before, device)
+        del before  # weights and optimiser state, a second time
     with torch.random.fork_rng():  # a resumed run has its state by now
         compute = compute_of(experiment, args.method, plan)
     if plan is not None:
@@ -311,7 +312,7 @@ class _State:
         torch.save(content, temporary)
         os.replace(temporary, self.out / "checkpoint.pt")
 
-    def go_on(self, content: Mapping[str, Any]) -> None:
+    def go_on(self, content: Mapping[str, Any], device: torch.device) -> None:
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.schedule.load_state_dict(content["schedule"])
@@ -320,7 +321,7 @@ class _State:
         torch.set_rng_state(content["torch"].cpu())
         random.setstate(content["python"])
         np.random.set_state(content["numpy"])
-        if "cuda" in content and torch.cuda.is_available():
+        if "cuda" in content and device.type == "cuda":
             torch.cuda.set_rng_state_all([state.cpu() for state in content["cuda"]])
 
 
@@ -334,7 +335,7 @@ def _before(out: Path, identity: Mapping[str, Any], args: argparse.Namespace) ->
         return None
     if not path.is_file():
         raise SystemExit(f"{path}: there is no checkpoint to go on from; leave out --resume")
-    content: dict[str, Any] = torch.load(path, map_location=args.device, weights_only=False)
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
     own = {key: value for key, value in identity.items() if key != "commit"}
     other = {key: value for key, value in content["identity"].items() if key != "commit"}
     if own != other:

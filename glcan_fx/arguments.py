@@ -23,7 +23,8 @@ def add_model(parser: argparse.ArgumentParser, *, target_optional: bool = False)
                        "without it, the loss is the mean square of the outputs")
     training = parser.add_argument_group("training")
     training.add_argument("-k", type=modules_of, metavar="K", help="local modules: a number; natural, one per block; "
-                          "fewest, those with which a step takes as little memory as that (fewest, or the preset's)")
+                          "fewest, those with which a step takes as little memory as that (default: fewest, or the "
+                          "preset's)")
     training.add_argument("--memory-budget", type=bytes_of, metavar="6GiB",
                           help="plan for a training step in so much: without -k, the fewest local modules that fit")
     training.add_argument("--compute-budget", type=float, metavar="1.3", help="compute that a step may take, beside "

@@ -19,8 +19,8 @@ from .connect import Draft, connect
 from .copies import cuda_devices
 from .drafts import Drafts, levels_of
 from .emit import why_not_sliced
-from .errors import GlcanFxError, PlanError, TraceError
-from .estimate import Estimate, OptimizerLike
+from .errors import BudgetError, GlcanFxError, PlanError, TraceError
+from .estimate import Estimate, OptimizerLike, check_optimizer
 from .layers import weights_in
 from .local_model import LocalModel, is_compiled, warn_of_unstepped
 from .partition import K, partition
@@ -71,6 +71,12 @@ class _Request:
     memory_budget: int | str | None = None
     compute_budget: float | None = None
     optimizer: OptimizerLike = "sgd"
+
+    @property
+    def auxiliary(self) -> bool:
+        """Whether anything is said of auxiliary networks, so that there shall be some."""
+        return bool({"method", "predictors", "head", *(f"aux_{name}" for name in ("depth", "hidden", "width", "stride"))
+                     } & {*self.given})
 
     @property
     def given(self) -> list[str]:
@@ -285,6 +291,7 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
     if request.example_inputs is None:
         log.info("no example_inputs: planned for %s", ", ".join(map(str, inputs)))
 
+    check_optimizer(request.optimizer)
     budget = _budget(model, request)
 
     def in_segments(calls: Sequence[Call], error: TraceError) -> tuple[Plan, Callable[[bool], LocalModel]]:
@@ -329,6 +336,9 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
     draft = Draft(structure, model, made, whole, request.example_targets)
     chosen = _choose(request, budget, drafts, choices, allowances(choices, ending, request.compute_budget, budget),
                      units, refused, inputs, draft)
+    if chosen.k == 1 < len(units) and request.k == "fewest" and budget is None:
+        log.warning("%s is not cut: on batches like the example inputs backpropagation takes as little memory as %d "
+                    "local modules. Make example_inputs as large as your batches, or pass k.", chosen.model, len(units))
     log.info("planned %s: %d local modules of %d possible", chosen.model, chosen.k, len(structure.units))
     return chosen, lambda verified: _build(chosen, structure, model, made, verified)
 
@@ -359,7 +369,7 @@ def _choose(
             return within_memory(budget, choices)
         savings = Savings(request.fused_loss, request.slices)
         if request.k == "fewest":
-            return fewest(savings, partial(planned, choices), simulate)
+            return fewest(savings, partial(planned, choices), simulate, least_k=2 if request.auxiliary else 1)
         return planned(choices, request.k, savings)
 
     def compute(plan: Plan) -> float:  # but for blocks that run again
@@ -368,7 +378,13 @@ def _choose(
 
     if request.compute_budget is None:
         return chosen(choices)
-    return within_compute(request.compute_budget, choices, chosen, compute)
+    try:
+        return within_compute(request.compute_budget, choices, chosen, compute)
+    except BudgetError:
+        if request.k != "fewest" or budget is not None:
+            raise
+        natural = partial(planned, k="natural", savings=Savings(request.fused_loss, request.slices))
+        return within_compute(request.compute_budget, choices, natural, compute)  # more cuts save more gradients
 
 
 def _budget(model: nn.Module, request: _Request) -> int | None:

@@ -180,7 +180,11 @@ class Draft:
             return AnyLoss()
         tensors = [t for module in self.task.modules().values() for t in [*module.parameters(), *module.buffers()]]
         memo: dict[int, Any] = {id(tensor): self.fake(tensor) for tensor in tensors}
-        return copy.deepcopy(self.task, memo) if self.task.modules() else self.task  # a criterion's state is the user's
+        try:
+            return copy.deepcopy(self.task, memo)  # a criterion's state is the user's
+        except Exception as error:  # a lock, an open file
+            raise PlanError(f"the memory of a step cannot be simulated: the task or criterion cannot be copied: {error}"
+                            ) from error
 
     @cached_property
     def blocks(self) -> tuple[dict[str, str], list[str]]:

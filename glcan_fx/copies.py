@@ -33,6 +33,8 @@ def replicate(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Modu
                 vars(new)[name] = type(value)()
             elif type(value) in (list, dict, set) and not name.startswith("_"):  # a forward pass may keep things there
                 vars(new)[name] = value.copy()
+            elif isinstance(value, Tensor) and value.grad_fn is not None:  # made of the user's parameters (weight_norm)
+                vars(new)[name] = value.detach().requires_grad_()
         vars(new)["_modules"] = {k: None if m is None else copy(m) for k, m in vars(module)["_modules"].items()}
         return new
 

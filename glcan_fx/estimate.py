@@ -91,6 +91,13 @@ class Memory:
         return [(name, estimate) for name, estimate in rows if estimate is not None]
 
 
+def check_optimizer(optimizer: OptimizerLike) -> None:
+    """Raise PlanError for a name that is none of an optimiser."""
+    if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
+        raise PlanError(f"optimizer={optimizer!r}: choose {' or '.join(map(repr, OPTIMIZERS))}, or pass a function of "
+                        "the parameters")
+
+
 def simulate(
     model: nn.Module, inputs: Sequence[Any], step: Callable[[], Tensor], optimizer: OptimizerLike = "sgd",
     names: Sequence[str] = (), watch: Callable[[PeakMemory], None] = lambda memory: None,
@@ -99,9 +106,7 @@ def simulate(
 
     step: returns the loss to minimise. names: of the local modules. watch: tells the memory's phases, by hooks.
     """
-    if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
-        raise PlanError(f"optimizer={optimizer!r}: choose {' or '.join(map(repr, OPTIMIZERS))}, or pass a function of "
-                        "the parameters")
+    check_optimizer(optimizer)
     try:
         return _simulate(model, inputs, step, optimizer, names, watch)
     except GlcanFxError:

@@ -231,8 +231,11 @@ def _in_words(k: int, savings: Savings) -> str:
 _ALIKE = 1.02  # memory that is the same to a user
 
 
-def fewest(savings: Savings, plan: Callable[[K, Savings], Plan], simulate: Callable[[Plan], Estimate]) -> Plan:
-    """The plan with the fewest local modules whose simulated step takes at most 2 % more memory than the natural one's.
+def fewest(
+    savings: Savings, plan: Callable[[K, Savings], Plan], simulate: Callable[[Plan], Estimate], least_k: int = 1
+) -> Plan:
+    """The plan with the fewest local modules, ``least_k`` or more, whose simulated step takes at most 2 % more memory
+    than the natural one's.
 
     The largest local module decides the peak, often the first or the last: splitting the others saves nothing more.
     Auxiliary networks become richer as there are fewer, so memory may fall and rise: every number up to 8 is looked at,
@@ -240,38 +243,41 @@ def fewest(savings: Savings, plan: Callable[[K, Savings], Plan], simulate: Calla
     be simulated.
     """
     natural = plan("natural", savings)
-    if natural.k == 1:
+    if natural.k <= least_k:
         return natural
     try:
         least = simulate(natural).peak
     except PlanError as error:
-        log.info("k=%d, one local module per block: whether fewer need as little memory is not known: %s", natural.k,
-                    error)
+        log.warning("k=%d, one local module per block: %s", natural.k, error)
         return replace(natural, notes=(*natural.notes, f"k={natural.k}, one local module per block: {error}"))
     tried = [f"k={natural.k}: {size(least)}"]
 
-    def saves(fewer: Plan) -> bool:
-        if _hopeless(fewer, _ALIKE * least):
-            return False
-        peak = simulate(fewer).peak
-        tried.append(f"k={fewer.k}: {size(peak)}")
-        return peak <= _ALIKE * least
+    def saving(k: int) -> Plan | None:
+        try:
+            fewer = plan(k, savings)
+            if _hopeless(fewer, _ALIKE * least):
+                return None
+            peak = simulate(fewer).peak
+        except PlanError as error:
+            log.debug("k=%d: %s", k, error)
+            return None
+        tried.append(f"k={k}: {size(peak)}")
+        return fewer if peak <= _ALIKE * least else None
 
-    found, below, k = natural, 0, 1
+    found, below, k = natural, least_k - 1, least_k
     while k < natural.k:
-        fewer = plan(k, savings)
-        if saves(fewer):
+        if fewer := saving(k):
             found = fewer
             break
         below, k = k, k + max(1, k // 4)
     while found.k - below > 1:
-        fewer = plan((below + found.k) // 2, savings)
-        if saves(fewer):
+        middle = (below + found.k) // 2
+        if fewer := saving(middle):
             found = fewer
         else:
-            below = fewer.k
+            below = middle
     beside = f"as little memory as k={natural.k}, to 2 %" if found is not natural else "no fewer need as little memory"
-    what = "k=1, plain backpropagation" if found.k == 1 else f"k={found.k}"
+    what = f"k={found.k}" + ", plain backpropagation" * (found.k == 1)
     note = f"{what}: {beside}; simulated: {'; '.join(tried)}"
     return replace(found, notes=(*found.notes, note))
 

@@ -59,7 +59,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def transform(model: Any, **options: Any) -> LocalModel:
-    return glcan_fx.transform(model, **{"k": "natural", "task": "classification", "example_inputs": EXAMPLE, **options})
+    return glcan_fx.transform(model, **{"task": "classification", "example_inputs": EXAMPLE, **options})
 
 
 def refused(model: nn.Module, kind: type[Exception], match: str, **options: Any) -> str:
@@ -68,7 +68,7 @@ def refused(model: nn.Module, kind: type[Exception], match: str, **options: Any)
         with pytest.raises(kind, match=match) as caught:
             transform(model, **options)
         with pytest.raises(kind, match=match):
-            glcan_fx.plan(model, **{"k": "natural", "task": "classification", "example_inputs": EXAMPLE, **options})
+            glcan_fx.plan(model, **{"task": "classification", "example_inputs": EXAMPLE, **options})
     return str(caught.value)
 
 

@@ -308,3 +308,13 @@ def test_what_is_called_again_by_a_later_module_that_runs_as_python() -> None:
     with pytest.warns(glcan_fx.UnusedGradientsWarning):
         local(IMAGES, LABELS).loss.backward()
     assert all(p.grad is not None for p in local.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kind", [AroundTrunk, InLoop, CalledAgain])
+def test_left_to_itself(kind: type[nn.Module]) -> None:
+    """Without k; what runs as Python cannot be simulated, and has one local module per call."""
+    local = compiled(kind(), k="fewest")
+    assert local.plan.report.rung == 4 or local.plan.k == len(local.plan.natural) + 1
+    out = local(IMAGES, LABELS)
+    out.loss.backward()
+    assert len(out.losses) == local.plan.k and all(p.grad is not None for p in local.parameters() if p.requires_grad)

@@ -165,6 +165,34 @@ def test_the_plan_prints_what_it_takes() -> None:
     assert "backpropagation: " in text and "with every block recomputed" in text and "this plan: " in text
 
 
+def test_simulating_leaves_a_criterions_state_alone() -> None:
+    """Found by review: of any object, not of modules only."""
+    class Scaled:
+        def __init__(self) -> None:
+            self.mean = torch.tensor(1.0)
+
+        def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            loss = F.cross_entropy(outputs, targets)
+            self.mean = 0.9 * self.mean + 0.1 * loss.detach()
+            return loss / self.mean
+
+    model, given, x, y = classifier()
+    criterion, before = Scaled(), [p.clone() for p in model.parameters()]
+    local = glcan_fx.transform(model, criterion=criterion, example_inputs=x, example_targets=y).train()
+    assert type(criterion.mean) is Tensor and criterion.mean == 1
+    optimizer = torch.optim.SGD(local.parameters(), lr=0.1)
+    local(x, y).loss.backward()
+    optimizer.step()
+    assert all(type(p.grad) is Tensor for p in model.parameters())
+    assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_an_optimizer_that_is_none() -> None:
+    model, given, _, _ = classifier()
+    with pytest.raises(PlanError, match="optimizer='sdg': choose 'sgd' or 'adam'"):
+        glcan_fx.plan(model, optimizer="sdg", **given)
+
+
 def test_blocks_that_change_their_inputs() -> None:
     """They cannot run again: checkpointing alone is then unknown."""
     class InPlace(nn.Module):

@@ -996,7 +996,7 @@ def test_plan_leaves_the_model_alone(name: str) -> None:
     model = built(ZOO[name])
     model.blocks[2].eval()
     with untouched(model):
-        glcan_fx.plan(model, k="natural", criterion=criterion, example_inputs=ZOO[name].inputs(2))
+        glcan_fx.plan(model, criterion=criterion, example_inputs=ZOO[name].inputs(2))
     model.eval()
     with untouched(model):
         report(name, model)
@@ -1006,7 +1006,7 @@ def test_plan_leaves_the_model_alone(name: str) -> None:
 def test_transform_leaves_the_model_alone(name: str) -> None:
     model = built(ZOO[name])
     with untouched(model):
-        glcan_fx.transform(model, k="natural", criterion=criterion, example_inputs=ZOO[name].inputs(2))
+        glcan_fx.transform(model, criterion=criterion, example_inputs=ZOO[name].inputs(2))
 
 
 @zoo
