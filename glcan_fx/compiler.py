@@ -111,8 +111,8 @@ def plan(
 
     What is left out of ``aux_hidden``, ``aux_width``, ``aux_stride`` and ``head`` is chosen: the richest auxiliary
     networks with which a training step takes no more compute than backpropagation's, and whose weights add at most a
-    tenth to its memory. Without ``memory_budget`` 5 % more compute where a mean over all places or a decoder ends the
-    network; with or without, a third more where that keeps a narrow decoder.
+    tenth to its memory. Without ``memory_budget`` 5 % more compute where a mean over all places ends the network, 10 %
+    where a decoder does; with or without, a third more where that keeps the narrowest decoder.
 
     Args:
         model: any module that runs, on any device, in either mode; `plan.report` says how it was captured.

@@ -25,7 +25,7 @@ EXTRA_MEMORY = 0.1
 """What the weights, gradients and momentum of auxiliary networks may add to a training step, relative to
 backpropagation's memory."""
 
-_EXTRA_COMPUTE: dict[Ending, float] = {"mean": 0.05, "decoder": 0.05, "maps": 0.0}
+_EXTRA_COMPUTE: dict[Ending, float] = {"mean": 0.05, "decoder": 0.1, "maps": 0.0}
 """What auxiliary networks may add to a training step's floating-point operations, relative to backpropagation's: some
 where that was found to buy accuracy. Nothing with a memory budget, but for the narrowest decoder."""
 
