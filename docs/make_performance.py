@@ -273,8 +273,8 @@ compute backpropagation's gradients; glcan_fx trains with local ones.
 ## Real steps
 
 The same models, small enough for a CPU (`glcan-fx bench PRESET --device cpu`): medians of 7 steps, each method in a
-process of its own; times vary by some per cent. *Budget* is here the fewest local modules that fit one. Small operations cost more than their arithmetic, and every local
-module computes a loss of its own, so time is above compute.
+process of its own; times vary by some per cent. *Budget* is here the fewest local modules that fit one. Small
+operations cost more than their arithmetic, and every local module computes a loss of its own, so time is above compute.
 
 {measured}
 
