@@ -159,8 +159,8 @@ What they say so far, on one or two seeds:
 - Fewer local modules lose less, and the natural k often takes no less memory than a few: so `k="fewest"` is the
   default. Two modules of a detector keep all of AP50 and almost all of AP in the memory of nine, two of a U-Net nearly
   all of mIoU in that of ten.
-- Auxiliary networks that may cost more compute buy accuracy: super-resolution at k=4 then loses 0.2 dB
-  (`compute_budget=1.3`), classification at k=4 about a point, and a quarter of one with 1.6. At k=2, where little is
+- Auxiliary networks that may cost more compute buy accuracy: with `compute_budget=1.3`, super-resolution at k=4 loses
+  0.2 dB instead of 0.3, classification at k=4 one point instead of four, and with 1.6 no less. At k=2, where little is
   lost anyway, they bought nothing.
 - Checkpointing every block has backpropagation's result. The detector and EDSR need less memory as local modules, at
   less compute; the U-Net as much less; the CIFAR ResNet, whose blocks are many and small, hardly less.

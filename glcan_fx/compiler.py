@@ -345,7 +345,7 @@ def _plan(model: nn.Module, request: _Request) -> tuple[Plan, Callable[[bool], L
 
 def _choose(
     request: _Request, budget: int | None, drafts: Drafts, choices: Sequence[Options], allowed: Mapping[Options, float],
-    units: Sequence[Unit], refused: dict[str, PlanError], inputs: Any, draft: "Draft",
+    units: Sequence[Unit], refused: dict[str, PlanError], inputs: Any, draft: Draft,
 ) -> Plan:
     """The plan that keeps the budgets, with the local modules asked for."""
     optimizer = "sgd" if callable(request.optimizer) else request.optimizer  # a plan is data
@@ -404,7 +404,7 @@ _SLICES = 4  # more would save little: other modules are then the peak
 
 def _decide(
     k: K, savings: Savings, drafts: Drafts, choices: Sequence[Options], allowed: Mapping[Options, float],
-    units: Sequence[Unit], refused: dict[str, PlanError], inputs: Any, draft: "Draft", optimizer: str | None,
+    units: Sequence[Unit], refused: dict[str, PlanError], inputs: Any, draft: Draft, optimizer: str | None,
 ) -> Plan:
     """The plan for a number of local modules."""
     structure, model, made = drafts.structure, drafts.model, drafts.task

@@ -116,7 +116,9 @@ class LocalModel(fx.GraphModule):
     def _compare_sizes(self, first: Any) -> None:
         """Warn of a step much larger than the plan's example, which the choice of k and auxiliary networks rests on."""
         spec = next((leaf for leaf in tree_leaves(self.plan.inputs) if hasattr(leaf, "shape")), None)
-        if spec is None or not spec.shape or not isinstance(first, Tensor | list | tuple) or len(first) == 0:
+        if spec is None or not spec.shape or not isinstance(first, Tensor | list | tuple):
+            return
+        if isinstance(first, Tensor) and first.dim() == 0:
             return
         planned, now = spec.shape[0], len(first)
         if isinstance(first, Tensor) and not self.plan.network and self.plan.around is None:
