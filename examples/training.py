@@ -178,6 +178,10 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     cut = f"-k{args.k.replace(',', '-')}" if args.method in ("glcan", "dgl") else ""
     out = args.out or Path("runs") / f"{experiment.task}-{args.method}{cut}-s{args.seed}"
     before = _before(out, identity, args)  # first: planning takes seconds
+    per_epoch = len(experiment.train) // args.batch_size  # type: ignore[arg-type]
+    if per_epoch == 0:
+        raise SystemExit(f"{len(experiment.train)} images are less than a batch of {args.batch_size}: choose a "  # type: ignore[arg-type]
+                         "smaller --batch-size")
     if cut:
         print(f"{args.method}: planning, which simulates training steps", file=sys.stderr)
     try:
@@ -185,10 +189,6 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     except glcan_fx.GlcanFxError as error:
         hint = "\n--k takes a number, natural, fewest, or split points" if "split point" in str(error) else ""
         raise SystemExit(f"{error}{hint}") from error
-    per_epoch = len(experiment.train) // args.batch_size  # type: ignore[arg-type]
-    if per_epoch == 0:
-        raise SystemExit(f"{len(experiment.train)} images are less than a batch of {args.batch_size}: choose a "  # type: ignore[arg-type]
-                         "smaller --batch-size")
     steps = max(1, round(args.epochs * per_epoch))
     groups = (model.parameter_groups(args.lr, args.lr * args.aux_lr) if isinstance(model, glcan_fx.LocalModel)
               else [{"params": list(model.parameters()), "lr": args.lr}])
@@ -223,7 +223,7 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
         return loss.detach()
 
     said = f", {len(plan.modules)} local modules: {', '.join(module.name for module in plan.modules)}" if plan else ""
-    print(f"{args.method}{said}; {steps - state.step} of {steps} steps", file=sys.stderr)
+    print(f"{args.method}{said}; {steps - state.step} of {steps} steps to go", file=sys.stderr)
     times: list[float] = []
     model.train()
     batches = _batches(experiment, args, state.step, steps)

@@ -178,7 +178,9 @@ def plan_segments(
         raise error
     groups = partition_calls(units, k)
     report = Report(5, lost=(f"the model runs as Python, cut at calls of sub-modules: {error.reason}",))
-    log.info("%s cannot be captured: it is cut at calls of sub-modules", type(model).__name__)
+    log.warning("%s cannot be captured: it is cut at calls of sub-modules, since %s. What a step then takes cannot be "
+                "simulated, and may be more than by backpropagation: measure both before you train.",
+                type(model).__name__, error.reason)
     with torch.random.fork_rng(devices=cuda_devices(model)):
         modules = local_modules(model, names, groups)
     return Plan(

@@ -225,7 +225,7 @@ class _Search:
 def _in_words(k: int, savings: Savings) -> str:
     what = [f"k={k}"] + ["losses from class ids"] * savings.fused
     what += [f"{savings.slices} slices"] * (savings.slices > 1)
-    return ", ".join(what + [f"{len(savings.recompute)} modules recomputed"] * bool(savings.recompute))
+    return ", ".join(what + [f"{len(savings.recompute)} of them recomputed"] * bool(savings.recompute))
 
 
 _ALIKE = 1.02  # memory that is the same to a user
