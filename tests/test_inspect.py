@@ -206,7 +206,8 @@ def rows_of(text: str) -> list[list[str]]:
     return [cells for cells in table if cells[0].isdecimal() or cells[0] == "total"]
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] if name == "swin_t" else []) for name in PLANS])
 def test_golden_text_and_its_totals(name: str) -> None:
     plan = PLANS[name]()
     text = f"{plan}\n"
