@@ -172,17 +172,18 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    if args.method in ("bp", "checkpoint") and args.k != "fewest":
+    cuts = args.method in ("glcan", "dgl")
+    if not cuts and args.k != "fewest":
         raise SystemExit(f"--k {args.k}: --method {args.method} has no local modules; leave it out")
     identity = _identity(experiment, args)
-    cut = f"-k{args.k.replace(',', '-')}" if args.method in ("glcan", "dgl") else ""
-    out = args.out or Path("runs") / f"{experiment.task}-{args.method}{cut}-s{args.seed}"
+    named = f"-k{args.k.replace(',', '-')}" if cuts else ""
+    out = args.out or Path("runs") / f"{experiment.task}-{args.method}{named}-s{args.seed}"
     before = _before(out, identity, args)  # first: planning takes seconds
     per_epoch = len(experiment.train) // args.batch_size  # type: ignore[arg-type]
     if per_epoch == 0:
         raise SystemExit(f"{len(experiment.train)} images are less than a batch of {args.batch_size}: choose a "  # type: ignore[arg-type]
                          "smaller --batch-size")
-    if cut:
+    if cuts:
         print(f"{args.method}: planning, which simulates training steps", file=sys.stderr)
     try:
         model, plan = prepared(experiment, args)

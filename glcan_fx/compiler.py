@@ -75,8 +75,8 @@ class _Request:
     @property
     def auxiliary(self) -> bool:
         """Whether anything is said of auxiliary networks, so that there shall be some."""
-        return bool({"method", "predictors", "head", *(f"aux_{name}" for name in ("depth", "hidden", "width", "stride"))
-                     } & {*self.given})
+        said = {"method", "predictors", "head", "aux_depth", "aux_hidden", "aux_width", "aux_stride"}
+        return not said.isdisjoint(self.given)
 
     @property
     def given(self) -> list[str]:
