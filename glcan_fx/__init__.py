@@ -5,6 +5,8 @@ from .errors import (
     BudgetError,
     CriterionError,
     GlcanFxError,
+    ModelChangedError,
+    NotLearningError,
     PlanError,
     SmallExampleWarning,
     TargetError,
@@ -24,7 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Block", "BudgetError", "Classification", "CriterionError", "CriterionTask", "Detection", "Estimate", "Feature",
-    "GlcanFxError", "LocalModel", "LocalModule", "LocalOutput", "Memory", "Phase", "Place", "Plan", "PlanError",
+    "GlcanFxError", "LocalModel", "LocalModule", "LocalOutput", "Memory", "ModelChangedError", "NotLearningError", "Phase", "Place", "Plan", "PlanError",
     "Report", "Rules", "Segmentation", "SuperResolution", "TargetError", "Task", "TraceError", "UnsupportedError",
     "SmallExampleWarning", "UnusedGradientsWarning", "estimate_memory", "plan", "transform",
 ]

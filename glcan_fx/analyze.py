@@ -19,6 +19,7 @@ import networkx as nx
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from .capture import Call
 from .errors import PlanError
 from .layers import channel_axis, predictors
 from .nested import tensors_in
@@ -144,8 +145,9 @@ class Structure:
         if key not in self._assigned:
             owner: dict[fx.Node, int] = {}
             known: set[fx.Node] = set()
+            divided = self._divided(cuts)
             for index, cut in enumerate(cuts):
-                known = self._with_sizes(known | ancestors([cut], known), cut)
+                known = self._with_sizes(self._with_calls(known, ancestors([cut], known), divided), cut)
                 for node in known - owner.keys():
                     owner[node] = index
             for node in self.trace.graph.nodes:
@@ -153,6 +155,42 @@ class Structure:
                     owner.setdefault(node, len(cuts))
             self._assigned[key] = owner
         return self._assigned[key]
+
+    def _divided(self, cuts: Sequence[fx.Node]) -> set[Call]:
+        """The calls of modules that go on behind one of the cuts with layers that have weights."""
+        found: set[Call] = set()
+        for cut in cuts:
+            calls = [call for call in cut.meta["call"].around() if call.path not in cut.meta["returned_by"]] if (
+                cut.meta.get("call")) else []
+            if calls:
+                behind = {node for node in _behind(cut) if node in self._weighted}
+                found |= {call for call in calls if not behind.isdisjoint(self.trace.inside[call])}
+        return found
+
+    @cached_property
+    def _weighted(self) -> frozenset[fx.Node]:
+        layers = self.trace.layers
+        return frozenset(node for node in self.trace.graph.nodes
+                         if node in layers or any(source in layers and source.op == "get_attr"
+                                                  for source in node.all_input_nodes))
+
+    def _with_calls(self, known: set[fx.Node], new: set[fx.Node], divided: Set[Call]) -> set[fx.Node]:
+        """What is known and new, with the rest of the calls that the new nodes lie in, but for divided ones: a module's
+        call belongs to one local module as a whole."""
+        known = known | new
+        stack, seen = list(new), set[Call]()
+        while stack:
+            node = stack.pop()
+            if node not in self.dependent or node.meta.get("derived") or not node.meta.get("call"):
+                continue
+            for call in node.meta["call"].around():
+                if call in divided or call in seen or call.args is None or call.parent is None:
+                    continue
+                seen.add(call)
+                more = ancestors(self.trace.inside[call] - known, known)
+                known |= more
+                stack += more
+        return known
 
     @cached_property
     def _assigned(self) -> dict[tuple[fx.Node, ...], dict[fx.Node, int]]:
@@ -196,6 +234,18 @@ def ancestors(nodes: Iterable[fx.Node], known: Set[fx.Node] = frozenset()) -> se
     return found
 
 
+def _behind(node: fx.Node) -> set[fx.Node]:
+    """What is computed from a value."""
+    found: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        for user in stack.pop().users:
+            if user not in found:
+                found.add(user)
+                stack.append(user)
+    return found
+
+
 def is_size(node: fx.Node) -> bool:
     """Whether a node computes a number, or some, from the sizes of a value."""
     tensors = any(isinstance(leaf, Tensor) for leaf in tree_leaves(node.meta.get("value")))
@@ -203,11 +253,12 @@ def is_size(node: fx.Node) -> bool:
 
 
 def input_dependent(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that are computed from the network's inputs, not from parameters alone, or that change a buffer."""
+    """Nodes that a step computes once: from the network's inputs, not from parameters alone; by drawing random numbers;
+    or by changing a buffer."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         depends = node.op == "placeholder" or any(source in found for source in node.all_input_nodes)
-        if depends or node.meta.get("mutates"):
+        if depends or node.meta.get("mutates") or node.meta.get("random"):
             found.add(node)
     return found
 
@@ -218,7 +269,8 @@ def _dataflow(trace: Trace) -> nx.DiGraph:
     dependent = input_dependent(trace.graph)
     whole: set[fx.Node] = set()  # integer inputs (pixels in uint8, tokens) until they become floating-point numbers
     for node in trace.graph.nodes:
-        tensors = isinstance(node.meta.get("value"), Tensor) or node.op == "placeholder"
+        tensors = any(True for _ in tensors_in(node.meta.get("value"))) if node.op == "placeholder" else isinstance(
+            node.meta.get("value"), Tensor)
         starts = node.op == "placeholder" or any(source in whole for source in node.all_input_nodes)
         carries = node.op == "output" or (node in dependent and is_float(node.meta["value"]))
         if not carries:

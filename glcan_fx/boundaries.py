@@ -27,7 +27,7 @@ from .nested import tensors_in
 from .partition import K, ModuleCost, merge
 from .plan import Block, LocalModule, Plan
 from .replay import Absent, Call, Record, Segments, detach_record, empty_stand_ins, substituted
-from .runtime import collect
+from .runtime import LocalLoss, collect
 from .tasks import Task
 from .tasks.around import InSegments
 from .trace import Report, within
@@ -154,14 +154,14 @@ def emit_segments(segments: Segments, comments: Sequence[str], trains: Sequence[
     for index, comment in enumerate(comments[:-1]):
         ran = graph.create_node("call_module", f"aux.segment_{index}", (record, *inputs), name=f"record_{index}")
         ran.meta.update(headline=comment, local_module=index, trains=list(trains[index]))
-        loss = graph.create_node("call_module", f"aux.{index}.head", (ran, *inputs, targets), name=f"loss_{index}")
+        given = {"inputs": tuple(inputs)} if index == 0 else {}
         losses.append(graph.create_node(
-            "call_module", f"aux.{index}.backward", (loss, *(inputs if index == 0 else ())),
-            name=f"local_loss_{index}"))
+            "call_module", f"aux.{index}", (ran,), {"context": (*inputs, targets), **given}, name=f"loss_{index}"))
         record = graph.create_node("call_function", detach_record, (ran,), name=f"detached_{index}")
     outputs = graph.create_node("call_module", "aux.rest", (record, *inputs), name="outputs")
     outputs.meta.update(headline=comments[-1], local_module=len(losses), trains=list(trains[-1]))
-    loss = graph.create_node("call_module", "aux.last.head", (outputs, targets), name=f"loss_{len(losses)}")
+    loss = graph.create_node(
+        "call_module", "aux.last", (outputs,), {"context": (targets,)}, name=f"loss_{len(losses)}")
     graph.output(graph.create_node("call_function", collect, ([*losses, loss], outputs), name="result"))
     with_headlines(graph)
     graph.lint()
@@ -204,9 +204,8 @@ def build_segments(chosen: Plan, model: nn.Module, task: Task, calls: Sequence[C
     aux = nn.Module()
     with torch.random.fork_rng(devices=cuda_devices(model)):
         for index in range(len(groups) - 1):
-            part = nn.Module()
-            part.add_module("head", SegmentHead(task, Remainder(model, segments.inputs, groups, index)))
-            aux.add_module(str(index), part)
+            head = SegmentHead(task, Remainder(model, segments.inputs, groups, index))
+            aux.add_module(str(index), LocalLoss(None, head))
     register_task(aux, task)
     glue = [name for name, _ in model.named_parameters()
             if not any(within(name, path) for group in segments.paths for path in group)]

@@ -1,17 +1,19 @@
 """Record one call of a module as an fx graph, by running it on fake tensors.
 
 Python really runs, so keyword arguments, containers, ``isinstance``, decorators and control flow on shapes need no
-support of their own. A TorchFunctionMode sees every torch call, a patched ``nn.Module.__call__`` every module call;
+support of their own. A TorchFunctionMode sees every torch call, and the modules tell of their calls;
 tensors are known by identity. Sizes are numbers that remember the node that computes them: arithmetic on them is
 recorded, questions about them are answered and noted with file and line. A module whose forward does something that a
 graph cannot hold becomes one opaque node, the innermost such module first.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import operator
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import partial
@@ -23,6 +25,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .copies import fake_like, kept_python_random, random_like, real_copy, replicate
 from .layers import is_norm
@@ -32,6 +35,31 @@ from .sizes import Number, Ratio, Size, plain
 
 _OPERATORS = {"add": "add", "sub": "sub", "mul": "mul", "div": "truediv", "matmul": "matmul"}  # nicer to read
 _SIZES = ("size", "numel", "nelement")  # methods whose answers are sizes
+
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    """One call of a module whose forward was recorded, so that a step may call the module as a whole instead.
+
+    args, kwargs: as graph arguments; ``args`` is None where a graph cannot hold them. results: which part of what the
+    call returned a node's value is, as steps of (function, key) from the whole. left: nodes whose values the call left
+    on a module, by the path of the attribute. value: what it returned, on fake tensors.
+    """
+
+    path: str
+    parent: "Call | None"
+    args: tuple[Any, ...] | None = ()
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    results: dict[fx.Node, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    left: dict[fx.Node, str] = dataclasses.field(default_factory=dict)
+    value: Any = None
+
+    def around(self) -> "Iterator[Call]":
+        """The call itself, and those that it was made in, innermost first."""
+        call: Call | None = self
+        while call is not None:
+            yield call
+            call = call.parent
 
 
 class Recorder(TorchFunctionMode):
@@ -48,11 +76,14 @@ class Recorder(TorchFunctionMode):
         self.graph = fx.Graph()
         self.root, self.mode, self.original, self.forced = root, mode, original, forced
         self.stack: list[str] = [""]
+        self.calls: list[Call] = []  # that are under way
+        self.reads: dict[str, set[str]] = {}  # names of the attributes that recorded forwards read, by module path
         self.specialisations: dict[tuple[str, str], Specialisation] = {}
         self.opaque: dict[str, Opaque] = {}
         self.constants: dict[str, Tensor] = {}
         self.lost: dict[str, None] = {}
-        self._paused = False
+        self._paused = self._naming = False
+        self._watched: dict[type, type] = {}
         self._paths = {id(module): path for path, module in reversed(list(root.named_modules(remove_duplicate=False)))}
         self._whole = {id(module) for module in root.modules() if _is_torch_own(module) or is_norm(module)}
         self._attributes: dict[int, str] = {}
@@ -76,18 +107,23 @@ class Recorder(TorchFunctionMode):
 
     def record(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> fx.Graph:
         """Run the module; returns the finished graph. Raises whatever the module's own forward raises."""
+        given = []
         for name, value in zip(argument_names(self.root, args, kwargs), [*args, *kwargs.values()], strict=True):
             node = self.graph.placeholder(name)
+            node.meta.update(returned_by=[], dependent=True)
+            number = type(value) in (int, float)
+            given.append(self._number(value, node) if number else value)
             self._describe(node, value)
-            node.meta["returned_by"] = []
-            if not any(True for _ in tensors_in(value)) and value is not None:
+            if not number and not any(True for _ in tensors_in(value)) and value is not None:
                 self.specialisations["argument", name] = Specialisation("argument", name, repr(value))
+        args, kwargs = given[:len(args)], dict(zip(kwargs, given[len(args):], strict=True))
         with _patched(self), self.mode, torch.enable_grad(), self:
             result = self._enter(self.root, "", args, kwargs)
         with self._pause():
             node = self.graph.output(self._argument(result))
         node.meta.update(value=plain_data(result), module="", returned_by=[], saved=0, mutates=set(), overwritten=False)
-        erase_unused(self.graph, {node for user in self.graph.nodes for node in user.meta.get("dtypes", {}).values()})
+        erase_unused(self.graph, {node for user in self.graph.nodes for node in user.meta.get("dtypes", {}).values()}
+                     | arguments_in(self.graph))
         for table in (self._keep, self._held, self._undo, self._known, self._objects, self._parts, self._storages,
                       self._devices, self._dtypes):
             table.clear()
@@ -165,13 +201,16 @@ class Recorder(TorchFunctionMode):
                 kept[storage._cdata] = storage.nbytes()
             return tensor
 
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
+        seeded = None if any(self._depends(tensor) for tensor in sources) else _Seeded()
+        with saved_tensors_hooks(pack, lambda tensor: tensor), seeded or contextlib.nullcontext():
             out = run()
         changed = [t for t, version in zip(sources, versions, strict=True) if t._version != version]
         if not changed and not any(True for _ in tensors_in(out)):
             return answer(out)
         node = self._create(op, target, self._argument(tuple(args)), self._argument(dict(kwargs)))
         node.meta |= {"saved": sum(kept.values()), "storages": frozenset(kept)}
+        if seeded is not None and seeded.found:  # the same for all who read it
+            node.meta |= {"random": True, "dependent": True}
         if not torch.is_grad_enabled():  # the same values as without no_grad, and no gradient
             if changed:
                 raise Uncapturable("it changes a tensor in place under torch.no_grad()")
@@ -183,6 +222,10 @@ class Recorder(TorchFunctionMode):
         for tensor in changed:
             self._mutated(node, tensor)
         return out
+
+    def _depends(self, tensor: Tensor) -> bool:
+        """Whether a tensor is computed from the inputs."""
+        return id(tensor) in self._known and bool(self._known[id(tensor)][0].meta["dependent"])
 
     def _mutated(self, node: fx.Node, tensor: Tensor) -> None:
         results = {id(part) for part in tensors_in(node.meta["value"])}
@@ -250,23 +293,81 @@ class Recorder(TorchFunctionMode):
             return self._as_opaque(module, path, args, kwargs, cause, error)
 
     def _enter(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
+        call = Call(path, self.calls[-1] if self.calls else None)
+        with self._pause():
+            self._naming = True
+            try:
+                call.args, call.kwargs = self._argument(tuple(args)), self._argument(dict(kwargs))
+            except Uncapturable:
+                call.args = None
+            finally:
+                self._naming = False
         self.stack.append(path)
+        self.calls.append(call)
         state = {key: dict(vars(module)[key]) for key in _TABLES}
         attributes = dict(vars(module))
         try:
-            with kept_python_random():
+            with kept_python_random(), self._watching(module, path):
                 before = _python_random()
                 out = module.forward(*args, **kwargs)
                 if _python_random() != before:
                     raise Uncapturable("it draws random numbers outside of torch", replayable=False)
-            _check_state(module, state, attributes)
+            self._check_state(module, state, attributes)
+            with self._pause():
+                call.results = {self._stands_for(value): way for way, value in _leaves(out, (Tensor, Number))
+                                if isinstance(value, Number) or id(value) in self._known}
+                call.value = plain(out)
+                for name, value in vars(module).items():
+                    if isinstance(value, Tensor) and id(value) in self._known and value is not attributes.get(name):
+                        call.left[self._node_of(value)] = f"{path}.{name}" if path else name
         except Exception:
             vars(module).update(attributes | state)  # what is recorded instead must not see what this call left
             raise
         finally:
             self.stack.pop()
+            self.calls.pop()
         self._returned(out, path)
         return out
+
+    def _stands_for(self, value: Any) -> fx.Node:
+        return value.fx_node if isinstance(value, Number) else self._node_of(value)
+
+    @contextmanager
+    def _watching(self, module: nn.Module, path: str) -> Iterator[None]:
+        """Note which attributes a forward reads, by a class of its own for the shadow meanwhile."""
+        kind, reads = type(module), self.reads.setdefault(path, set())
+        if kind not in self._watched:
+            self._watched[kind] = _watched_class(kind)
+        before = vars(module).get(_READS)
+        module.__dict__[_READS] = reads
+        try:
+            module.__class__ = self._watched[kind]
+        except TypeError:  # a class of another layout: nothing is known of what it reads
+            reads.add("*")
+        try:
+            yield
+        finally:
+            module.__class__ = kind
+            if before is None:
+                del module.__dict__[_READS]
+            else:
+                module.__dict__[_READS] = before
+
+    def _check_state(self, module: nn.Module, tables: Mapping[str, Any], attributes: Mapping[str, Any]) -> None:
+        """Raise Uncapturable where a forward has left something behind that the next one would read."""
+        if any(set(vars(module)[key]) - set(tables[key]) for key in ("_parameters", "_modules")):
+            raise NotMadeYet(f"a module of class {type(module).__name__} makes parameters in its first call")
+        for key, before in tables.items():
+            changed = [name for name, value in vars(module)[key].items() if value is not before.get(name)]
+            if changed:
+                raise Uncapturable(f"it replaces its own '{changed[0]}'", replayable=False)
+        for name, value in vars(module).items():
+            before = attributes.get(name)
+            kept = isinstance(before, bool | int | float | Tensor) and isinstance(value, bool | int | float | Tensor)
+            if isinstance(before, Tensor) and id(before) not in self._known:
+                continue  # overwritten unread: something that each call leaves, no state
+            if kept and value is not before and (isinstance(value, Tensor) or plain(value) != before):
+                raise Uncapturable(f"it changes its own attribute '{name}'", replayable=False)
 
     def _returned(self, out: Any, path: str) -> None:
         """Note whose value this is. What a block returns beside it (attention weights, a state) is made before it."""
@@ -341,7 +442,9 @@ class Recorder(TorchFunctionMode):
         name = self.stack[-1].replace(".", "_") if op == "call_module" else None
         node = self.graph.create_node(op, target, args, kwargs, name=name)
         node.meta.update(module=self.stack[-1], returned_by=[], saved=0, storages=frozenset(),
-                         mutates=set(), overwritten=False, dtypes=self._asked_dtypes)
+                         mutates=set(), overwritten=False, dtypes=self._asked_dtypes,
+                         call=self.calls[-1] if self.calls else None,
+                         dependent=any(source.meta["dependent"] for source in node.all_input_nodes))
         self._asked_dtypes = {}
         return node
 
@@ -391,9 +494,7 @@ class Recorder(TorchFunctionMode):
             self._describe(node, value, derived=True)
             return node
         if isinstance(value, tuple) and hasattr(value, "_fields"):
-            node = self._create("call_function", type(value), tuple(map(self._argument, value)), {})
-            self._describe(node, value)
-            return node
+            return self._made(value, tuple(map(self._argument, value)), {})
         if isinstance(value, tuple):
             return tuple(map(self._argument, value))
         if isinstance(value, list):
@@ -404,10 +505,7 @@ class Recorder(TorchFunctionMode):
             if id(value) in self._objects and self._objects[id(value)][1] == [id(t) for t in tensors_in(value)]:
                 return self._objects[id(value)][0]
             fields = {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value) if f.init}
-            made = {key: self._argument(part) for key, part in fields.items() if part is not None}
-            node = self._create("call_function", type(value), (), made)
-            self._describe(node, value)
-            return node
+            return self._made(value, (), {key: self._argument(part) for key, part in fields.items() if part is not None})
         if isinstance(value, Mapping):
             if not all(isinstance(key, str | int | float | bool) for key in value):
                 raise Uncapturable("it makes a dict whose keys are neither names nor numbers")
@@ -418,6 +516,15 @@ class Recorder(TorchFunctionMode):
                 value, int | float | complex | str | torch.dtype | torch.device | torch.memory_format | torch.layout):
             return value
         raise Uncapturable(f"a value of class {type(value).__name__} is passed on, which a graph cannot hold")
+
+    def _made(self, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        """An object of a class of the user's, made of what is known."""
+        node = self._create("call_function", type(value), args, kwargs)
+        if self._naming:  # for a call that may never be made whole: nobody else reads the object
+            node.meta.update(value=plain_data(value), derived=True)
+        else:
+            self._describe(node, value)
+        return node
 
     def _node_of(self, tensor: Tensor) -> fx.Node:
         if id(tensor) in self._known:
@@ -467,6 +574,16 @@ def after_change(value: Any, change: Any) -> Any:
     return value
 
 
+def arguments_in(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that recorded calls of modules were given."""
+    calls = {call for node in graph.nodes if node.meta.get("call") for call in node.meta["call"].around()}
+    found: set[fx.Node] = set()
+    for call in calls:
+        if call.args is not None:
+            fx.map_arg((call.args, call.kwargs), found.add)  # type: ignore[arg-type]
+    return found
+
+
 def erase_unused(graph: fx.Graph, keep: Set[fx.Node] = frozenset()) -> None:
     """Erase sizes, types and parameters that nothing reads."""
     for node in reversed(graph.nodes):
@@ -486,6 +603,41 @@ def detached(value: Any) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------- helpers
+
+
+class _Seeded(TorchDispatchMode):
+    """Whether an operation draws random numbers."""
+
+    found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
+_READS = "_glcan_fx_reads"
+
+
+def _watched_class(kind: type) -> type:
+    """A class like ``kind`` whose instances note which of their attributes are read."""
+    def read(self: Any, name: str) -> Any:
+        if not name.startswith("__"):
+            reads = object.__getattribute__(self, "__dict__").get(_READS)
+            if reads is not None:
+                reads.add(name)
+        return kind.__getattribute__(self, name)
+
+    return type(kind.__name__, (kind,), {"__getattribute__": read, "__module__": kind.__module__,
+                                         "__qualname__": kind.__qualname__})
+
+
+def _leaves(value: Any, kinds: tuple[type, ...], way: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """The parts of a nested value that are of some classes, and the ways to them."""
+    if isinstance(value, kinds):
+        yield way, value
+    else:
+        for step, part in parts_of(value):
+            yield from _leaves(part, kinds, (*way, step))
 
 
 class _Link(torch.autograd.Function):
@@ -544,75 +696,115 @@ def _with_hooks(module: nn.Module, args: Any, kwargs: Any, call: Callable[[nn.Mo
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 
-def _check_state(module: nn.Module, tables: Mapping[str, Any], attributes: Mapping[str, Any]) -> None:
-    """Raise Uncapturable where a forward has left something behind that the next one would read."""
-    if any(set(vars(module)[key]) - set(tables[key]) for key in ("_parameters", "_modules")):
-        raise NotMadeYet(f"a module of class {type(module).__name__} makes parameters in its first call")
-    for key, before in tables.items():
-        changed = [name for name, value in vars(module)[key].items() if value is not before.get(name)]
-        if changed:
-            raise Uncapturable(f"it replaces its own '{changed[0]}'", replayable=False)
-    for name, value in vars(module).items():
-        before = attributes.get(name)
-        kept = isinstance(before, bool | int | float | Tensor) and isinstance(value, bool | int | float | Tensor)
-        if kept and value is not before and (isinstance(value, Tensor) or plain(value) != before):
-            raise Uncapturable(f"it changes its own attribute '{name}'", replayable=False)
-
-
 def _python_random() -> Any:
     numpy = sys.modules.get("numpy")
     return random.getstate(), None if numpy is None else numpy.random.get_state()[1:3][0].tobytes() + bytes(
         str(numpy.random.get_state()[2]), "ascii")
 
 
+_CHECKPOINTED = "activation checkpointing is left out: local modules take its place"
 _CHECKPOINTS = ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")
+
+
+class _Recording(threading.local):
+    """Who records in this thread."""
+
+    recorder: Recorder | None = None
+
+    def of(self) -> Recorder | None:
+        """The recorder that wants to know what this thread does now."""
+        return None if self.recorder is None or self.recorder._paused else self.recorder
+
+
+_recording = _Recording()
 
 
 @contextmanager
 def _patched(recorder: Recorder) -> Iterator[None]:
-    """Let the recorder see module calls, and refuse what hides operations from it."""
-    call, apply = nn.Module.__call__, torch.autograd.Function.__dict__["apply"]
-    checkpoint = torch.utils.checkpoint
-    kept = {name: getattr(checkpoint, name) for name in _CHECKPOINTS if hasattr(checkpoint, name)}
-    enter = torch.amp.autocast_mode.autocast.__enter__
+    """Let the recorder see module calls, and refuse what hides operations from it.
 
-    def module_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if id(module) in recorder._paths:
-            return _with_hooks(module, args, kwargs, recorder.call)
-        return call(module, *args, **kwargs)
+    ``nn.Module.__call__`` calls what ``Module.compile()`` leaves in an instance instead of the module; here that is the
+    recorder. So only the recorder's own modules change. What else is patched holds for the whole process: a thread
+    that does not record gets what the original does.
+    """
+    def called(module: nn.Module) -> Callable[..., Any]:
+        return lambda *args, **kwargs: _with_hooks(module, args, kwargs, recorder.call)
 
+    before, modules = _recording.recorder, list(recorder.root.modules())
+    kept = [vars(module).get("_compiled_call_impl") for module in modules]
+    with _patches:
+        _recording.recorder = recorder
+        for module in modules:
+            vars(module)["_compiled_call_impl"] = called(module)
+        try:
+            yield
+        finally:
+            _recording.recorder = before
+            for module, call in zip(modules, kept, strict=True):
+                if call is None:
+                    vars(module).pop("_compiled_call_impl", None)
+                else:
+                    vars(module)["_compiled_call_impl"] = call
+
+
+class _Patches:
+    """What is patched in torch: put in when the first thread begins to record, taken out when the last one ends."""
+
+    def __init__(self) -> None:
+        self._lock, self._users = threading.Lock(), 0
+        self._undo: list[Callable[[], None]] = []
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                autocast, checkpoint = torch.amp.autocast_mode.autocast, torch.utils.checkpoint
+                self._replace(torch.autograd.Function, "apply", _applying)
+                self._replace(autocast, "__enter__", _entering)
+                for name in _CHECKPOINTS:
+                    if hasattr(checkpoint, name):
+                        self._replace(checkpoint, name, _checkpointing)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            while not self._users and self._undo:
+                self._undo.pop()()
+
+    def _replace(self, owner: Any, name: str, around: Callable[[Any], Any]) -> None:
+        before = vars(owner)[name]
+        setattr(owner, name, around(before))
+        self._undo.append(partial(setattr, owner, name, before))
+
+
+_patches = _Patches()
+
+
+def _applying(apply: Any) -> Any:
     def function_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if not recorder._paused and cls is checkpoint.CheckpointFunction:
-            recorder.note("activation checkpointing is left out: local modules take its place")
+        recorder = _recording.of()
+        if recorder is None:
+            return apply.__get__(None, cls)(*args, **kwargs)
+        if cls is torch.utils.checkpoint.CheckpointFunction:
+            recorder.note(_CHECKPOINTED)
             return args[0](*args[2:])
-        if not recorder._paused:
-            raise Uncapturable(f"it calls the autograd function {cls.__name__}")
-        return apply.__get__(None, cls)(*args, **kwargs)
+        raise Uncapturable(f"it calls the autograd function {cls.__name__}")
+    return classmethod(function_apply)
 
+
+def _entering(enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def autocast_enter(self: Any) -> Any:
-        if not recorder._paused:
+        if _recording.of() is not None:
             raise Uncapturable("it enters torch.autocast")
         return enter(self)
+    return autocast_enter
 
-    def without(around: Callable[..., Iterator[None]]) -> Callable[..., Iterator[None]]:
-        def checkpointed(*args: Any, **kwargs: Any) -> Iterator[None]:
-            if recorder._paused:
-                yield from around(*args, **kwargs)
-            else:
-                recorder.note("activation checkpointing is left out: local modules take its place")
-                yield
-        return checkpointed
 
-    for name, around in kept.items():
-        setattr(checkpoint, name, without(around))
-    nn.Module.__call__ = module_call  # type: ignore[method-assign]
-    torch.autograd.Function.apply = classmethod(function_apply)
-    torch.amp.autocast_mode.autocast.__enter__ = autocast_enter  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for name, around in kept.items():
-            setattr(checkpoint, name, around)
-        nn.Module.__call__ = call  # type: ignore[method-assign]
-        torch.autograd.Function.apply = apply
-        torch.amp.autocast_mode.autocast.__enter__ = enter  # type: ignore[method-assign]
+def _checkpointing(around: Callable[..., Iterator[None]]) -> Callable[..., Iterator[None]]:
+    def checkpointed(*args: Any, **kwargs: Any) -> Iterator[None]:
+        recorder = _recording.of()
+        if recorder is None:
+            return around(*args, **kwargs)
+        recorder.note(_CHECKPOINTED)
+        return (None for _ in range(1))  # a generator that has nothing to do before and behind the call
+    return checkpointed

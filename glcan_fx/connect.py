@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from .analyze import Structure, Unit, unit_at
 from .copies import cuda_devices, fake_copy, replicate
 from .drafts import last_module, levels_of, local_module, tail_cost
-from .emit import emit, register, why_not_sliced
+from .emit import emit, emit_whole, register, why_not_sliced
 from .errors import PlanError
 from .estimate import AnyLoss, Estimate, Memory, OptimizerLike, backpropagated, simulate_local, simulate_plain
 from .local_model import LocalModel, assemble
@@ -83,13 +83,17 @@ def connect(
     if reason:
         raise PlanError(f"slices={chosen.options.slices}: {reason}. Use slices=1.")
     again = {index for index, module in enumerate(chosen.modules) if module.recompute}
-    graph, parts = emit(structure, [cut.end for cut in cuts], auxiliaries, task,
-                        [m.headline(i) for i, m in enumerate(chosen.modules)], outputs, slices=chosen.options.slices,
-                        recomputed=again)
+    comments = [module.headline(index) for index, module in enumerate(chosen.modules)]
+    if cuts or again or chosen.options.slices > 1:
+        emitted = emit(structure, [cut.end for cut in cuts], auxiliaries, task, comments, outputs,
+                       slices=chosen.options.slices, recomputed=again)
+    else:
+        emitted = emit_whole(structure, task, comments[0], outputs, isinstance(chosen.inputs, dict), chosen.network)
     example = next((p for p in model.parameters()), None)
     if shadow is None and example is not None:
         aux.to(device=example.device)
-    return assemble(model if shadow is None else shadow, aux, graph, chosen, task, parts)
+    opened = {path: tuple(sorted(structure.trace.reads.get(path, ()))) for path in emitted.opened}
+    return assemble(model if shadow is None else shadow, aux, emitted.graph, chosen, task, emitted.parts, opened)
 
 
 @dataclass(frozen=True)

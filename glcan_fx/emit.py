@@ -6,9 +6,10 @@ use, which is what frees a module's activations, and a cached feature after its 
 """
 
 import operator
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
@@ -16,20 +17,40 @@ from . import runtime
 from .analyze import Structure, ancestors, common_path
 from .builder import Auxiliary
 from .graphs import Parts, with_headlines
+from .runtime import LocalLoss
 from .tasks import Task
-from .trace import is_float
+from .trace import Trace, is_float
+from .whole import whole_calls
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """The graph of a training step, what it calls as modules of their own on the model's layers, and the paths of the
+    modules whose operations are written out."""
+
+    graph: fx.Graph
+    parts: Parts
+    opened: tuple[str, ...]
 
 
 class _Emitter:
-    """The graph under construction; ``raw`` holds values as their module made them."""
+    """The graph under construction; ``raw`` holds values as their module made them. Nodes are those of ``calls``."""
 
-    def __init__(self, structure: Structure, cuts: Sequence[fx.Node]) -> None:
+    def __init__(
+        self, structure: Structure, cuts: Sequence[fx.Node], auxiliaries: Sequence[Auxiliary], tail: Sequence[fx.Node],
+        recomputed: Set[int],
+    ) -> None:
         self.graph = fx.Graph()
-        self.structure = structure
-        self.cuts = list(cuts)
-        self.owner = structure.assign(cuts)
-        self.dependent = structure.dependent
-        self.pooled = pooled_activations(structure, self.owner, self.cuts)
+        self.trace = structure.trace
+        calls = whole_calls(structure.trace, _labels(structure, cuts, tail, recomputed),
+                            [*cuts, *(node for auxiliary in auxiliaries for node in auxiliary.inputs)])
+        self.calls = calls
+        self.opened = tuple(dict.fromkeys(call.path for call in calls.opened))
+        self.nodes = [node for node in calls.graph.nodes if node.op != "placeholder"]
+        self.cuts = [calls.at[cut] for cut in cuts]
+        self.owner = {node: label.module for node, label in calls.label.items() if isinstance(label, _Label)}
+        self.tail = self._tail()
+        self.pooled = pooled_activations(structure.trace, calls.graph, self.owner, self.cuts)
         self.raw: dict[fx.Node, fx.Node] = {}
         self.constant: dict[tuple[fx.Node, int], fx.Node] = {}
         self.cut: dict[fx.Node, fx.Node] = {}
@@ -37,11 +58,17 @@ class _Emitter:
         self.read: dict[tuple[fx.Node, int], fx.Node] = {}
         self.parts: Parts = {}
 
+    def _tail(self) -> list[fx.Node]:
+        """What runs slice by slice; with what of it is made of parameters alone, which is not cut into slices."""
+        behind = {node for node, label in self.calls.label.items() if isinstance(label, _Label) and label.tail}
+        made = behind | {node for node in ancestors(behind) if node not in self.owner and node.op != "placeholder"}
+        return [node for node in self.nodes if node in made]
+
     def view(self, node: fx.Node, module: int) -> fx.Node:
-        """A traced value as local module ``module`` sees it: its own, or detached."""
+        """A value as local module ``module`` sees it: its own, or detached."""
         if node.op == "placeholder" and (module == 0 or not is_float(node.meta["value"])):
             return self.raw[node]  # module 0 hands the inputs their gradients
-        if node not in self.dependent:  # made of parameters alone: every module computes its own
+        if node not in self.owner and node.op != "placeholder":  # of parameters alone: every module computes its own
             if (node, module) not in self.constant:
                 self.constant[node, module] = self._copy(node, module)
             return self.constant[node, module]
@@ -73,10 +100,14 @@ class _Emitter:
         """Whether a block keeps something for backward, changes nothing that others see, and is the same twice (random
         numbers outside torch make a module opaque)."""
         inside = set(group)
-        opaque = {part.path for part in self.structure.trace.report.opaque}
+        opaque = {part.path for part in self.trace.report.opaque}
         swapped = {*self.pooled, *self.pooled.values()}
+
+        def is_opaque(node: fx.Node) -> bool:
+            return any(str(part.target) in opaque for part in node.meta.get("recorded", (node,)))
+
         return sum(node.meta["saved"] for node in group) > 0 and not any(
-            not node.meta["mutates"] <= inside or node in swapped or str(node.target) in opaque
+            not node.meta["mutates"] <= inside or node in swapped or is_opaque(node)
             or node.meta["overwritten"] and (readers.get(node) or not inside.issuperset(node.users)) for node in group)
 
     def emit_again(self, group: Sequence[fx.Node], module: int, readers: Mapping[fx.Node, Set[int]]) -> None:
@@ -102,60 +133,111 @@ class _Emitter:
     def _copy(self, node: fx.Node, module: int, given: fx.Node | None = None) -> fx.Node:
         sources = {source: given or self.view(source, module) for source in node.all_input_nodes}
         new = self.graph.node_copy(node, lambda source: sources[source])
-        if node.op == "get_attr" and str(node.target).rpartition(".")[2] in self.structure.trace.constants:
+        if node.op == "get_attr" and str(node.target).rpartition(".")[2] in self.trace.constants:
             new.target = f"aux.constants.{str(node.target).rpartition('.')[2]}"
         new.meta = {"local_module": module, "traced": node.name}
         return new
 
 
+class _Label(NamedTuple):
+    """What must be the same of all that a whole call computes: its local module, its block where blocks run again, and
+    whether it is the tail that runs slice by slice."""
+
+    module: int
+    block: Any = None
+    tail: bool = False
+
+
+def _labels(
+    structure: Structure, cuts: Sequence[fx.Node], tail: Sequence[fx.Node], recomputed: Set[int]
+) -> dict[fx.Node, Hashable]:
+    owner, sliced = structure.assign(cuts), set(tail)
+    block = _blocks(structure) if recomputed else {}
+    return {node: _Label(owner[node], block.get(node) if owner[node] in recomputed else None, node in sliced)
+            for node in structure.dependent if node.op not in ("placeholder", "output")}
+
+
+def _blocks(structure: Structure) -> dict[fx.Node, Any]:
+    """Of every node the unit of the trunk, or the part of the neck and head, that it belongs to."""
+    owner = structure.assign([unit.end for unit in structure.units])
+    home = common_path(node for node in owner if node not in structure.trunk).split(".")
+
+    def part(node: fx.Node) -> Any:
+        path = (str(node.target) if node.op == "call_module" else node.meta["module"]).split(".")
+        return tuple(path[: len(home) + 1] if path[: len(home)] == home else path)
+
+    return {node: index if node in structure.trunk else part(node) for node, index in owner.items()}
+
+
 def emit(
     structure: Structure, cuts: Sequence[fx.Node], auxiliaries: Sequence[Auxiliary], task: Task,
     comments: Sequence[str], outputs: Callable[[Any], Any], *, slices: int = 1, recomputed: Set[int] = frozenset(),
-) -> tuple[fx.Graph, Parts]:
-    """The graph of a training step, and what it calls as modules of their own on the model's layers.
+) -> Emitted:
+    """The graph of a training step.
 
-    ``outputs`` maps the traced output to what the last head is given; ``slices``: the tail and the last loss run in so
-    many slices of the batch; ``recomputed``: local modules whose blocks run again in backward.
+    ``outputs`` maps the compiled part's output to what the last head is given; ``slices``: the tail and the last loss
+    run in so many slices of the batch; ``recomputed``: local modules whose blocks run again in backward.
     """
-    out = _Emitter(structure, cuts)
-    graph = out.graph
+    out = _Emitter(structure, cuts, auxiliaries, sliced_tail(structure, task) if slices > 1 else [], recomputed)
+    graph, calls = out.graph, out.calls
     inputs, context = task.prepare(graph, structure.trace.placeholders)
-    out.raw.update(zip(structure.trace.placeholders, inputs, strict=True))
-    tail = sliced_tail(structure, task) if slices > 1 else []
-    own = out.dependent - set(tail)
-    nodes = [node for node in structure.trace.graph.nodes if node.op not in ("placeholder", "output") and node in own]
-    readers = _readers(out, nodes, tail, auxiliaries)
+    out.raw.update(zip([calls.at[node] for node in structure.trace.placeholders], inputs, strict=True))
+    later = set(out.tail)
+    nodes = [node for node in out.nodes if node in out.owner and node not in later]
+    read = [[calls.at[node] for node in auxiliary.inputs] for auxiliary in auxiliaries]
+    made = fx.map_arg(structure.trace.output.args[0], calls.at.__getitem__)
+    readers = _readers(out, nodes, made, read)
     losses: list[fx.Node] = []
     for module in range(len(cuts) + 1):
         before = len(graph.nodes)
         mine = [node for node in nodes if out.owner[node] == module]
-        for group in blocks_of(structure, mine) if module in recomputed else [[node] for node in mine]:
+        for group in _groups(out, mine) if module in recomputed else [[node] for node in mine]:
             if module in recomputed and out.may_run_again(group, readers):
                 out.emit_again(group, module, readers)
                 continue
             for node in group:
                 out.emit(node, module, bool(readers.get(node)))
         if module < len(cuts):
-            auxiliary = auxiliaries[module]
-            values = tuple(out.view(node, module) for node in auxiliary.inputs)
-            prediction = graph.create_node("call_module", f"aux.{module}.network", values, name=f"prediction_{module}")
-            loss = graph.create_node(
-                "call_module", f"aux.{module}.head", (prediction, *context), name=f"loss_{module}")
+            given: dict[str, Any] = {"inputs": tuple(inputs)} if module == 0 else {}
             losses.append(graph.create_node(
-                "call_module", f"aux.{module}.backward", (loss, *(inputs if module == 0 else ())),
-                name=f"local_loss_{module}"))
+                "call_module", f"aux.{module}", tuple(out.view(node, module) for node in read[module]),
+                {"context": tuple(context), **given}, name=f"loss_{module}"))
             _hand_on(out, module, nodes, readers)
         else:
-            result: Any = tuple(out.view(node, module) for node in tail_inputs(tail))
-            if not tail:
-                views = {node: out.view(node, module) for node in structure.trace.output.all_input_nodes}
-                result = outputs(fx.map_arg(structure.trace.output.args[0], views.__getitem__))
+            result: Any = tuple(out.view(node, module) for node in tail_inputs(out.tail))
+            if not out.tail:
+                result = outputs(fx.map_arg(made, lambda node: out.view(node, len(cuts))))
                 result, context = task.finish(graph, result, context)
-            loss = graph.create_node("call_module", "aux.last.head", (result, *context), name=f"loss_{module}")
+            loss = graph.create_node(
+                "call_module", "aux.last", (result,), {"context": tuple(context)}, name=f"loss_{module}")
             if slices > 1:
                 pair, loss = loss, graph.create_node("call_function", operator.getitem, (loss, 0), name=f"sum_{module}")
                 result = graph.create_node("call_function", operator.getitem, (pair, 1), name="outputs")
         next(islice(graph.nodes, before, None)).meta["headline"] = comments[module]
+    _finish(graph, task, losses, loss, result)
+    if out.tail:
+        out.parts["tail"] = _subgraph(out.tail, tail_inputs(out.tail), made)
+    return Emitted(graph, out.parts, out.opened)
+
+
+def emit_whole(
+    structure: Structure, task: Task, comment: str, outputs: Callable[[Any], Any], by_name: bool, path: str
+) -> Emitted:
+    """The graph of a step that is not cut: the model is called as it is."""
+    graph = fx.Graph()
+    inputs, context = task.prepare(graph, structure.trace.placeholders)
+    names = [str(node.target) for node in structure.trace.placeholders]
+    args, kwargs = ((), dict(zip(names, inputs, strict=True))) if by_name else (tuple(inputs), {})
+    called = graph.create_node("call_module", path or "aux.whole", args, kwargs, name="outputs")
+    called.meta.update(headline=comment, local_module=0)
+    result, context = task.finish(graph, outputs(called) if isinstance(
+        structure.trace.output.args[0], fx.Node) else called, context)
+    loss = graph.create_node("call_module", "aux.last", (result,), {"context": tuple(context)}, name="loss_0")
+    _finish(graph, task, [], loss, result)
+    return Emitted(graph, {}, ())
+
+
+def _finish(graph: fx.Graph, task: Task, losses: list[fx.Node], loss: fx.Node, result: Any) -> None:
     if task.result() == "dict":
         final = graph.create_node("call_function", runtime.merge, (losses, loss), name="losses")
     else:
@@ -163,9 +245,6 @@ def emit(
     graph.output(final)
     with_headlines(graph)
     graph.lint()
-    if tail:
-        out.parts["tail"] = _subgraph(tail, tail_inputs(tail), structure.trace.output.args[0])
-    return graph, out.parts
 
 
 def _subgraph(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Any) -> fx.Graph:
@@ -179,38 +258,32 @@ def _subgraph(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Any)
     return graph
 
 
-def blocks_of(structure: Structure, nodes: Sequence[fx.Node]) -> list[list[fx.Node]]:
-    """Neighbouring nodes of one unit of the trunk, or of one part of the neck and head."""
-    owner = structure.assign([unit.end for unit in structure.units])
-    home = common_path(node for node in nodes if node not in structure.trunk).split(".")
-
-    def key(node: fx.Node) -> Any:
-        path = node.meta["module"].split(".")
-        return owner[node] if node in structure.trunk else path[: len(home) + 1] if path[: len(home)] == home else path
-
-    return [list(group) for _, group in groupby(nodes, key)]
+def _groups(out: _Emitter, nodes: Sequence[fx.Node]) -> list[list[fx.Node]]:
+    """Neighbouring nodes of one block."""
+    return [list(group) for _, group in groupby(nodes, lambda node: out.calls.label[node])]
 
 
 def pooled_activations(
-    structure: Structure, owner: Mapping[fx.Node, int], cuts: Sequence[fx.Node]
+    trace: Trace, graph: fx.Graph, owner: Mapping[fx.Node, int], cuts: Sequence[fx.Node]
 ) -> dict[fx.Node, fx.Node]:
-    """Max-pooling layers and the ReLU that only they read: pooled first, autograd keeps and makes no map of the ReLU's
-    size. Values and gradients are the same, bit for bit: a window's largest value stays its largest, and where all are
-    negative the gradient is 0 either way."""
+    """Max-pooling layers and the ReLU that only they read, where both are written out: pooled first, autograd keeps and
+    makes no map of the ReLU's size. Values and gradients are the same, bit for bit: a window's largest value stays its
+    largest, and where all are negative the gradient is 0 either way."""
     found = {}
-    for node in structure.trace.graph.nodes:
-        pool = structure.trace.module(node)
+    for node in graph.nodes:
+        pool = trace.module(node)
         if isinstance(pool, nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d) and not pool.return_indices:
             source = node.all_input_nodes[0]
             together = owner[node] == owner.get(source) and source not in cuts
-            if together and isinstance(structure.trace.module(source), nn.ReLU) and len(source.users) == 1 and (
+            if together and isinstance(trace.module(source), nn.ReLU) and len(source.users) == 1 and (
                     len(source.all_input_nodes[0].users) == 1):
                 found[node] = source
     return found
 
 
 def sliced_tail(structure: Structure, task: Task) -> list[fx.Node]:
-    """The nodes behind the trunk, which run slice by slice; none where the task has a head of its own for that."""
+    """The recorded nodes behind the trunk, which run slice by slice; none where the task has a head of its own for
+    that."""
     if task.outputs_are_levels:
         return []
     behind = {node for node in structure.dependent - structure.trunk if node.op not in ("placeholder", "output")}
@@ -239,17 +312,20 @@ def tail_inputs(tail: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 def _readers(
-    out: _Emitter, nodes: list[fx.Node], tail: Sequence[fx.Node], auxiliaries: Sequence[Auxiliary]
+    out: _Emitter, nodes: list[fx.Node], made: Any, read: Sequence[Sequence[fx.Node]]
 ) -> dict[fx.Node, set[int]]:
-    """The local modules, other than its own, that read each value."""
+    """The local modules, other than its own, that read each value. made: the network's outputs; read: what auxiliary
+    networks read."""
     readers: dict[fx.Node, set[int]] = {}
     for node in nodes:
         for source in node.all_input_nodes:
             readers.setdefault(source, set()).add(out.owner[node])
-    for source in [*out.structure.trace.output.all_input_nodes, *tail_inputs(tail)]:
+    last: list[fx.Node] = list(tail_inputs(out.tail))
+    fx.map_arg(made, last.append)
+    for source in last:
         readers.setdefault(source, set()).add(len(out.cuts))
-    for module, auxiliary in enumerate(auxiliaries):
-        for source in auxiliary.inputs:
+    for module, sources in enumerate(read):
+        for source in sources:
             readers.setdefault(source, set()).add(module)
     return {node: {m for m in modules if m != out.owner.get(node)} for node, modules in readers.items()}
 
@@ -273,10 +349,7 @@ def register(
 ) -> None:
     """Fill the ``aux`` module: per local module its network and head; what the task itself trains; constants."""
     for index, (auxiliary, head) in enumerate(zip(auxiliaries, heads, strict=True)):
-        part = nn.Module()
-        part.add_module("network", auxiliary.network)
-        part.add_module("head", head)
-        aux.add_module(str(index), part)
+        aux.add_module(str(index), LocalLoss(auxiliary.network, head))
     register_task(aux, task)
     if structure.trace.constants:
         part = nn.Module()

@@ -49,6 +49,14 @@ class UnsupportedError(GlcanFxError):
     """The training set-up cannot work with local gradients (second-order gradients, sharded sub-modules)."""
 
 
+class ModelChangedError(GlcanFxError):
+    """Something that the compiled training step took for granted has changed since the model was compiled."""
+
+
+class NotLearningError(GlcanFxError):
+    """A local module, or its auxiliary network, gets no gradients, or none that are finite."""
+
+
 class SmallExampleWarning(UserWarning):
     """A training step is much larger than the example inputs that its plan was made for."""
 

@@ -164,6 +164,8 @@ def simulate_local(
                     part.get_submodule(child).register_forward_pre_hook(enter(f"{index} {phase}"))
             part.get_submodule("backward").register_forward_hook(enter(f"{index + 1} forward"))
         local.aux.get_submodule("last.head").register_forward_pre_hook(enter(f"{last} loss"))
+        if "backward" in local.aux.get_submodule("last")._modules:
+            local.aux.get_submodule("last.backward").register_forward_pre_hook(enter(f"{last} backward"))
 
     def step() -> Tensor:
         return minimised(local(*inputs, targets))

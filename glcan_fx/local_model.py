@@ -1,6 +1,7 @@
 """The result: a GraphModule that trains by local losses and evaluates as the original model."""
 
 import copy
+import inspect
 import math
 import sys
 import warnings
@@ -18,21 +19,35 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_leaves
 
-from .errors import PlanError, SmallExampleWarning, UnsupportedError, UnusedGradientsWarning
+from .errors import (
+    ModelChangedError,
+    PlanError,
+    SmallExampleWarning,
+    TargetError,
+    UnsupportedError,
+    UnusedGradientsWarning,
+)
 from .graphs import Packed, Parts, pack, unpack
+from .guards import Guards, Opened
 from .in_forward import OptimizerInForward, refuse_distributed
 from .nested import tensors_in
 from .replay import Surroundings
 from .runtime import (
     LocalBackward,
+    LocalLoss,
     LocalOutput,
     LossScale,
     ReadOnly,
     Recomputed,
     SlicedHead,
+    Whole,
+    collect,
     parameters_of,
     private_graph,
+    reported,
+    total,
 )
+from .tasks.base import LossHead, Spec
 from .trace import within
 
 if TYPE_CHECKING:
@@ -54,7 +69,8 @@ class LocalModel(fx.GraphModule):
     _training_step: Any
 
     def __init__(
-        self, model: nn.Module, aux: nn.Module, graph: fx.Graph, plan: "Plan", task: "Task", parts: Parts
+        self, model: nn.Module, aux: nn.Module, graph: fx.Graph, plan: "Plan", task: "Task", parts: Parts,
+        opened: Opened,
     ) -> None:
         taken = [name for name in model._modules | model._parameters | model._buffers if name in _RESERVED]
         if taken:
@@ -66,7 +82,10 @@ class LocalModel(fx.GraphModule):
         _share(root, model, aux)
         super().__init__(root, graph, class_name="LocalModel")
         _share(self, model, aux)
-        self.__dict__.update(_original=model, plan=plan, task=task, _last_reached=[], _parts=parts,
+        called = frozenset(str(node.target) for node in graph.nodes if node.op == "call_module")
+        self.__dict__.update(_original=model, plan=plan, task=task, _last_reached=[], _parts=parts, _opened=opened,
+                             _guards=Guards(model, opened, called | {path for part in parts.values()
+                                                                     for path in _called(part.nodes)}),
                              _optimizer=_no_optimizer, _compared=False)
         self.__dict__["training"] = model.training
         for name, part in aux.named_children():
@@ -74,6 +93,7 @@ class LocalModel(fx.GraphModule):
                 part.train(model.training)
         aux.__dict__["training"] = model.training
         self.register_load_state_dict_pre_hook(_accept_plain_checkpoint)
+        self._dress()
 
     @property
     def original(self) -> nn.Module:
@@ -85,33 +105,107 @@ class LocalModel(fx.GraphModule):
         code = super().recompile()
         cls: Any = type(self)
         cls._training_step = cls.forward  # the generated function
-        cls.forward = LocalModel._dispatch
+        self._dress()
         return code
 
-    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]  # what it calls is compiled
-    def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.training:
+    def _dress(self) -> None:
+        """Give ``forward`` the model's own signature, with the targets of a training step."""
+        def forward(self: "LocalModel", *args: Any, **kwargs: Any) -> Any:
+            if self.training:
+                return self._train_step(args, kwargs)
+            return self._evaluate(args, kwargs)
+
+        if "_original" in self.__dict__:
+            forward.__signature__ = _signature(self.original)  # type: ignore[attr-defined]
+        cls: Any = type(self)
+        cls.forward = forward
+
+    def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The original model's output; with targets, its loss beside it."""
+        if self.task.result() == "dict":
             return self.original(*args, **kwargs)
-        names = [str(node.target) for node in self.graph.nodes if node.op == "placeholder"]
-        given = dict(zip(names, args, strict=False)) | kwargs
+        targets = kwargs.get("targets")
+        inputs = self._names()[:-1]
+        if len(args) > len(inputs):
+            args, targets = args[:len(inputs)], args[len(inputs)]
+        output = self.original(*args, **{key: value for key, value in kwargs.items() if key != "targets"})
+        if targets is None:
+            return output
+        loss = LossHead(self.task)(output, targets)
+        return collect([reported(total(loss), loss)], output)
+
+    def _names(self) -> list[str]:
+        """Of the arguments of a training step: the model's, and its targets."""
+        return [str(node.target) for node in self.graph.nodes if node.op == "placeholder"]
+
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]  # what it calls is compiled
+    def _train_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = self._given(args, kwargs)
         if given.get("targets") is None and not torch.is_grad_enabled():
             return self.original(*args, **kwargs)  # statistics are being collected (update_bn): nothing to train
         self.task.check(next(iter(given.values()), None), given.get("targets"))
         _refuse_sharded(self)
+        self._sync()
+        self.__dict__["_guards"].check()
         self._warn_of_unused()
         if not self.__dict__["_compared"]:
             self.__dict__["_compared"] = True
             self._compare_sizes(next(iter(given.values()), None))
+        if "whole" in self.aux._modules:  # the model's own call runs its hooks
+            return self._step(given)
+        return _within_hooks(self, given)
+
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a training step by name. Raises ModelChangedError for those that the step was not written
+        for."""
+        names = self._names()
+        if len(args) > len(names):
+            raise TargetError(f"a training step of {self.plan.model} takes {', '.join(names)}, not {len(args)} "
+                              "arguments: example_inputs= say which arguments it has, and the targets are the last.")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if self.plan.network or self.plan.around is not None:
+            return given
+        known = inspect.signature(self.original.forward).parameters
+        for name in [name for name in given if name not in names]:
+            default = known[name].default if name in known else inspect.Parameter.empty
+            if given[name] is not default:
+                raise ModelChangedError(
+                    f"argument '{name}' of {self.plan.model} was not among example_inputs=, which the training step "
+                    "was written for. Compile again with an example that has it, as keyword arguments: "
+                    f"example_inputs={{..., '{name}': ...}}.")
+            del given[name]
+        examples = self.plan.inputs.items() if isinstance(self.plan.inputs, dict) else zip(
+            names, self.plan.inputs, strict=False)
+        for name, example in examples if self.plan.k > 1 else ():
+            if name in given and (what := _unlike(example, given[name])):
+                raise ModelChangedError(
+                    f"argument '{name}' of {self.plan.model} was {what[0]} in example_inputs=, which the training step "
+                    f"was written for, and is {what[1]} now. Compile again with such an example.")
+        return given
+
+    def _step(self, given: dict[str, Any]) -> Any:
+        """Run the step's graph."""
         optimizer = self.__dict__["_optimizer"]()
         stepping = optimizer is not None and torch.is_grad_enabled()
-        with private_graph() if self.plan.k > 1 else nullcontext(), \
-                optimizer.forward(_backwards(self)) if stepping else nullcontext():
-            result = self._training_step(*args, **kwargs)
-            if stepping:
-                optimizer.refuse_used_again(list(tensors_in(result)))
+        try:
+            with private_graph() if self.plan.k > 1 else nullcontext(), \
+                    optimizer.forward(_backwards(self)) if stepping else nullcontext():
+                result = self._training_step(**given)
+                if stepping:
+                    optimizer.refuse_used_again(list(tensors_in(result)))
+        except BaseException:
+            self._forget_step()
+            raise
         self.aux.get_submodule("scale").update()  # type: ignore[operator]
         self._watch_last(result)
         return result
+
+    def _forget_step(self) -> None:
+        """After an exception there is no step whose losses could be minimised in part."""
+        self.__dict__["_last_reached"] = []
+        for part in self.modules():
+            if isinstance(part, LocalBackward):
+                part.delivered = []
 
     def _compare_sizes(self, first: Any) -> None:
         """Warn of a step much larger than the plan's example, which the choice of k and auxiliary networks rests on."""
@@ -160,6 +254,7 @@ class LocalModel(fx.GraphModule):
             )
 
     def train(self, mode: bool = True) -> "LocalModel":
+        self._sync_if_made()
         kept = [(part, part.training) for module in self.task.modules().values() for part in module.modules()]
         super().train(mode)
         self.original.train(mode)  # also applies the model's own train(), which may keep parts in evaluation mode
@@ -168,8 +263,10 @@ class LocalModel(fx.GraphModule):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> "LocalModel":
-        self.original._apply(fn, recurse)  # the model's own way of moving, if it has one
+        move = self.original._apply  # the model's own way of moving, if it has one
+        move(fn) if recurse else move(fn, recurse)
         self.aux._apply(fn, recurse)
+        self._sync()
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -181,28 +278,60 @@ class LocalModel(fx.GraphModule):
             return getattr(self.original, name)  # the model's own methods and attributes
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        self._mirror(name)
+        model = self.__dict__.get("_original")
+        own = model is None or name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
+        if own or name == "aux" or not (isinstance(value, nn.Module | nn.Parameter) or hasattr(model, name)):
+            super().__setattr__(name, value)
+            return
+        setattr(model, name, value)
+        self._sync()
 
     def __delattr__(self, name: str) -> None:
-        super().__delattr__(name)
-        self._mirror(name)
+        if "_original" in self.__dict__ and name not in self.__dict__ and name != "aux":
+            delattr(self.original, name)
+            self._sync()
+        else:
+            super().__delattr__(name)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        super().add_module(name, module)
-        self._mirror(name)
+        if "_original" not in self.__dict__ or name == "aux":
+            super().add_module(name, module)
+            return
+        self.original.add_module(name, module)
+        self._sync()
 
-    def _mirror(self, name: str) -> None:
-        """A direct child that was replaced (another classifier, say) is replaced in the original, too."""
-        if "_original" in self.__dict__ and name != "aux":
-            if name in self._modules:
-                self.original._modules[name] = self._modules[name]
-            else:
-                self.original._modules.pop(name, None)
+    def _sync(self) -> None:
+        """See the modules that the model has now: they may have been replaced in it."""
+        own, model = self._modules, self.original._modules
+        if len(own) != len(model) + 1 or any(own.get(name) is not part for name, part in model.items()):
+            aux = own["aux"]
+            own.clear()
+            own.update({**model, "aux": aux})
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        self._sync_if_made()
+        return super().named_modules(*args, **kwargs)
+
+    def named_children(self) -> Any:
+        self._sync_if_made()
+        return super().named_children()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._sync_if_made()
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._sync_if_made()
+        return super().load_state_dict(*args, **kwargs)
+
+    def _sync_if_made(self) -> None:
+        if "_original" in self.__dict__:
+            self._sync()
 
     def __copy__(self) -> "LocalModel":
         parts = self.__dict__["_parts"]
-        new = assemble(self.original, self.aux, copy.deepcopy(self.graph), self.plan, self.task, parts)
+        new = assemble(self.original, self.aux, copy.deepcopy(self.graph), self.plan, self.task, parts,
+                       self.__dict__["_opened"])
         new.__dict__["training"] = self.training
         return new
 
@@ -267,13 +396,80 @@ class LocalModel(fx.GraphModule):
         model = copy.deepcopy(self.original, memo)
         task = copy.deepcopy(self.task, memo)  # may hold a criterion with parameters
         aux = copy.deepcopy(self.aux, memo)
-        new = assemble(model, aux, copy.deepcopy(self.graph), self.plan, task, self.__dict__["_parts"])
+        new = assemble(model, aux, copy.deepcopy(self.graph), self.plan, task, self.__dict__["_parts"],
+                       self.__dict__["_opened"])
         memo[id(self)] = new
         return _with_modes(new, _modes(self))
 
     def __reduce__(self) -> Any:
         parts = {name: pack(part) for name, part in self.__dict__["_parts"].items()}
-        return _rebuild, (self.original, self.aux, pack(self.graph), self.plan, self.task, _modes(self), parts)
+        return _rebuild, (self.original, self.aux, pack(self.graph), self.plan, self.task, _modes(self), parts,
+                          dict(self.__dict__["_opened"]))
+
+
+def _within_hooks(local: LocalModel, given: dict[str, Any]) -> Any:
+    """A step, and around it the hooks on the model itself, whose forward is written out."""
+    model = local.original
+    if model._backward_hooks or model._backward_pre_hooks:
+        raise UnsupportedError(f"{type(model).__name__} itself has a backward hook, but no gradient passes through it "
+                               "as a whole. Put the hook on modules inside it.")
+    if not model._forward_hooks and not model._forward_pre_hooks:
+        return local._step(given)
+    names = [name for name in local._names() if name in given]
+    detector = local.task.result() == "dict"
+    seen = names if detector else [name for name in names if name != "targets"]
+    args = tuple(given[name] for name in seen)
+    for key, before in list(model._forward_pre_hooks.items()):
+        if key in model._forward_pre_hooks_with_kwargs:
+            args = (before(model, args, {}) or (args, {}))[0]
+        elif (changed := before(model, args)) is not None:
+            args = changed if isinstance(changed, tuple) else (changed,)
+    result = local._step({**given, **dict(zip(seen, args, strict=True))})
+    output = result if detector else result.output
+    for key, after in list(model._forward_hooks.items()):
+        with_kwargs = key in model._forward_hooks_with_kwargs
+        changed = after(model, args, {}, output) if with_kwargs else after(model, args, output)
+        if changed is not None and changed is not output:
+            raise UnsupportedError(
+                f"a forward hook on {type(model).__name__} itself changes its output, which the local losses do not "
+                "see. Compute it in a module at the end of the model, or in the criterion.")
+    return result
+
+
+def _signature(model: nn.Module) -> inspect.Signature | None:
+    """Of the model's forward, with the targets of a training step behind its positional arguments."""
+    try:
+        known = list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):
+        return None
+    if any(parameter.name == "targets" for parameter in known):
+        return inspect.Signature([_SELF, *known])
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    before = [parameter for parameter in known if parameter.kind in positional]
+    targets = inspect.Parameter("targets", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
+    return inspect.Signature([_SELF, *before, targets, *(p for p in known if p.kind not in positional)])
+
+
+_SELF = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+
+
+def _unlike(example: Any, value: Any) -> tuple[str, str] | None:
+    """Where an argument is another kind of value than in the example, or another value of what has no numbers."""
+    if isinstance(example, Spec):
+        return None if isinstance(value, Tensor) else ("a tensor", repr(value)[:60])
+    if isinstance(example, list | tuple):
+        if not isinstance(value, list | tuple) or len(value) != len(example):
+            return f"a list of {len(example)}", repr(value)[:60]
+        return next(filter(None, map(_unlike, example, value)), None)
+    if isinstance(example, dict):
+        if not isinstance(value, dict) or value.keys() != example.keys():
+            return f"a dict with {', '.join(map(str, example))}", repr(value)[:60]
+        return next(filter(None, (_unlike(example[key], value[key]) for key in example)), None)
+    if type(example) in (int, float):
+        return None if type(value) in (int, float) else (repr(example), repr(value)[:60])
+    if isinstance(value, Tensor) or type(example) is not type(value) or example != value:
+        return repr(example)[:60], "a tensor" if isinstance(value, Tensor) else repr(value)[:60]
+    return None
 
 
 _MUCH = 4  # times the values of the example
@@ -281,13 +477,17 @@ _RESERVED = ("aux", "plan", "task", "original", "graph", "code", "meta")
 
 
 def assemble(
-    model: nn.Module, aux: nn.Module, graph: fx.Graph, plan: "Plan", task: "Task", parts: Parts | None = None
+    model: nn.Module, aux: nn.Module, graph: fx.Graph, plan: "Plan", task: "Task", parts: Parts | None = None,
+    opened: Opened | None = None,
 ) -> LocalModel:
     """Connect graph, model and auxiliary networks: resolve what each local loss trains, the last head, and the
     ``parts`` of the model that the graph calls as modules of their own: its tail, blocks that run again in backward."""
-    aux.add_module("last", nn.Module())
     head = task.last_head(model, plan.options.fused)
-    aux.get_submodule("last").add_module("head", head)
+    reports = task.result() == "output"
+    last = LocalLoss(None, head, last=True, reports=reports)
+    aux.add_module("last", last)
+    if any(node.target == "aux.whole" for node in graph.nodes):
+        aux.add_module("whole", Whole(model))
     for name, part in task.parts(model).items():
         aux.add_module(name, part)
     for module in aux.modules():
@@ -300,17 +500,23 @@ def assemble(
         trains = [(model, path) for path in _targets(graph, index)] + [(part, "network"), (part, "head")]
         if "task" in aux._modules:
             trains.append((aux, "task"))
-        part.add_module("backward", LocalBackward(trains, scale, info.name))
+        part.add_module("backward", LocalBackward(trains, scale, info.name, model))
+        part.__dict__["reports"] = reports
+    if plan.k > 1 and reports and plan.around is None:
+        trains = [(model, path) for path in _targets_of_last(model, graph, parts or {}, plan.k)]
+        if "task" in aux._modules:
+            trains.append((aux, "task"))
+        last.add_module("backward", LocalBackward(trains, scale, plan.modules[-1].name, model))
     bound = {name: (partial(type(fx.GraphModule(model, part, "Part")).forward, model), _called(part.nodes))
              for name, part in (parts or {}).items()}
     if plan.options.slices > 1:
         criterion = [(aux, "task")] if "task" in aux._modules else []
         tail, behind = bound.pop("tail", (None, task.behind(model)))
-        aux.get_submodule("last").add_module(
+        last.add_module(
             "head", SlicedHead(tail, head, plan.options.slices, task.part, model, behind, criterion, scale))
     for name, (run, called) in bound.items():
         aux.add_module(name, Recomputed(run, model, called))
-    return LocalModel(model, aux, graph, plan, task, parts or {})
+    return LocalModel(model, aux, graph, plan, task, parts or {}, opened or {})
 
 
 def _targets(graph: fx.Graph, index: int) -> list[str]:
@@ -318,6 +524,14 @@ def _targets(graph: fx.Graph, index: int) -> list[str]:
     own = [node for node in graph.nodes if node.meta.get("local_module") == index]
     named = [path for node in own for path in node.meta.get("trains", ())]
     return list(dict.fromkeys([path for path in _called(own) if not path.startswith("aux.")] + named))
+
+
+def _targets_of_last(model: nn.Module, graph: fx.Graph, parts: Parts, k: int) -> list[str]:
+    """What the last local module trains: what it uses, and all that no other does."""
+    own = _targets(graph, k - 1) + (_called(parts["tail"].nodes) if "tail" in parts else [])
+    others = {id(p) for index in range(k - 1)
+              for p in parameters_of([(model, path) for path in _targets(graph, index)])}
+    return own + [name for name, p in model.named_parameters() if id(p) not in others]
 
 
 def _called(nodes: Iterable[fx.Node]) -> list[str]:
@@ -410,9 +624,9 @@ def _accept_plain_checkpoint(module: LocalModel, state: dict[str, Any], prefix: 
 
 def _rebuild(
     model: nn.Module, aux: nn.Module, graph: Packed, plan: "Plan", task: "Task", modes: dict[str, bool],
-    parts: dict[str, Packed],
+    parts: dict[str, Packed], opened: Opened,
 ) -> LocalModel:
-    made = assemble(model, aux, unpack(graph), plan, task, {name: unpack(part) for name, part in parts.items()})
+    made = assemble(model, aux, unpack(graph), plan, task, {name: unpack(part) for name, part in parts.items()}, opened)
     return _with_modes(made, modes)
 
 

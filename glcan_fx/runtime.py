@@ -6,6 +6,7 @@ arrives (1 / accumulation steps, a GradScaler's scale, a weight) and hands them 
 ``.grad``, hooks, DistributedDataParallel and clipping see what they would see after a summed loss.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -13,12 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from .errors import CriterionError, UnsupportedError
+from .errors import CriterionError, NotLearningError, UnsupportedError
 from .nested import map_tensors, tensors_in
 
 if TYPE_CHECKING:
@@ -67,9 +69,14 @@ def total(loss: Any) -> Tensor:
     return terms[0].reshape(()) if len(terms) == 1 else torch.stack([term.reshape(()) for term in terms]).sum()
 
 
+def parts_of_loss(loss: Any) -> dict[str, Tensor] | None:
+    """The parts of a dict of losses, for reports."""
+    return {key: value.detach() for key, value in loss.items()} if isinstance(loss, dict) else None
+
+
 def collect(losses: Sequence[Any], output: Any) -> LocalOutput:
     """Assemble the result of a training step."""
-    scalars = tuple(total(loss) for loss in losses)
+    scalars = tuple(loss[0] if isinstance(loss, tuple) else total(loss) for loss in losses)
     return LocalOutput(scalars[0] if len(scalars) == 1 else torch.stack(scalars).sum(), detach(output), scalars)
 
 
@@ -163,10 +170,13 @@ class LocalBackward(nn.Module):
     so that frozen, replaced, pruned or newly added parameters are seen.
     """
 
-    def __init__(self, trains: Sequence[tuple[nn.Module, str]], scale: nn.Module, name: str) -> None:
+    def __init__(
+        self, trains: Sequence[tuple[nn.Module, str]], scale: nn.Module, name: str, model: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        self.__dict__["trains"] = tuple(trains)
+        self.__dict__.update(trains=tuple(trains), model=model)
         self.name = name
+        self.watch = Watch(name)
         self.delivered: list[bool] = []  # of the last step: [False], [True] after its backward, [] when there was none
         self.__dict__["scaler"] = scale  # registered once, beside the local modules
         self.optimizer: OptimizerInForward | None = None  # during a forward pass that steps
@@ -178,11 +188,16 @@ class LocalBackward(nn.Module):
         self.delivered = []
         found = [*parameters_of(self.__dict__["trains"]), *(t for t in tree_leaves(inputs) if isinstance(t, Tensor))]
         parameters = list({id(p): p for p in found if p.requires_grad}.values())
-        if not (torch.is_grad_enabled() and scalar.requires_grad and parameters):
+        if not (torch.is_grad_enabled() and parameters):
             return scalar.detach()
+        if not scalar.requires_grad:
+            raise CriterionError(f"the loss of the local module '{self.name}' depends on none of its parameters: the "
+                                 "criterion detaches the outputs, or does not read them.")
         if self.optimizer is not None:
             self.optimizer.refuse_used_again([scalar])
         stash = _differentiate(scalar, parameters, self.__dict__["scaler"])
+        if self.watch.steps:
+            self.watch.look(scalar, self._groups(parameters), dict(zip(map(id, parameters), stash, strict=True)))
         self.delivered = [False]
         arrived = None
         if self.optimizer is not None:
@@ -195,8 +210,116 @@ class LocalBackward(nn.Module):
         out: Tensor = _Replay.apply(scalar.detach(), stash, self.delivered, arrived, *parameters)
         return out
 
+    def _groups(self, parameters: Sequence[Tensor]) -> dict[str, list[int]]:
+        """The model's parameters and those of the auxiliary network and criterion, by what they are called."""
+        own = {id(p) for p in parameters_of(
+            [(root, path) for root, path in self.__dict__["trains"] if root is self.__dict__["model"]])}
+        beside = {id(p) for p in parameters_of(
+            [(root, path) for root, path in self.__dict__["trains"] if root is not self.__dict__["model"]])} - own
+        given = [id(p) for p in parameters]
+        return {"the local module": [key for key in given if key in own],
+                "the auxiliary network of the local module": [key for key in given if key in beside]}
+
     def extra_repr(self) -> str:
         return self.name
+
+
+class Watch:
+    """Looks, in the first steps, whether what a local loss trains gets gradients at all."""
+
+    def __init__(self, name: str, steps: int = 3) -> None:
+        self.name, self.steps = name, steps
+        self.learned: set[str] = set()
+
+    @torch.no_grad()
+    def look(self, loss: Tensor, groups: dict[str, list[int]], grads: dict[int, Tensor | None]) -> None:
+        """Raise NotLearningError where gradients are not finite though the loss is, or were all zero in all of these
+        steps. One synchronisation per group."""
+        if isinstance(loss, FakeTensor) or is_half(loss.device.type):  # no values; a scale that is still to be found
+            return
+        if not torch.isfinite(loss):
+            return
+        self.steps -= 1
+        for kind, keys in groups.items():
+            present = [grad for key in keys if (grad := grads[key]) is not None]
+            norm = sum(float(torch.linalg.vector_norm(g.to_dense() if g.is_sparse else g)) for g in present)
+            if not math.isfinite(norm):
+                raise NotLearningError(
+                    f"gradients of {kind} '{self.name}' are not finite, though its loss is ({float(loss):.6g}). Look "
+                    "for a division by zero, a square root or a logarithm of zero in the model or the criterion.")
+            if norm > 0:
+                self.learned.add(kind)
+            if not self.steps and keys and kind not in self.learned:
+                raise NotLearningError(
+                    f"{kind} '{self.name}' does not learn: all of its gradients were exactly zero in the first steps. "
+                    "Either its local loss does not depend on it (choose other split points, k or method), or "
+                    "something in front of the loss gives no gradient (a scale of zero, a dead activation, targets without "
+                    "labels). Freeze it with requires_grad_(False) if it is not to be trained.")
+
+
+class LocalLoss(nn.Module):
+    """(values, context) -> the loss of a local module, which is already differentiated.
+
+    ``network`` makes predictions of the values that the module hands on and those that the loss reads beside them,
+    ``head`` the loss of predictions and context, ``backward`` (added when the model is assembled) the gradients. The
+    last local module has no network. What the network and the loss draw at random moves no random state of the model's.
+    reports: return the parts of a dict of losses, too.
+    """
+
+    def __init__(self, network: nn.Module | None, head: nn.Module, *, last: bool = False, reports: bool = True) -> None:
+        super().__init__()
+        if network is not None:
+            self.network = network
+        self.head = head
+        self.last, self.reports = last, reports
+
+    def forward(self, *values: Any, context: tuple[Any, ...] = (), inputs: tuple[Any, ...] = ()) -> Any:
+        state = None if self.last else _random_state(values)
+        loss = self._loss(values, context)
+        if state is not None:
+            _set_random_state(*state)
+        if isinstance(self.head, SlicedHead):
+            loss, outputs = loss
+            return self._finished(loss, inputs), outputs
+        return self._finished(loss, inputs)
+
+    def _loss(self, values: tuple[Any, ...], context: tuple[Any, ...]) -> Any:
+        if "network" in self._modules:
+            return self.head(self.network(*values), *context)
+        return self.head(*values, *context)
+
+    def _finished(self, loss: Any, inputs: tuple[Any, ...]) -> Any:
+        if "backward" not in self._modules:
+            return loss if not self.reports else reported(total(loss), loss)
+        made = self._modules["backward"](loss, *inputs)  # type: ignore[misc]
+        return reported(made, loss) if self.reports else made
+
+
+def reported(scalar: Tensor, loss: Any) -> Any:
+    """A local loss beside its parts, where it has some."""
+    parts = parts_of_loss(loss)
+    return scalar if parts is None else (scalar, parts)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _random_state(values: Any) -> tuple[torch.device, Tensor] | None:
+    """The random state of the device that values are on; None where nothing is drawn (on fake tensors)."""
+    tensor = next(tensors_in(values), None)
+    if tensor is None or isinstance(tensor, FakeTensor):
+        return None
+    if tensor.device.type == "cpu":
+        return tensor.device, torch.get_rng_state()
+    if tensor.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        return tensor.device, torch.cuda.get_rng_state(tensor.device)
+    return None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.cuda.set_rng_state(state, device)
 
 
 def _differentiate(
@@ -226,6 +349,17 @@ class _OfModel(nn.Module):
 
     def __reduce__(self) -> Any:
         return nn.Identity, ()
+
+
+class Whole(_OfModel):
+    """The model itself, called as it is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["model"] = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["model"](*args, **kwargs)
 
 
 class ReadOnly(_OfModel):

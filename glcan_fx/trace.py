@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from .capture import Recorder, erase_unused
+from .capture import Call, Recorder, arguments_in, erase_unused
 from .copies import fake_copy, replicate
 from .errors import TraceError
 from .places import NotMadeYet, Opaque, Specialisation, Uncapturable, in_words, place_of
@@ -69,7 +69,11 @@ class Trace:
     - ``mutates``: the input nodes whose tensors the node changed in place,
     - ``overwritten``: whether this node's tensor was changed in place after some other node had read it.
 
-    ``constants`` are the tensors that are neither parameters nor buffers, by attribute name.
+    - ``call``: the innermost recorded ``Call`` that the node was made in,
+    - ``random``: whether it draws random numbers that do not depend on the inputs.
+
+    ``constants`` are the tensors that are neither parameters nor buffers, by attribute name; ``reads`` are the names of
+    the attributes that recorded forwards read, by module path.
     """
 
     graph: fx.Graph
@@ -77,6 +81,7 @@ class Trace:
     mode: FakeTensorMode
     constants: dict[str, Tensor] = field(default_factory=dict)
     report: Report = Report()
+    reads: dict[str, set[str]] = field(default_factory=dict)
 
     @property
     def placeholders(self) -> list[fx.Node]:
@@ -93,6 +98,15 @@ class Trace:
             return p.requires_grad and p.dim() >= 2 and (node.op != "get_attr" or min(p.shape[:2]) > 1)
 
         return frozenset(node for node in self.graph.nodes if any(is_weight(node, p) for p in self.parameters(node)))
+
+    @cached_property
+    def inside(self) -> dict[Call, set[fx.Node]]:
+        """Of every recorded call, the nodes that were made in it."""
+        found: dict[Call, set[fx.Node]] = {}
+        for node in self.graph.nodes:
+            for call in node.meta["call"].around() if node.meta.get("call") else ():
+                found.setdefault(call, set()).add(node)
+        return found
 
     @cached_property
     def returns(self) -> dict[str, list[fx.Node]]:
@@ -158,7 +172,7 @@ def trace(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any], *
             break
         forced |= found
     _follow_dtypes(model, path, example_inputs, forced, main)
-    erase_unused(main.graph)
+    erase_unused(main.graph, arguments_in(main.graph))
     rung = 3 if main.opaque else 2 if main.specialisations else 1
     entered = _entered(main.graph)
     hooked = [f"'{name}': its hooks do not run in training" for name, part in model.get_submodule(path).named_modules()
@@ -172,8 +186,9 @@ def trace(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any], *
         target.__dict__[name] = value  # of the shadow
     if path:
         _prefix(main.graph, path)
+        main.reads = {".".join(filter(None, [path, inner])): names for inner, names in main.reads.items()}
         report = replace(report, opaque=tuple(replace(o, path=f"{path}.{o.path}") for o in report.opaque))
-    return Trace(main.graph, root, mode, main.constants, report)
+    return Trace(main.graph, root, mode, main.constants, report, main.reads)
 
 
 def _record(
@@ -349,6 +364,10 @@ def shadow(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
 
 
 def _prefix(graph: fx.Graph, path: str) -> None:
+    calls = {call for node in graph.nodes if node.meta.get("call") for call in node.meta["call"].around()}
+    for call in calls:
+        call.path = f"{path}.{call.path}" if call.path else path
+        call.left = {node: f"{path}.{name}" for node, name in call.left.items()}
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
             node.target = f"{path}.{node.target}"
