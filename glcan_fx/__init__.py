@@ -26,7 +26,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Block", "BudgetError", "Classification", "CriterionError", "CriterionTask", "Detection", "Estimate", "Feature",
-    "GlcanFxError", "LocalModel", "LocalModule", "LocalOutput", "Memory", "ModelChangedError", "NotLearningError", "Phase", "Place", "Plan", "PlanError",
-    "Report", "Rules", "Segmentation", "SuperResolution", "TargetError", "Task", "TraceError", "UnsupportedError",
-    "SmallExampleWarning", "UnusedGradientsWarning", "estimate_memory", "plan", "transform",
+    "GlcanFxError", "LocalModel", "LocalModule", "LocalOutput", "Memory", "ModelChangedError", "NotLearningError",
+    "Phase", "Place", "Plan", "PlanError", "Report", "Rules", "Segmentation", "SmallExampleWarning",
+    "SuperResolution", "TargetError", "Task", "TraceError", "UnsupportedError", "UnusedGradientsWarning",
+    "estimate_memory", "plan", "transform",
 ]

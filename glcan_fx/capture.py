@@ -267,7 +267,8 @@ class Recorder(TorchFunctionMode):
         """Note that Python's control flow used a size."""
         if not self._paused:
             where, code = users_place()
-            self.specialisations.setdefault((where, code), Specialisation(where, code, repr(answer)))
+            path = self.stack[-1]
+            self.specialisations.setdefault((where, path), Specialisation(where, code, repr(answer), path))
 
     # ---- module calls
 
@@ -505,7 +506,8 @@ class Recorder(TorchFunctionMode):
             if id(value) in self._objects and self._objects[id(value)][1] == [id(t) for t in tensors_in(value)]:
                 return self._objects[id(value)][0]
             fields = {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value) if f.init}
-            return self._made(value, (), {key: self._argument(part) for key, part in fields.items() if part is not None})
+            made = {key: self._argument(part) for key, part in fields.items() if part is not None}
+            return self._made(value, (), made)
         if isinstance(value, Mapping):
             if not all(isinstance(key, str | int | float | bool) for key in value):
                 raise Uncapturable("it makes a dict whose keys are neither names nor numbers")
@@ -580,7 +582,7 @@ def arguments_in(graph: fx.Graph) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for call in calls:
         if call.args is not None:
-            fx.map_arg((call.args, call.kwargs), found.add)  # type: ignore[arg-type]
+            fx.map_arg((call.args, call.kwargs), found.add)
     return found
 
 
@@ -625,7 +627,7 @@ def _watched_class(kind: type) -> type:
             reads = object.__getattribute__(self, "__dict__").get(_READS)
             if reads is not None:
                 reads.add(name)
-        return kind.__getattribute__(self, name)
+        return kind.__getattribute__(self, name)  # type: ignore[call-arg]
 
     return type(kind.__name__, (kind,), {"__getattribute__": read, "__module__": kind.__module__,
                                          "__qualname__": kind.__qualname__})

@@ -44,7 +44,7 @@ from .tasks import Spec, Task, make_task, specs
 from .tasks.around import Around
 from .tasks.base import Criterion
 from .trace import trace
-from .verify import verify as verify_capture
+from .verify import verify as verify_step
 
 log = logging.getLogger("glcan_fx")
 
@@ -549,9 +549,9 @@ def _notes(structure: Structure, model: nn.Module) -> list[str]:
 
 def _build(chosen: Plan, structure: Structure, model: nn.Module, task: Task, verified: bool) -> LocalModel:
     _check(model, chosen.options)
+    local, emitted = connect(chosen, structure, model, task)
     if verified:
-        verify_capture(structure, model, chosen.inputs, task.network(model))
-    local = connect(chosen, structure, model, task)
+        verify_step(local, emitted, structure)
     warn_of_unstepped(local)
     log.info("compiled %s; create the optimiser after this call, from its parameters()", chosen.model)
     return local

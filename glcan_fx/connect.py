@@ -2,9 +2,10 @@
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from .analyze import Structure, Unit, unit_at
 from .copies import cuda_devices, fake_copy, replicate
 from .drafts import last_module, levels_of, local_module, tail_cost
-from .emit import emit, emit_whole, register, why_not_sliced
+from .emit import Emitted, emit, emit_whole, register, why_not_sliced
 from .errors import PlanError
 from .estimate import AnyLoss, Estimate, Memory, OptimizerLike, backpropagated, simulate_local, simulate_plain
 from .local_model import LocalModel, assemble
@@ -32,7 +33,7 @@ log = logging.getLogger("glcan_fx")
 
 def connect(
     chosen: Plan, structure: Structure, model: nn.Module, task: Task, shadow: nn.Module | None = None
-) -> LocalModel:
+) -> tuple[LocalModel, Emitted]:
     """Synthesize and emit what a plan says; with ``shadow``, a copy of the model with fake tensors, on that, without
     memory."""
     cuts = []
@@ -93,7 +94,35 @@ def connect(
     if shadow is None and example is not None:
         aux.to(device=example.device)
     opened = {path: tuple(sorted(structure.trace.reads.get(path, ()))) for path in emitted.opened}
-    return assemble(model if shadow is None else shadow, aux, emitted.graph, chosen, task, emitted.parts, opened)
+    chosen = replace(chosen, reads=tuple(_named(structure, cut, auxiliary.inputs)
+                                         for cut, auxiliary in zip(cuts, auxiliaries, strict=True)))
+    whole = model if shadow is None else shadow
+    return assemble(whole, aux, emitted.graph, chosen, task, emitted.parts, opened), emitted
+
+
+def _named(structure: Structure, cut: Unit, inputs: Sequence[fx.Node]) -> tuple[str | None, ...]:
+    """What an auxiliary network reads, by name: the cut, features, inputs; None for what has no name."""
+    names = {**{tap.node: tap.name for tap in structure.taps}, cut.end: cut.name}
+    return tuple(names.get(node) for node in inputs)
+
+
+def connect_again(local: LocalModel, structure: Structure) -> Emitted:
+    """The step of a compiled model as another recording of the model has it, with the same auxiliary networks. Raises
+    PlanError where they do not fit."""
+    plan, task = local.plan, local.task
+    units = [unit_at(structure, name) for name in plan.cuts]
+    known = {tap.name: tap.node for tap in structure.taps}
+    inputs = []
+    for unit, names in zip(units, plan.reads, strict=True):
+        if unit is None:
+            raise PlanError("it does not make the values that the local modules end with")
+        nodes = [{**known, unit.name: unit.end}.get(name) if name else None for name in names]
+        if None in nodes:
+            raise PlanError("it does not make what an auxiliary network reads")
+        inputs.append(nodes)
+    auxiliaries: Any = [SimpleNamespace(inputs=nodes) for nodes in inputs]
+    comments = [module.headline(index) for index, module in enumerate(plan.modules)]
+    return emit(structure, [unit.end for unit in units if unit], auxiliaries, task, comments, lambda values: values)
 
 
 @dataclass(frozen=True)
@@ -143,7 +172,7 @@ class Draft:
     def local(self, plan: Plan) -> LocalModel:
         """What the plan says, compiled on fake tensors."""
         task = Around(self.loss, self.task.around) if isinstance(self.task, Around) else self.loss
-        return connect(plan, self.structure, self.model, task, self.shadow())
+        return connect(plan, self.structure, self.model, task, self.shadow())[0]
 
     def shadow(self) -> nn.Module:
         """A copy of the model with fake tensors."""

@@ -25,12 +25,13 @@ from .whole import whole_calls
 
 @dataclass(frozen=True)
 class Emitted:
-    """The graph of a training step, what it calls as modules of their own on the model's layers, and the paths of the
-    modules whose operations are written out."""
+    """The graph of a training step, what it calls as modules of their own on the model's layers, the paths of the
+    modules whose operations are written out, and the compiled part's forward alone, of the same calls."""
 
     graph: fx.Graph
     parts: Parts
     opened: tuple[str, ...]
+    forward: fx.Graph | None
 
 
 class _Emitter:
@@ -217,7 +218,8 @@ def emit(
     _finish(graph, task, losses, loss, result)
     if out.tail:
         out.parts["tail"] = _subgraph(out.tail, tail_inputs(out.tail), made)
-    return Emitted(graph, out.parts, out.opened)
+    out.calls.graph.output(made)
+    return Emitted(graph, out.parts, out.opened, out.calls.graph)
 
 
 def emit_whole(
@@ -227,14 +229,15 @@ def emit_whole(
     graph = fx.Graph()
     inputs, context = task.prepare(graph, structure.trace.placeholders)
     names = [str(node.target) for node in structure.trace.placeholders]
-    args, kwargs = ((), dict(zip(names, inputs, strict=True))) if by_name else (tuple(inputs), {})
+    args: Any = () if by_name else tuple(inputs)
+    kwargs: Any = dict(zip(names, inputs, strict=True)) if by_name else {}
     called = graph.create_node("call_module", path or "aux.whole", args, kwargs, name="outputs")
     called.meta.update(headline=comment, local_module=0)
     result, context = task.finish(graph, outputs(called) if isinstance(
         structure.trace.output.args[0], fx.Node) else called, context)
     loss = graph.create_node("call_module", "aux.last", (result,), {"context": tuple(context)}, name="loss_0")
     _finish(graph, task, [], loss, result)
-    return Emitted(graph, {}, ())
+    return Emitted(graph, {}, (), None)
 
 
 def _finish(graph: fx.Graph, task: Task, losses: list[fx.Node], loss: fx.Node, result: Any) -> None:

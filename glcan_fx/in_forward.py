@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .errors import UnsupportedError
-from .runtime import LocalBackward, is_half
+from .runtime import LocalBackward, is_half, leaves_of
 
 _INSTEAD = "or train with an ordinary optimiser, which steps everything behind backward()"
 
@@ -133,7 +133,7 @@ class OptimizerInForward(Optimizer):
         """Raise UnsupportedError where a loss depends on a parameter that was stepped before."""
         if self.checks <= 0 or not self._stepped:
             return
-        for parameter in _leaves(losses):
+        for parameter in leaves_of(losses):
             if id(parameter) in self._stepped:
                 raise UnsupportedError(
                     f"parameter '{self._name(parameter)}' was stepped with the local module "
@@ -301,16 +301,3 @@ def refuse_distributed() -> None:
             torch.distributed.get_world_size() > 1):
         raise UnsupportedError("torch.distributed runs with more than one process: gradients are averaged in backward()"
                                ", so local modules cannot be stepped in the forward pass. Use an ordinary optimiser.")
-
-
-def _leaves(losses: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The leaves of the autograd graph behind some losses."""
-    stack: list[Any] = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        if hasattr(node, "variable"):
-            yield node.variable
-        new = {source for source, _ in node.next_functions if source is not None} - seen
-        seen |= new
-        stack += new

@@ -1,7 +1,8 @@
-"""The result: a GraphModule that trains by local losses and evaluates as the original model."""
+"""The result: a module that trains by local losses and evaluates as the original model."""
 
 import copy
 import inspect
+import linecache
 import math
 import sys
 import warnings
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.graph import PythonCode
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_leaves
@@ -55,18 +55,22 @@ if TYPE_CHECKING:
     from .tasks import Task
 
 
-class LocalModel(fx.GraphModule):
+class LocalModel(nn.Module):
     """The user's model as gradient-isolated local modules; shares the model's parameters, buffers and sub-modules.
 
-    In training mode a call runs the graph whose code ``local.code`` shows; in evaluation mode it calls the original
-    model, so predictions are the same bit for bit. What is new (auxiliary networks) is registered under ``aux.``;
-    every other key of ``state_dict`` is the original's.
+    In training mode a call runs ``local.graph``, whose code ``local.code`` shows; in evaluation mode it calls the
+    original model, so predictions are the same bit for bit; with targets it returns their loss, too. What
+    is new (auxiliary networks) is registered under ``aux.``; every other key of ``state_dict`` is the original's.
     """
 
     plan: "Plan"
     task: "Task"
     aux: nn.Module
-    _training_step: Any
+    graph: fx.Graph
+
+    def __new__(cls, *_: Any, **__: Any) -> "LocalModel":
+        """Of a class of its own, whose ``forward`` has the signature of the model's."""
+        return super().__new__(type(cls.__name__, (cls,), {"__module__": cls.__module__}))
 
     def __init__(
         self, model: nn.Module, aux: nn.Module, graph: fx.Graph, plan: "Plan", task: "Task", parts: Parts,
@@ -78,22 +82,20 @@ class LocalModel(fx.GraphModule):
                 f"{type(model).__name__} has members called {', '.join(map(repr, taken))}, names that the compiled "
                 "module needs itself. Wrap the model in a module that holds it under another name."
             )
-        root = nn.Module()
-        _share(root, model, aux)
-        super().__init__(root, graph, class_name="LocalModel")
+        super().__init__()
         _share(self, model, aux)
         called = frozenset(str(node.target) for node in graph.nodes if node.op == "call_module")
-        self.__dict__.update(_original=model, plan=plan, task=task, _last_reached=[], _parts=parts, _opened=opened,
-                             _guards=Guards(model, opened, called | {path for part in parts.values()
-                                                                     for path in _called(part.nodes)}),
-                             _optimizer=_no_optimizer, _compared=False)
+        called |= {path for part in parts.values() for path in _called(part.nodes)}
+        self.__dict__.update(_original=model, plan=plan, task=task, graph=graph, _last_reached=[], _parts=parts,
+                             _opened=opened, _guards=Guards(model, opened, called), _optimizer=_no_optimizer,
+                             _compared=False, _steps={}, _asks=self._asks_about_sizes(plan, opened))
         self.__dict__["training"] = model.training
         for name, part in aux.named_children():
             if name != "task":
                 part.train(model.training)
         aux.__dict__["training"] = model.training
         self.register_load_state_dict_pre_hook(_accept_plain_checkpoint)
-        self._dress()
+        self.recompile()
 
     @property
     def original(self) -> nn.Module:
@@ -101,31 +103,59 @@ class LocalModel(fx.GraphModule):
         model: nn.Module = self.__dict__["_original"]
         return model
 
-    def recompile(self) -> PythonCode:
-        code = super().recompile()
-        cls: Any = type(self)
-        cls._training_step = cls.forward  # the generated function
-        self._dress()
-        return code
+    @property
+    def code(self) -> str:
+        """The training step, as Python."""
+        return self.graph.python_code("self").src
 
-    def _dress(self) -> None:
-        """Give ``forward`` the model's own signature, with the targets of a training step."""
+    def recompile(self) -> None:
+        """Run ``graph`` as it is now, after it was edited."""
+        cls: Any = type(self)
+        cls._training_step = self._written(self.graph)
+
         def forward(self: "LocalModel", *args: Any, **kwargs: Any) -> Any:
-            if self.training:
-                return self._train_step(args, kwargs)
-            return self._evaluate(args, kwargs)
+            return self._train_step(args, kwargs) if self.training else self._evaluate(args, kwargs)
 
-        if "_original" in self.__dict__:
-            forward.__signature__ = _signature(self.original)  # type: ignore[attr-defined]
-        cls: Any = type(self)
+        forward.__signature__ = _signature(self.original)  # type: ignore[attr-defined]
         cls.forward = forward
+
+    def _written(self, graph: fx.Graph) -> Any:
+        """The function that a graph describes."""
+        made = graph.python_code("self")
+        name, space = f"<training step of {type(self.original).__name__} {id(graph):x}>", dict(made.globals)
+        linecache.cache[name] = (len(made.src), None, made.src.splitlines(keepends=True), name)  # for tracebacks
+        exec(compile(made.src, name, "exec"), space)
+        return space["forward"]
+
+    def _step_for(self, given: dict[str, Any]) -> Any:
+        """The step for arguments of these sizes, where the answers to the model's questions about sizes decide."""
+        if not self.__dict__["_asks"]:
+            return self._training_step
+        key = tuple((tuple(t.shape[1:]), t.dtype) for name in self.names() if name != "targets"
+                    for t in tensors_in(given.get(name)))
+        steps = self.__dict__["_steps"]
+        if key not in steps:
+            from .variants import step_for  # the one that records again: this is what it makes a step for
+
+            made = step_for(self, given)
+            steps[key] = self._training_step if made is None else partial(self._written(made.graph), self)
+            if made is not None:
+                self._train_also(made.graph)
+        return steps[key]
+
+    def _train_also(self, graph: fx.Graph) -> None:
+        """Let the local losses train what another step uses beside the parameters of the first one."""
+        for part in _backwards(self):
+            index = next(i for i, module in enumerate(self.plan.modules) if module.name == part.name)
+            more = [(self.original, path) for path in _targets(graph, index)]
+            part.__dict__["trains"] = (*part.__dict__["trains"], *more)
 
     def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The original model's output; with targets, its loss beside it."""
         if self.task.result() == "dict":
             return self.original(*args, **kwargs)
         targets = kwargs.get("targets")
-        inputs = self._names()[:-1]
+        inputs = self.names()[:-1]
         if len(args) > len(inputs):
             args, targets = args[:len(inputs)], args[len(inputs)]
         output = self.original(*args, **{key: value for key, value in kwargs.items() if key != "targets"})
@@ -134,7 +164,13 @@ class LocalModel(fx.GraphModule):
         loss = LossHead(self.task)(output, targets)
         return collect([reported(total(loss), loss)], output)
 
-    def _names(self) -> list[str]:
+    @staticmethod
+    def _asks_about_sizes(plan: "Plan", opened: Opened) -> bool:
+        """Whether a forward that is written out asks about sizes."""
+        return not plan.network and plan.around is None and any(
+            asked.module in opened and asked.where != "argument" for asked in plan.report.specialisations)
+
+    def names(self) -> list[str]:
         """Of the arguments of a training step: the model's, and its targets."""
         return [str(node.target) for node in self.graph.nodes if node.op == "placeholder"]
 
@@ -158,7 +194,7 @@ class LocalModel(fx.GraphModule):
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a training step by name. Raises ModelChangedError for those that the step was not written
         for."""
-        names = self._names()
+        names = self.names()
         if len(args) > len(names):
             raise TargetError(f"a training step of {self.plan.model} takes {', '.join(names)}, not {len(args)} "
                               "arguments: example_inputs= say which arguments it has, and the targets are the last.")
@@ -185,12 +221,13 @@ class LocalModel(fx.GraphModule):
 
     def _step(self, given: dict[str, Any]) -> Any:
         """Run the step's graph."""
+        step = self._step_for(given)
         optimizer = self.__dict__["_optimizer"]()
         stepping = optimizer is not None and torch.is_grad_enabled()
         try:
             with private_graph() if self.plan.k > 1 else nullcontext(), \
                     optimizer.forward(_backwards(self)) if stepping else nullcontext():
-                result = self._training_step(**given)
+                result = step(**given)
                 if stepping:
                     optimizer.refuse_used_again(list(tensors_in(result)))
         except BaseException:
@@ -415,7 +452,7 @@ def _within_hooks(local: LocalModel, given: dict[str, Any]) -> Any:
                                "as a whole. Put the hook on modules inside it.")
     if not model._forward_hooks and not model._forward_pre_hooks:
         return local._step(given)
-    names = [name for name in local._names() if name in given]
+    names = [name for name in local.names() if name in given]
     detector = local.task.result() == "dict"
     seen = names if detector else [name for name in names if name != "targets"]
     args = tuple(given[name] for name in seen)

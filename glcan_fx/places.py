@@ -16,11 +16,13 @@ _OWN_FILES = (torch.__path__[0] + os.sep,
 
 @dataclass(frozen=True)
 class Specialisation:
-    """A question about sizes that was answered for the example's: the graph holds while the answer does."""
+    """A question about sizes that was answered for the example's, in the forward of ``module``: where that is written
+    out, the step holds while the answer does."""
 
     where: str  # file:line
     code: str
     answer: str
+    module: str = ""
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,7 @@ class Plan:
     report: Report = Report()
     around: Surroundings | Segments | None = None
     optimizer: str | None = "sgd"
+    reads: tuple[tuple[str | None, ...], ...] = dataclasses.field(default=(), compare=False, repr=False)
     task_object: Task | None = dataclasses.field(default=None, compare=False, repr=False)
     draft: "Draft | None" = dataclasses.field(default=None, compare=False, repr=False)
 
@@ -158,7 +159,7 @@ class Plan:
     def to_json(self) -> str:
         """The plan as JSON text (format version 4), with its simulated memory; ``from_json`` reads it back."""
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del data["task_object"], data["draft"]
+        del data["task_object"], data["draft"], data["reads"]
         try:
             data["memory"] = {name: e and {**vars(e), "live": ()} for name, e in vars(self.memory).items()}
             data["memory_of"] = _decisions(json.loads(json.dumps(data, default=_plain)))

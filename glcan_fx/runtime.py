@@ -195,6 +195,8 @@ class LocalBackward(nn.Module):
                                  "criterion detaches the outputs, or does not read them.")
         if self.optimizer is not None:
             self.optimizer.refuse_used_again([scalar])
+        if self.watch.steps:
+            self._refuse_others(scalar, parameters)
         stash = _differentiate(scalar, parameters, self.__dict__["scaler"])
         if self.watch.steps:
             self.watch.look(scalar, self._groups(parameters), dict(zip(map(id, parameters), stash, strict=True)))
@@ -210,6 +212,20 @@ class LocalBackward(nn.Module):
         out: Tensor = _Replay.apply(scalar.detach(), stash, self.delivered, arrived, *parameters)
         return out
 
+    def _refuse_others(self, loss: Tensor, parameters: Sequence[Tensor]) -> None:
+        """Raise CriterionError where a local loss reads parameters of the model that its module does not train."""
+        model = self.__dict__["model"]
+        if model is None:
+            return
+        own = {id(p) for p in parameters}
+        others = {id(p): name for name, p in model.named_parameters() if id(p) not in own}
+        read = next((others[id(leaf)] for leaf in leaves_of([loss]) if id(leaf) in others), None)
+        if read is not None:
+            raise CriterionError(
+                f"the criterion reads the model's parameter '{read}' itself, not only outputs and targets. It is "
+                "called once for each local loss, so that would count as often. Add a penalty on weights to the sum of "
+                "the losses, (out.loss + penalty).backward(), or use the optimizer's weight_decay.")
+
     def _groups(self, parameters: Sequence[Tensor]) -> dict[str, list[int]]:
         """The model's parameters and those of the auxiliary network and criterion, by what they are called."""
         own = {id(p) for p in parameters_of(
@@ -222,6 +238,19 @@ class LocalBackward(nn.Module):
 
     def extra_repr(self) -> str:
         return self.name
+
+
+def leaves_of(losses: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The leaves of the autograd graph behind some losses."""
+    stack: list[Any] = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if hasattr(node, "variable"):
+            yield node.variable
+        new = {source for source, _ in node.next_functions if source is not None} - seen
+        seen |= new
+        stack += new
 
 
 class Watch:
@@ -253,8 +282,8 @@ class Watch:
                 raise NotLearningError(
                     f"{kind} '{self.name}' does not learn: all of its gradients were exactly zero in the first steps. "
                     "Either its local loss does not depend on it (choose other split points, k or method), or "
-                    "something in front of the loss gives no gradient (a scale of zero, a dead activation, targets without "
-                    "labels). Freeze it with requires_grad_(False) if it is not to be trained.")
+                    "something in front of the loss gives no gradient (a scale of zero, a dead activation, targets "
+                    "without labels). Freeze it with requires_grad_(False) if it is not to be trained.")
 
 
 class LocalLoss(nn.Module):

@@ -49,7 +49,7 @@ class Report:
                  "around its trunk, which is the rest of it", "at calls of its sub-modules")
         return [
             f"{model} was captured on rung {self.rung} of 5: {rungs[self.rung - 1]}",
-            *(f"holds while {s.code} is {s.answer} ({s.where})" for s in self.specialisations),
+            *dict.fromkeys(f"holds while {s.code} is {s.answer} ({s.where})" for s in self.specialisations),
             *(f"opaque: {o.path} ({o.kind}): {o.reason} {o.where}".rstrip() for o in self.opaque),
             *(f"not kept in training: {line}" for line in self.lost),
         ]
@@ -187,7 +187,9 @@ def trace(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any], *
     if path:
         _prefix(main.graph, path)
         main.reads = {".".join(filter(None, [path, inner])): names for inner, names in main.reads.items()}
-        report = replace(report, opaque=tuple(replace(o, path=f"{path}.{o.path}") for o in report.opaque))
+        report = replace(report, opaque=tuple(replace(o, path=f"{path}.{o.path}") for o in report.opaque),
+                         specialisations=tuple(replace(s, module=".".join(filter(None, [path, s.module])))
+                                               for s in report.specialisations))
     return Trace(main.graph, root, mode, main.constants, report, main.reads)
 
 

@@ -1,4 +1,4 @@
-"""Verify, never trust: run the captured graph beside the module that it was captured from, on real values."""
+"""Verify, never trust: run the emitted training step beside the module that it was made from, on real values."""
 
 import logging
 from typing import Any
@@ -6,10 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from . import runtime
 from .analyze import Structure, multiply_adds
 from .copies import kept_python_random, replicate
+from .emit import Emitted
 from .errors import TraceError
-from .nested import tensors_in
+from .local_model import LocalModel
+from .nested import map_tensors, tensors_in
 from .tasks import Spec
 
 log = logging.getLogger("glcan_fx")
@@ -17,35 +20,39 @@ log = logging.getLogger("glcan_fx")
 _AFFORDABLE = {"cpu": 1e10, "cuda": 1e12}  # multiply-adds of one forward pass: about a second
 
 
-def verify(structure: Structure, model: nn.Module, inputs: Any, path: str) -> bool:
-    """Compare graph and module in training mode, at the example's batch size and at another one.
+def verify(local: LocalModel, emitted: Emitted, structure: Structure) -> bool:
+    """Compare step and model in training mode, at the example's batch size and at another one, random numbers included.
 
     Both run on copies that share the model's parameters and have buffers of their own, on the model's device. Returns
-    False where that would take long, and nothing was compared. Raises TraceError where the outputs or the buffers
-    differ. (Evaluation needs no check: it calls the model.)
+    False where that would take long, or the step calls the model as it is, and nothing was compared. Raises TraceError
+    where the outputs or the buffers differ. (Evaluation needs no check: it calls the model.)
     """
+    model = local.original
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if emitted.forward is None:
+        return False
     if multiply_adds(structure) > _AFFORDABLE.get(device.type, 0):
         log.info("not verified: a forward pass of %s takes long on %s", type(model).__name__, device)
         return False
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), kept_python_random(), torch.no_grad():
-        _run_both(structure, model, inputs, path, device)
+        _run_both(local, emitted.forward, device)
     return True
 
 
-def _run_both(structure: Structure, model: nn.Module, inputs: Any, path: str, device: torch.device) -> None:
+def _run_both(local: LocalModel, forward: fx.Graph, device: torch.device) -> None:
+    model, inputs, path = local.original, local.plan.inputs, local.plan.network
+    graph = forward if path or emitted_differs(local) else without_losses(local.graph)
     batch = next((spec.shape[0] for spec in _specs(inputs) if len(spec.shape) > 1), 0)
     for extra in (0, 1) if batch else (0,):
         values = _random(inputs, batch, extra, device)
-        args, kwargs = ((), values) if isinstance(values, dict) else (values, {})
-        plain, graph = _copy(model), _copy(model)
+        plain, other = _copy(model), _copy(model)
         network = plain.get_submodule(path)
-        captured = _module(structure, graph)
+        step = _module(local, other, graph)
         try:
             torch.manual_seed(0)
             with kept_python_random():
-                expected = network(*args, **kwargs)
+                expected = _call(network, _fresh(values))
         except Exception as error:  # noqa: BLE001
             if extra:
                 return  # this model runs at one batch size only, which the trace's report says
@@ -53,9 +60,41 @@ def _run_both(structure: Structure, model: nn.Module, inputs: Any, path: str, de
                              f"{error}. If it runs on yours, pass verify=False.") from error
         torch.manual_seed(0)
         with kept_python_random():
-            found = captured(*args, **kwargs)
+            found = _call(step, _fresh(values))
         _compare(list(tensors_in(expected)), list(tensors_in(found)), "outputs", batch + extra)
-        _compare(list(plain.buffers()), list(graph.buffers()), "buffers", batch + extra)
+        _compare(list(plain.buffers()), list(other.buffers()), "buffers", batch + extra)
+
+
+def emitted_differs(local: LocalModel) -> bool:
+    """Whether a step runs parts of the model that are bound to it, and not to a copy."""
+    return bool(local.__dict__["_parts"])
+
+
+def without_losses(graph: fx.Graph) -> fx.Graph:
+    """A step's graph that returns the model's output alone, and computes no losses."""
+    new = fx.Graph()
+    made: dict[fx.Node, Any] = {}
+    for node in graph.nodes:
+        if node.op == "output":
+            [result] = node.all_input_nodes
+            new.output(fx.map_arg(result.args[1], made.__getitem__))
+        elif node.target is runtime.collect:
+            continue
+        elif node.op == "call_module" and (node.target == "aux.last" or str(node.target).rpartition(".")[2].isdecimal()
+                                           and str(node.target).startswith("aux.")):
+            made[node] = None
+        else:
+            made[node] = new.node_copy(node, made.__getitem__)
+    return new
+
+
+def _call(module: nn.Module, values: Any) -> Any:
+    return module(**values) if isinstance(values, dict) else module(*values)
+
+
+def _fresh(values: Any) -> Any:
+    """Copies: a model may change its inputs in place."""
+    return map_tensors(values, Tensor.clone)
 
 
 def _specs(inputs: Any) -> list[Spec]:
@@ -84,17 +123,19 @@ def _copy(model: nn.Module) -> nn.Module:
     return replicate(model, lambda t: t if isinstance(t, nn.Parameter) else t.detach().clone()).train()
 
 
-def _module(structure: Structure, model: nn.Module) -> fx.GraphModule:
-    graph = fx.Graph()
+def _module(local: LocalModel, copy: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A graph on a copy of the model, with the constants of the compiled one."""
+    constants = local.aux._modules.get("constants")
+    new = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
-    for node in structure.trace.graph.nodes:
-        made[node] = graph.node_copy(node, made.__getitem__)
-        if node.op == "get_attr" and str(node.target).rpartition(".")[2] in structure.trace.constants:
-            made[node].target = str(node.target).rpartition(".")[2]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    for name, value in structure.trace.constants.items():
-        model.__dict__[name] = value.to(device)
-    return fx.GraphModule(model, graph)
+    for node in graph.nodes:
+        made[node] = new.node_copy(node, made.__getitem__)
+        name = str(node.target).rpartition(".")[2]
+        if node.op == "get_attr" and constants is not None and name in constants._buffers:
+            made[node].target = name
+    for name, value in constants._buffers.items() if constants is not None else ():
+        copy.__dict__[name] = value
+    return fx.GraphModule(copy, new)
 
 
 def _compare(expected: list[Tensor], found: list[Tensor], what: str, batch: int) -> None:
@@ -103,9 +144,7 @@ def _compare(expected: list[Tensor], found: list[Tensor], what: str, batch: int)
             torch.testing.assert_close(b, a, equal_nan=True)
         except AssertionError as error:
             raise TraceError(
-                f"the captured graph does not compute what the model does: {what} {index} differ at batch {batch}: "
-                f"{' '.join(str(error).split())}. Something that the model does is not in the graph. Move it into a "
+                f"the training step does not compute what the model does: {what} {index} differ at batch {batch}: "
+                f"{' '.join(str(error).split())}. Something that the model does is not in the step. Move it into a "
                 "sub-module of its own, and please report the model; verify=False compiles it as it is."
             ) from error
-
-

@@ -109,7 +109,8 @@ class _Folding:
     def _call(self, call: Call, nodes: set[fx.Node], wanted: set[fx.Node]) -> None:
         """One node for a call, and nodes for those of its values that others read."""
         assert call.args is not None
-        args, kwargs = (fx.map_arg(value, self.at.__getitem__) for value in (call.args, call.kwargs))
+        args: Any = fx.map_arg(call.args, self.at.__getitem__)
+        kwargs: Any = fx.map_arg(call.kwargs, self.at.__getitem__)
         made = self.graph.create_node("call_module", call.path, args, kwargs, name=call.path.replace(".", "_"))
         outside = {source for node in nodes for source in node.meta["mutates"]} - nodes
         made.meta = {
