@@ -27,7 +27,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .copies import fake_like, kept_python_random, random_like, real_copy, replicate
+from .copies import fake_like, kept_python_random, random_like, real_copy, recording, replicate
 from .layers import is_norm
 from .nested import map_tensors, parts_of, plain_data, tensors_in
 from .places import NotMadeYet, Opaque, Specialisation, Uncapturable, in_words, place_of, users_frame, users_place
@@ -708,19 +708,6 @@ _CHECKPOINTED = "activation checkpointing is left out: local modules take its pl
 _CHECKPOINTS = ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")
 
 
-class _Recording(threading.local):
-    """Who records in this thread."""
-
-    recorder: Recorder | None = None
-
-    def of(self) -> Recorder | None:
-        """The recorder that wants to know what this thread does now."""
-        return None if self.recorder is None or self.recorder._paused else self.recorder
-
-
-_recording = _Recording()
-
-
 @contextmanager
 def _patched(recorder: Recorder) -> Iterator[None]:
     """Let the recorder see module calls, and refuse what hides operations from it.
@@ -732,16 +719,16 @@ def _patched(recorder: Recorder) -> Iterator[None]:
     def called(module: nn.Module) -> Callable[..., Any]:
         return lambda *args, **kwargs: _with_hooks(module, args, kwargs, recorder.call)
 
-    before, modules = _recording.recorder, list(recorder.root.modules())
+    before, modules = recording.recorder, list(recorder.root.modules())
     kept = [vars(module).get("_compiled_call_impl") for module in modules]
     with _patches:
-        _recording.recorder = recorder
+        recording.recorder = recorder
         for module in modules:
             vars(module)["_compiled_call_impl"] = called(module)
         try:
             yield
         finally:
-            _recording.recorder = before
+            recording.recorder = before
             for module, call in zip(modules, kept, strict=True):
                 if call is None:
                     vars(module).pop("_compiled_call_impl", None)
@@ -784,7 +771,7 @@ _patches = _Patches()
 
 def _applying(apply: Any) -> Any:
     def function_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        recorder = _recording.of()
+        recorder = recording.now()
         if recorder is None:
             return apply.__get__(None, cls)(*args, **kwargs)
         if cls is torch.utils.checkpoint.CheckpointFunction:
@@ -796,7 +783,7 @@ def _applying(apply: Any) -> Any:
 
 def _entering(enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def autocast_enter(self: Any) -> Any:
-        if _recording.of() is not None:
+        if recording.now() is not None:
             raise Uncapturable("it enters torch.autocast")
         return enter(self)
     return autocast_enter
@@ -804,7 +791,7 @@ def _entering(enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def _checkpointing(around: Callable[..., Iterator[None]]) -> Callable[..., Iterator[None]]:
     def checkpointed(*args: Any, **kwargs: Any) -> Iterator[None]:
-        recorder = _recording.of()
+        recorder = recording.now()
         if recorder is None:
             return around(*args, **kwargs)
         recorder.note(_CHECKPOINTED)
