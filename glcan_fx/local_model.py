@@ -263,9 +263,10 @@ class LocalModel(nn.Module):
                 SmallExampleWarning, stacklevel=4)
 
     def _watch_last(self, result: Any) -> None:
-        """Note whether the last module's loss, an ordinary autograd graph, reaches backward."""
+        """Note whether the last module's loss reaches backward, where it is an ordinary autograd graph."""
         last = result.losses[-1] if isinstance(result, LocalOutput) else list(result.values())[-1]
-        reached = self.__dict__["_last_reached"] = [False] if last.requires_grad else []
+        ordinary = "backward" not in self.aux.get_submodule("last")._modules
+        reached = self.__dict__["_last_reached"] = [False] if ordinary and last.requires_grad else []
         optimizer = self.__dict__["_optimizer"]()
 
         def arrived(_: Any) -> None:
@@ -273,13 +274,13 @@ class LocalModel(nn.Module):
             if optimizer is not None:
                 optimizer.in_backward()
 
-        if reached:
+        if reached or optimizer is not None and last.requires_grad:
             last.register_hook(arrived)
 
     def _warn_of_unused(self) -> None:
         """Warn, before its gradients are lost, of a step in which only a part of the losses was minimised."""
         reached = {part.name: part.delivered for part in self.modules() if isinstance(part, LocalBackward)}
-        reached[self.plan.modules[-1].name] = self.__dict__["_last_reached"]
+        reached.setdefault(self.plan.modules[-1].name, self.__dict__["_last_reached"])
         flags = {name: step[0] for name, step in reached.items() if step}
         if any(flags.values()) and not all(flags.values()):
             missed = ", ".join(f"'{name}'" for name, flag in flags.items() if not flag)

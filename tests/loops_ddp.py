@@ -78,9 +78,11 @@ class PlainAutograd(fx.Interpreter):
     """Runs a compiled module's graph without early backward passes: every local loss is an ordinary one."""
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if re.fullmatch(r"aux\.\d+\.backward", str(target)):
-            return total(args[0])
-        return super().call_module(target, args, kwargs)
+        if not re.fullmatch(r"aux\.(\d+|last)", str(target)):
+            return super().call_module(target, args, kwargs)
+        part = self.fetch_attr(target)
+        loss = part.head(part.network(*args) if hasattr(part, "network") else args[0], *kwargs["context"])
+        return loss if target == "aux.last" else total(loss)
 
 
 def plain_step(local: LocalModel, *inputs: Any) -> Any:

@@ -20,7 +20,8 @@ def scalar(loss: Any) -> Tensor:
 
 
 class RawLosses(fx.Interpreter):
-    """Runs the training graph node by node without any local backward; ``losses`` keep their whole graph.
+    """Runs the training graph node by node without any local backward; ``losses`` keep their whole graph, and the
+    result holds them.
 
     Detached values are copied as well: with one backward pass at the end, the next module's in-place layers
     would otherwise overwrite what this module's backward needs.
@@ -31,13 +32,14 @@ class RawLosses(fx.Interpreter):
         self.losses: list[Tensor] = []
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if re.fullmatch(r"aux\.\d+\.backward", target):
-            self.losses.append(scalar(args[0]))
-            return self.losses[-1]
-        result = super().call_module(target, args, kwargs)
-        if target == "aux.last.head":
-            self.losses.append(scalar(result))
-        return result
+        if not re.fullmatch(r"aux\.(\d+|last)", target):
+            return super().call_module(target, args, kwargs)
+        part, state = self.fetch_attr(target), torch.get_rng_state()
+        loss = part.head(part.network(*args) if hasattr(part, "network") else args[0], *kwargs["context"])
+        if target != "aux.last":  # what it draws moves no random state of the model's
+            torch.set_rng_state(state)
+        self.losses.append(scalar(loss))
+        return loss if target == "aux.last" else self.losses[-1]
 
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = super().call_method(target, args, kwargs)

@@ -220,7 +220,7 @@ def built(local: LocalModel, case: Case) -> int:
     """Local modules counted in the compiled module: by loss, by auxiliary network and by cut; all alike."""
     losses = len(losses_of(local(*case.batch())))
     networks = len([name for name, _ in local.aux.named_children() if name.isdigit()])
-    steps = len([node for node in local.graph.nodes if str(node.target).endswith(".backward")])
+    steps = len([node for node in local.graph.nodes if re.fullmatch(r"aux\.\d+", str(node.target))])
     owned = len({node.meta["local_module"] for node in local.graph.nodes if "local_module" in node.meta})
     assert losses == networks + 1 == steps + 1 == owned
     return losses
@@ -449,8 +449,8 @@ def test_9_activations_are_freed_before_the_next_local_module_ends(local, case, 
 def test_9_nothing_but_gradients_is_left_after_a_step(local, case):
     """Features, predictions or graphs that survive the step, in the cache or in an attribute."""
     outputs: list[StorageWeakRef] = []
-    for part in local.modules():
-        part.register_forward_hook(
+    for path in {str(node.target) for node in local.graph.nodes if node.op == "call_module"}:
+        local.get_submodule(path).register_forward_hook(
             lambda _, __, output: outputs.append(StorageWeakRef(output.untyped_storage()))
             if isinstance(output, Tensor) and output.dim() == 4 else None)
     result = local(*case.batch())

@@ -343,9 +343,7 @@ def test_gradients_too_small_for_float16_survive():
         return [relative_error(actual, expected, module) for module in ("stem", "block1", "block2", "block3")]
 
     assert max(gradient_errors(None)) < 0.1
-    *without, last = gradient_errors(1.0)
-    assert min(without) > 0.5  # so the local scale is what saved them; the last module has the loop's own
-    assert last < 0.1
+    assert min(gradient_errors(1.0)) > 0.5  # so the local scale is what saved them
 
 
 def test_overflow_in_a_local_loss_skips_the_step_and_shrinks_the_local_scale():
@@ -355,7 +353,6 @@ def test_overflow_in_a_local_loss_skips_the_step_and_shrinks_the_local_scale():
     start, before = local.aux.scale.scale.clone(), weights(local)
 
     actual = scaled_step(local, optimizer, scaler, batch())
-    assert all(actual[name].isfinite().all() for name in actual if name.startswith(("block3.", "fc.")))
     assert not all(gradient.isfinite().all() for gradient in actual.values())
     assert_equal(weights(local), before)
     assert scaler.get_scale() == 0.5
