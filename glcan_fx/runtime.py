@@ -20,6 +20,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from .criteria import NamedLoss, named, reports_of, scalar_of
 from .errors import CriterionError, NotLearningError, UnsupportedError
 from .nested import map_tensors, tensors_in
 
@@ -31,7 +32,8 @@ class LocalOutput(NamedTuple):
     """What a training step returns outside the detection contract.
 
     loss: scalar, the sum of the local losses: what to minimise. output: the model's own training output, detached,
-    for metrics. losses: one scalar per local module; every one but the last is already differentiated.
+    for metrics. losses: one scalar per local module; every one but the last is already differentiated. Where the
+    criterion returns a dict, its values can be read from them by name, detached: ``losses[-1]["ce"]``.
     """
 
     loss: Tensor
@@ -58,26 +60,20 @@ def detach(value: Any) -> Any:
 
 
 def total(loss: Any) -> Tensor:
-    """A local loss as one scalar: a tensor, or the sum over a dict or list of tensors."""
-    terms = [leaf for leaf in tree_leaves(loss) if isinstance(leaf, Tensor)]
-    if not terms:
-        raise CriterionError(f"the criterion must return a scalar or a dict of scalars, not {type(loss).__name__}")
-    wrong = next((term for term in terms if term.numel() != 1), None)
-    if wrong is not None:
-        raise CriterionError(f"the criterion must return a scalar, not a tensor of {wrong.numel()} values: reduce it, "
-                             "for example with .mean()")
-    return terms[0].reshape(()) if len(terms) == 1 else torch.stack([term.reshape(()) for term in terms]).sum()
+    """A local loss as one scalar: what is minimised of what the criterion returns (``criteria.py`` has the rules)."""
+    return scalar_of(loss)
 
 
 def parts_of_loss(loss: Any) -> dict[str, Tensor] | None:
-    """The parts of a dict of losses, for reports."""
-    return {key: value.detach() for key, value in loss.items()} if isinstance(loss, dict) else None
+    """The values of a dict of losses by name, detached, for reports; None for a plain tensor."""
+    return reports_of(loss)
 
 
 def collect(losses: Sequence[Any], output: Any) -> LocalOutput:
-    """Assemble the result of a training step."""
-    scalars = tuple(loss[0] if isinstance(loss, tuple) else total(loss) for loss in losses)
-    return LocalOutput(scalars[0] if len(scalars) == 1 else torch.stack(scalars).sum(), detach(output), scalars)
+    """Assemble the result of a training step. losses: per local module a scalar, or (scalar, its parts by name)."""
+    scalars = tuple(named(*loss) if isinstance(loss, tuple) else total(loss) for loss in losses)
+    loss = scalars[0].as_subclass(Tensor) if type(scalars[0]) is NamedLoss else scalars[0]  # still made from it
+    return LocalOutput(loss if len(scalars) == 1 else torch.stack(scalars).sum(), detach(output), scalars)
 
 
 def merge(losses: Sequence[Tensor], last: dict[str, Tensor]) -> dict[str, Tensor]:
