@@ -705,6 +705,7 @@ def _python_random() -> Any:
 
 
 _CHECKPOINTED = "activation checkpointing is left out: local modules take its place"
+_DIVIDED = "activation checkpointing is left out where a cut divides the call: local modules take its place"
 _CHECKPOINTS = ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")
 
 
@@ -776,6 +777,8 @@ def _applying(apply: Any) -> Any:
             return apply.__get__(None, cls)(*args, **kwargs)
         if cls is torch.utils.checkpoint.CheckpointFunction:
             recorder.note(_CHECKPOINTED)
+            for call in recorder.calls:  # no step may call these as a whole: this kind works in backward() only, and
+                call.args = None  # without gradients where its inputs want none, as those of a local module do
             return args[0](*args[2:])
         raise Uncapturable(f"it calls the autograd function {cls.__name__}")
     return classmethod(function_apply)
@@ -794,6 +797,6 @@ def _checkpointing(around: Callable[..., Iterator[None]]) -> Callable[..., Itera
         recorder = recording.now()
         if recorder is None:
             return around(*args, **kwargs)
-        recorder.note(_CHECKPOINTED)
+        recorder.note(_DIVIDED if recorder.stack[-1] else _CHECKPOINTED)
         return (None for _ in range(1))  # a generator that has nothing to do before and behind the call
     return checkpointed
