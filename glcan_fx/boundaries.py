@@ -23,7 +23,7 @@ from .errors import PlanError, TraceError
 from .graphs import with_headlines
 from .layers import freshen, inner_activation, is_norm, moments, set_width, unhooked_copy, weights_in
 from .local_model import LocalModel, assemble, warn_of_unstepped
-from .nested import tensors_in
+from .nested import map_tensors, tensors_in
 from .partition import K, ModuleCost, merge
 from .plan import Block, LocalModule, Plan
 from .replay import Absent, Call, Record, Segments, detach_record, empty_stand_ins, substituted
@@ -255,13 +255,24 @@ class Remainder(nn.Module):
         given = {path: list(values) for path, values in record.items()}
         parts = dict(zip(self.paths, self.parts, strict=True))
 
+        def own(value: Any) -> Any:  # later modules read it, too, and the model's own forward may write into it
+            return map_tensors(value, Tensor.clone)
+
         def answer(path: str, module: nn.Module) -> Callable[..., Any] | None:
             if path in parts or path in given:
                 return lambda *args, **kwargs: (
-                    given[path].pop(0) if given.get(path) else parts[path](*args, **kwargs))
+                    own(given[path].pop(0)) if given.get(path) else parts[path](*args, **kwargs))
             return module if "_stands_in" in vars(module) else None
 
-        return substituted(self.model, answer).forward(**dict(zip(self.inputs, inputs, strict=True)))
+        return substituted(self.model, answer).forward(**dict(zip(self.inputs, own(inputs), strict=True)))
+
+
+class _Kept(nn.Module):
+    """Stands for a sub-module that is left out. It returns a tensor of its own, as that did: what follows may overwrite
+    it."""
+
+    def forward(self, value: Tensor) -> Tensor:
+        return value.clone()
 
 
 def _lean(module: nn.Module, unit: CallUnit, final: bool) -> nn.Module:
@@ -271,7 +282,7 @@ def _lean(module: nn.Module, unit: CallUnit, final: bool) -> nn.Module:
     source, result = values[0] if len(values) == 1 else None, call.result
     if isinstance(source, Tensor) and isinstance(result, Tensor) and not final and unit.weights:
         if source.shape == result.shape:
-            return nn.Identity()
+            return _Kept()
         if source.dim() == result.dim() > 2 and all(
                 b <= a for a, b in zip(source.shape[2:], result.shape[2:], strict=True)):
             return _stage(module, source, result)

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from .analyze import Structure, Tap, Unit, is_size, multiply_adds
 from .builder import Auxiliary, Options
 from .errors import PlanError
+from .influence import reads_some
 from .layers import Cost, weights_in
 from .plan import Block, LocalModule
 from .rules import Feature, Place, State
@@ -190,7 +191,8 @@ def local_module(
                 when, instead = ("later", "synthesised") if module > index else ("earlier", "cache")
                 raise PlanError(f"the plan's module '{real.name}' cannot take '{given.tap}' as {given.source!r}: it is "
                                 f"made {when}. Use {instead!r}.")
-    key = (structure.shape(unit.end), unit.end in structure.channels_last, features, kept, options)
+    key = (structure.shape(unit.end), unit.end in structure.channels_last, features, kept, options,
+           reads_some(structure, unit.end))
     alike = options.depth == 0 and len(structure.shape(unit.end)) > 2  # else it depends on the units that are left
     known = sizes.get(key) if sizes is not None and alike else None
     auxiliary = None if known else synthesize(

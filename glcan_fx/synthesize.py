@@ -11,6 +11,7 @@ one prediction at each place.
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise, takewhile
 from typing import Any
@@ -26,8 +27,10 @@ from .builder import Auxiliary, Builder, Options
 from .decoupled import decoupled
 from .errors import PlanError
 from .graphs import Network
+from .influence import reach
 from .layers import (
     ACTIVATIONS,
+    Cost,
     Moments,
     channel_axis,
     cost_of,
@@ -84,14 +87,63 @@ def synthesize(
     network.train()
     examples = [tree_map_only(Tensor, lambda t: _like(build.structure, t), n.meta["value"]) for n in build.inputs]
     _fit(network, build, examples, options, outputs_are_predictions)
-    with structure.trace.mode:
-        sizes = shadow(network, structure.trace.mode)
-        cost, shapes = cost_of(sizes, lambda: sizes.forward(*examples))
+    reach(network, structure, cut, build.inputs)
+    cost, shapes = _measured(network, build, examples)
     if not build.draft:
         for name in build.fresh:
             _initialise(network.get_submodule(name))
-        freshen(network, build.moments)
+        predict = {f"tail.{path}" for path in _predictors_of_source(build)} | {
+            name for name in build.fresh if name.startswith("predict")}
+        freshen(network, build.moments, scales=_scales(network.graph), predict=predict)
     return Auxiliary(network, build.inputs, shapes, cost)
+
+
+def _measured(network: Network, build: Builder, examples: list[Any]) -> tuple[Cost, Any]:
+    """What the network costs and returns at the example's size. Inputs that it would overwrite, which later modules
+    read too, are copied first."""
+    mode = build.structure.trace.mode
+    while True:
+        with mode:
+            given = tree_map_only(Tensor, torch.clone, examples)  # not leaves: those refuse to be overwritten
+            versions = [[t._version for t in tree_leaves(value) if isinstance(t, Tensor)] for value in given]
+            sizes = shadow(network, mode)
+            cost, shapes = cost_of(sizes, partial(sizes.forward, *given))
+        nodes = network.graph.find_nodes(op="placeholder")
+        changed = [node for node, value, before in zip(nodes, given, versions, strict=True)
+                   if [t._version for t in tree_leaves(value) if isinstance(t, Tensor)] != before]
+        if not changed:
+            return cost, shapes
+        for node in changed:
+            with network.graph.inserting_after(node):
+                copied = network.graph.call_function(copied_tensors, (node,))
+            node.replace_all_uses_with(copied, delete_user_cb=lambda user, copied=copied: user is not copied)
+        network.recompile()
+
+
+def copied_tensors(value: Any) -> Any:
+    """A value of its own for an auxiliary network that changes it."""
+    return tree_map_only(Tensor, torch.clone, value)
+
+
+def _scales(graph: fx.Graph) -> set[str]:
+    """The parameters that a network multiplies with as they are, or laid out otherwise."""
+    def name(node: fx.Node) -> str:
+        return str(getattr(node.target, "__name__", node.target)).strip("_")
+
+    found = set()
+    for node in graph.find_nodes(op="get_attr"):
+        stack = list(node.users)
+        while stack:
+            user = stack.pop()
+            if name(user) in ("mul", "imul", "multiply"):
+                found.add(str(node.target))
+            elif name(user) in _VIEWS:
+                stack.extend(user.users)
+    return found
+
+
+_VIEWS = frozenset(("unsqueeze", "squeeze", "view", "reshape", "expand", "expand_as", "getitem", "to", "type_as",
+                    "float", "permute", "transpose", "contiguous", "flatten"))
 
 
 def _collaborative(
@@ -225,7 +277,8 @@ def _prediction(build: Builder, cut: fx.Node, node: fx.Node, value: fx.Node, nam
     out = build.add(f"{name}.conv", conv, value, fresh=True)
     if not build.draft:  # as large as the source's, at its mean (class priors)
         own = moments(build.model.get_submodule(str(node.target)))
-        build.moments.update({f"{name}.conv.{k}": v for k, v in own.items() if k in ("weight", "bias")})
+        build.moments.update({f"{name}.conv.{k}": replace(v, shape=torch.Size())  # of no shape: it is another layer
+                              for k, v in own.items() if k in ("weight", "bias")})
     if shuffled:
         return build.add(f"{name}.shuffle", nn.PixelShuffle(factor), out)
     made = tuple((a + 2 * (k // 2) - k) // s + 1 for a, k, s in zip(small, kernel, stride, strict=True))

@@ -1,0 +1,247 @@
+"""Every local module and every auxiliary network learns: what begins at zero or reads nothing of the data is mended."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import glcan_fx
+from glcan_fx.layers import freshen, set_width
+
+
+def batch(index: int, size: int = 32, count: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(index)
+    return (torch.randn(count, 3, size, size, generator=generator),
+            torch.randint(10, (count,), generator=generator))
+
+
+def compiled(model: nn.Module, k: Any = "natural", size: int = 32, **options: Any) -> glcan_fx.LocalModel:
+    torch.manual_seed(0)
+    return glcan_fx.transform(model, k=k, criterion=options.pop("criterion", F.cross_entropy),
+                              example_inputs=torch.empty(8, 3, size, size), **options).train()
+
+
+def learners(local: glcan_fx.LocalModel) -> dict[str, list[nn.Parameter]]:
+    """The parameters of each local module, and of each auxiliary network."""
+    found = {f"local module {name}": list(own) for name, own in local.parameters_by_module().items()}
+    for name, parameter in local.named_parameters():
+        if name.startswith("aux.") and name.split(".")[1].isdigit() and parameter.requires_grad:
+            found.setdefault(f"auxiliary network {name.split('.')[1]}", []).append(parameter)
+    return {name: own for name, own in found.items() if any(p.requires_grad for p in own)}
+
+
+def assert_learns(local: glcan_fx.LocalModel, each: tuple[str, ...] = (), size: int = 32) -> None:
+    """In three steps every group of parameters gets gradients, and each of those parameters of the model."""
+    groups = learners(local) | {name: [local.original.get_parameter(name)] for name in each}
+    moved = dict.fromkeys(groups, 0.0)
+    optimizer = torch.optim.SGD(local.parameters(), 0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        x, y = batch(step, size)
+        local(x, y).loss.backward()
+        for name, own in groups.items():
+            gradients = [p.grad for p in own if p.grad is not None]
+            assert all(g.isfinite().all() for g in gradients), f"{name}: a gradient is not finite"
+            moved[name] += sum(g.abs().sum().item() for g in gradients)
+        optimizer.step()
+    assert [name for name, amount in moved.items() if amount == 0] == []
+
+
+# ------------------------------------------------------------------------------------------ what begins at zero
+
+
+class RMSNorm(nn.Module):
+    """One of a user's own."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.eps, self.scale = 1e-6, nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + self.eps) * self.scale[:, None, None]
+
+
+class LayerNorm(nn.LayerNorm):
+    """Over the channels of an image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "batch": nn.BatchNorm2d, "group": lambda c: nn.GroupNorm(4, c), "layer": LayerNorm, "own": RMSNorm,
+    "instance": lambda c: nn.InstanceNorm2d(c, affine=True),
+    "plain": lambda c: nn.BatchNorm2d(c, affine=False),
+}
+
+
+class Block(nn.Module):
+    """Residual; its last norm begins at ``scale``."""
+
+    def __init__(self, i: int, o: int, norm: Callable[[int], nn.Module], scale: float = 0.0) -> None:
+        super().__init__()
+        self.a, self.n, self.b, self.last = nn.Conv2d(i, o, 3, o // i, 1), norm(o), nn.Conv2d(o, o, 3, 1, 1), norm(o)
+        self.skip = nn.Conv2d(i, o, 1, o // i) if i != o else nn.Identity()
+        for name, parameter in self.last.named_parameters():
+            if name != "bias":
+                nn.init.constant_(parameter, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.last(self.b(F.relu(self.n(self.a(x))))) + self.skip(x))
+
+
+def residual(norm: Callable[[int], nn.Module] = nn.BatchNorm2d, scale: float = 0.0, *head: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), Block(8, 8, norm, scale), Block(8, 16, norm, scale),
+                         Block(16, 32, norm, scale), Block(32, 32, norm, scale),
+                         *(head or (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))))
+
+
+@pytest.mark.parametrize("method", ["glcan", "dgl"])
+@pytest.mark.parametrize("k", ["natural", 3])
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms_that_begin_at_zero(norm: str, k: Any, method: str) -> None:
+    assert_learns(compiled(residual(NORMS[norm]), k, method=method))
+
+
+@pytest.mark.parametrize("options", [{"aux_hidden": 2}, {"aux_width": 0.5}, {"aux_depth": 1}, {"head": "full"}])
+def test_norms_that_nearly_begin_at_zero(options: dict[str, Any]) -> None:
+    local = compiled(residual(nn.BatchNorm2d, 1e-5), 3, **options)
+    norms = [part for part in local.aux.modules() if isinstance(part, nn.BatchNorm2d)]
+    assert norms and all((part.weight == 1).all() for part in norms)
+    assert_learns(local)
+
+
+def zeroed(layer: Any, weight: float = 0.0, bias: float | None = None) -> Any:
+    nn.init.constant_(layer.weight, weight)
+    if layer.bias is not None and bias is not None:
+        nn.init.constant_(layer.bias, bias)
+    return layer
+
+
+@pytest.mark.parametrize("k", ["natural", 3])
+@pytest.mark.parametrize("method", ["glcan", "dgl"])
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_last_layers_that_begin_at_a_constant(k: Any, method: str, weight: float) -> None:
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(32), zeroed(nn.Linear(32, 16), weight), nn.ReLU(),
+            zeroed(nn.Linear(16, 10), weight, -2.0))
+    assert_learns(compiled(residual(nn.BatchNorm2d, 1.0, *head), k, method=method))
+
+
+def test_a_map_predicted_by_a_convolution_that_begins_at_zero() -> None:
+    def criterion(out: Tensor, _: Tensor) -> Tensor:
+        return (out - 1).square().mean()
+
+    for head in ("lean", "light"):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), Block(8, 8, nn.BatchNorm2d), Block(8, 8, nn.BatchNorm2d),
+                              nn.Conv2d(8, 32, 1), nn.PixelShuffle(2), zeroed(nn.Conv2d(8, 3, 3, 1, 1), bias=0.5))
+        local = compiled(model, "natural", 16, criterion=criterion, head=head)
+        out = [part for part in local.aux.modules() if isinstance(part, nn.Conv2d) and part.out_channels in (3, 12)]
+        assert out and all(0 < part.weight.std() < 0.1 and (part.bias == 0.5).all() for part in out)  # a prior is kept
+        assert_learns(local, size=16)
+
+
+class Gated(nn.Module):
+    """A head behind a scale that begins at zero, and one behind a layer of normalised weights whose length does."""
+
+    def __init__(self, gate: Tensor) -> None:
+        super().__init__()
+        self.gate, self.shift = nn.Parameter(gate), nn.Parameter(torch.zeros(32))
+        self.fc = nn.utils.parametrizations.weight_norm(nn.Linear(32, 10))
+        nn.init.zeros_(self.fc.parametrizations.weight.original0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x.mean((2, 3)) * self.gate.reshape(-1) + self.shift)
+
+
+@pytest.mark.parametrize("gate", [torch.zeros(1), torch.zeros(32), torch.zeros(32, 1, 1)])
+def test_scales_that_begin_at_zero(gate: Tensor) -> None:
+    local = compiled(residual(nn.BatchNorm2d, 1.0, Gated(gate)), 3)
+    found = dict(local.aux.named_parameters())
+    assert all((p == 1).all() for name, p in found.items() if name.endswith(("gate", "original0")))
+    assert all((p == 0).all() for name, p in found.items() if name.endswith("shift"))
+    assert_learns(local)
+
+
+def test_copies_begin_as_the_source_does_but_for_what_is_zero() -> None:
+    """Small scales of branches, priors, frozen filters and single outputs."""
+    net = nn.ModuleDict({
+        "scale": nn.ParameterDict({"gamma": torch.full((8, 1, 1), 1e-6), "zero": torch.zeros(8)}),
+        "prior": zeroed(nn.Linear(16, 1), bias=-4.6), "fixed": zeroed(nn.Conv2d(4, 4, 3, groups=4), 1 / 9),
+        "norm": zeroed(nn.LayerNorm(8), 0.5), "frozen": zeroed(nn.BatchNorm2d(8)),
+    })
+    net["fixed"].requires_grad_(False)
+    net["frozen"].requires_grad_(False)
+    with torch.no_grad():
+        net["norm"].bias[0] = float("nan")
+    new = copy.deepcopy(net)
+    freshen(new)
+    assert torch.equal(new["scale"].gamma, net["scale"].gamma) and torch.equal(new["scale"].zero, net["scale"].zero)
+    assert torch.equal(new["prior"].bias, net["prior"].bias) and 0.1 < new["prior"].weight.std() < 0.5
+    assert torch.equal(new["fixed"].weight, net["fixed"].weight) and not new["fixed"].weight.requires_grad
+    assert (new["norm"].weight == 0.5).all() and (new["norm"].bias == 0).all()
+    assert (new["frozen"].weight == 1).all() and not new["frozen"].weight.requires_grad
+
+
+def test_narrow_groups_hold_more_than_one_channel() -> None:
+    """A channel alone on one place is zero once it is normalised."""
+    norm, alone = nn.GroupNorm(32, 64), nn.GroupNorm(64, 64)
+    for part in (norm, alone):
+        set_width(part, 32)
+    assert norm.num_groups == 16 and alone.num_groups == 32
+    assert norm(torch.randn(2, 32, 1, 1)).abs().sum() > 0
+
+
+# ------------------------------------------------------------------------------------------ what is handed on
+
+
+class Opaque(nn.Module):
+    """Cannot be recorded, and changes what it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return x.relu_()
+
+
+class InPlace(nn.Module):
+    """A tail that overwrites what it reads, and is looked at as ``kind`` asks."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.stem = kind, nn.Conv2d(3, 8, 3, 1, 1)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8)) for _ in range(3))
+        self.relu, self.opaque, self.fc = nn.ReLU(inplace=True), Opaque(), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "python" in self.kind and x.abs().max() > 1e9:
+            raise ValueError("diverged")
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        if "module" in self.kind:
+            x = self.relu(x)
+        elif "function" in self.kind:
+            x = F.relu(x, inplace=True)
+        elif "opaque" in self.kind:
+            x = self.opaque(x)
+        elif "view" in self.kind:
+            x.flatten(2).clamp_(min=0)
+        else:
+            x *= 2
+            x.relu_()
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("k", ["natural", 2])
+@pytest.mark.parametrize(
+    "kind", ["module", "function", "view", "opaque", "method", "python module", "python function"])
+def test_auxiliary_networks_overwrite_nothing_that_is_handed_on(kind: str, k: Any) -> None:
+    model = InPlace(kind)
+    reference = copy.deepcopy(model).train()
+    local = compiled(model, k, 16)
+    x, y = batch(0, 16)
+    assert torch.equal(local(x, y).output, reference(x))
+    assert_learns(local, size=16)
