@@ -9,6 +9,7 @@ from .errors import (
     NotLearningError,
     PlanError,
     SmallExampleWarning,
+    StatefulCriterionWarning,
     TargetError,
     TraceError,
     UnsupportedError,
@@ -28,6 +29,7 @@ __all__ = [
     "Block", "BudgetError", "Classification", "CriterionError", "CriterionTask", "Detection", "Estimate", "Feature",
     "GlcanFxError", "LocalModel", "LocalModule", "LocalOutput", "Memory", "ModelChangedError", "NotLearningError",
     "Phase", "Place", "Plan", "PlanError", "Report", "Rules", "Segmentation", "SmallExampleWarning",
-    "SuperResolution", "TargetError", "Task", "TraceError", "UnsupportedError", "UnusedGradientsWarning",
+    "StatefulCriterionWarning", "SuperResolution", "TargetError", "Task", "TraceError", "UnsupportedError",
+    "UnusedGradientsWarning",
     "estimate_memory", "plan", "transform",
 ]

@@ -10,15 +10,16 @@
 
 import dataclasses
 import numbers
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import get_gradient_edge
 
-from .errors import CriterionError
+from .errors import CriterionError, StatefulCriterionWarning
 from .nested import tensors_in
 
 TOTALS = ("total_loss", "loss_total", "total", "loss")  # the names of a total, in this order
@@ -229,3 +230,78 @@ def check_device(loss: Any, outputs: Any) -> None:
     if devices and wrong is not None:
         raise CriterionError(f"the criterion returns a loss on {wrong.device} for outputs on {devices[0]}: compute it "
                              f"there, or return it with .to('{devices[0]}')")
+
+
+State = list[tuple[str, Any, int | None]]
+
+
+def state_of(value: Any, path: str = "targets") -> State:
+    """What tells whether a nested value is changed: (path, object, version) of everything in it."""
+    found: State = []
+    _walk(value, path, found)
+    return found
+
+
+def _walk(value: Any, path: str, found: State) -> None:
+    if isinstance(value, Tensor):
+        found.append((path, value, _version(value)))
+        return
+    if isinstance(value, dict):
+        items: Any = [(f"{path}[{key!r}]", part) for key, part in value.items()]
+    elif isinstance(value, list | tuple):
+        items = [(f"{path}[{index}]", part) for index, part in enumerate(value)]
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = [(f"{path}.{field.name}", getattr(value, field.name, None)) for field in dataclasses.fields(value)]
+    elif isinstance(value, Mapping):  # of another kind: it may make its values when it is asked for them
+        found.extend((f"{path}[{key!r}]", None, _version(part)) for key, part in value.items())
+        return
+    else:
+        found.append((path, value, None))
+        return
+    for name, part in items:
+        _walk(part, name, found)
+
+
+def _version(value: Any) -> int | None:
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
+
+
+def refuse_edits(before: State, value: Any, who: str = "the criterion") -> None:
+    """Raise CriterionError where targets are not what they were."""
+    after = state_of(value)
+    if [path for path, _, _ in before] == [path for path, _, _ in after]:
+        changed = [old[0] for old, new in zip(before, after, strict=True) if old[1] is not new[1] or old[2] != new[2]]
+    else:
+        old, new = {path for path, _, _ in before}, {path for path, _, _ in after}
+        changed = [path for path, _, _ in [*after, *before] if (path in old) != (path in new)]
+    if changed:
+        raise CriterionError(
+            f"{who} changes its targets: {changed[0]} is not what it was before the call. It is called once for each "
+            "local loss, and every one must see the same targets. Work on a copy: y = y - 1, not y -= 1; "
+            "targets = {**targets, 'new': ...}, not targets['new'] = ....")
+
+
+def moving_state(owners: Iterable[Any]) -> dict[str, Any]:
+    """What a criterion keeps from call to call, as far as one sees it: versions of buffers, counters."""
+    found: dict[str, Any] = {}
+    for owner in owners:
+        for name, part in owner.named_modules() if isinstance(owner, nn.Module) else [("", owner)]:
+            where = f"{name}." if name else ""
+            for key, buffer in part._buffers.items() if isinstance(part, nn.Module) else ():
+                if buffer is not None and not buffer.is_inference():
+                    found[f"buffer '{where}{key}'"] = (id(buffer), buffer._version)
+            for key, value in getattr(part, "__dict__", {}).items():
+                if type(value) is int:
+                    found[f"attribute '{where}{key}'"] = value
+    return found
+
+
+def warn_of_state(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Warn where a criterion's state has moved in a call; returns whether it has."""
+    moved = next((name for name, value in after.items() if name in before and before[name] != value), None)
+    if moved is not None:
+        warnings.warn(
+            f"the criterion's {moved} moves when it is called, and it is called once for each local loss, so several "
+            "times a step. A queue, a centre or a counter moves as often. Move it in the loop, once a step, or make "
+            "one criterion that treats the calls apart.", StatefulCriterionWarning, stacklevel=2)
+    return moved is not None

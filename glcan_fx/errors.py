@@ -42,7 +42,7 @@ class LoadError(GlcanFxError):
 
 
 class CriterionError(GlcanFxError):
-    """A criterion returned something that is no scalar loss."""
+    """A criterion returned something that is no scalar loss, or is no function of outputs and targets."""
 
 
 class UnsupportedError(GlcanFxError):
@@ -64,3 +64,7 @@ class SmallExampleWarning(UserWarning):
 class UnusedGradientsWarning(UserWarning):
     """Gradients are computed for nothing: part of the last step's local losses never reached ``backward()``, or the
     optimiser steps no auxiliary network."""
+
+
+class StatefulCriterionWarning(UserWarning):
+    """A criterion keeps state that moves when it is called, and is called once for each local loss of a step."""

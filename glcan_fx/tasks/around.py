@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from ..layers import Cost, weights_in
 from ..replay import Entry, Rest, Segment, Segments, Surroundings, detach_record
-from .base import Task
+from .base import LossHead, Task
 
 
 class _Wrapped(Task):
@@ -17,6 +17,7 @@ class _Wrapped(Task):
     def __init__(self, task: Task) -> None:
         self.task = task
         self.name, self.rules = task.name, task.rules
+        self._counted = vars(task).setdefault("_counted", {})  # one memory of which of its losses are minimised
 
     def begin(self, model: nn.Module) -> None:
         self.task.begin(model)
@@ -88,8 +89,8 @@ class _AroundHead(nn.Module):
     def __init__(self, task: Task, rest: Rest) -> None:
         super().__init__()
         self.rest = rest
-        self.__dict__["task"] = task
+        self.loss = LossHead(task, repeated=True)
 
     def forward(self, outputs: Any, record: Any, *context: Any) -> Any:
         *inputs, targets = context
-        return self.__dict__["task"].loss(self.rest(outputs, detach_record(record), *inputs), targets)
+        return self.loss(self.rest(outputs, detach_record(record), *inputs), targets)

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map_only
 
+from .. import criteria
 from ..errors import CriterionError, PlanError, TargetError
 from ..layers import Cost
-from ..nested import tensors_in
+from ..nested import map_tensors, tensors_in
 from ..rules import Rules
 
 Criterion = Callable[[Any, Any], Tensor | dict[str, Tensor]]
@@ -42,7 +44,8 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, outputs: Any, targets: Any) -> Tensor | dict[str, Tensor]:
-        """The loss of the model's outputs: a scalar, or a dict of scalars whose sum is minimised."""
+        """The loss of the model's outputs: a scalar, or a dict: its "loss", or else the sum of the entries that have a
+        gradient, is minimised. A function of outputs and targets alone: it is called once for each local module."""
 
     def network(self, model: nn.Module) -> str:
         """Path of the sub-module that is compiled; "" is the whole model."""
@@ -101,7 +104,7 @@ class Task(ABC):
         outputs, source: fake example values of the auxiliary network's outputs and of the compiled part's own, both
         restricted to ``levels``; style, width: as in ``Options``; image: height and width of the example in pixels.
         """
-        return LossHead(self)
+        return LossHead(self, repeated=True)
 
     def head_cost(
         self, model: nn.Module, outputs: Any, source: Any, levels: Sequence[int], style: str, width: float,
@@ -158,20 +161,78 @@ class Task(ABC):
 
 
 class LossHead(nn.Module):
-    """Calls the task's loss; has no parameters: those of a criterion are registered once, under ``aux.``."""
+    """Calls the task's loss; has no parameters: those of a criterion are registered once, under ``aux.``.
 
-    def __init__(self, task: Task) -> None:
+    repeated: the loss is called for other local modules in the same step, too.
+    """
+
+    def __init__(self, task: Task, *, repeated: bool = False) -> None:
         super().__init__()
+        self.repeated = repeated
+        self.looks = 3  # first calls that are looked at closely
         self.__dict__["task"] = task  # copied with this module, so that a copy calls its own criterion
 
     def forward(self, outputs: Any, targets: Any) -> Any:
         task = self.__dict__["task"]
-        try:
+        if torch.compiler.is_compiling():
             return task.loss(outputs, targets)
+        before = criteria.state_of(targets) if self.repeated else None
+        looks = self.looks > 0 and not any(isinstance(tensor, FakeTensor) for tensor in tensors_in(outputs))
+        state = criteria.moving_state(_owners(task)) if looks and self.repeated else None
+        try:
+            loss = task.loss(outputs, targets)
         except Exception as error:
             error.add_note(f"glcan_fx: in the loss of task '{task.name}', with outputs {specs(outputs)} and targets "
                            f"{specs(targets)}")
             raise
+        if before is not None:
+            criteria.refuse_edits(before, targets)
+        if looks:
+            self.looks -= 1
+            criteria.check_total(loss)
+            criteria.check_device(loss, outputs)
+        if state is not None and not vars(task).get("_moves"):
+            vars(task)["_moves"] = criteria.warn_of_state(state, criteria.moving_state(_owners(task)))
+        return _told_apart(task, loss, outputs, targets)
+
+
+def _owners(task: Task) -> list[Any]:
+    """Where a task may keep state that moves when its loss is called."""
+    criterion = getattr(task, "criterion", None)
+    plain = [] if isinstance(criterion, nn.Module) else [getattr(criterion, "__self__", criterion)]
+    return [*task.modules().values(), *plain, task]
+
+
+def _told_apart(task: Task, loss: Any, outputs: Any, targets: Any) -> Any:
+    """A loss of named values with the names of those that are minimised, where these are not all.
+
+    They are told by their gradients. Where there are none (evaluation, a frozen module), the names are known from other
+    calls; else the loss is computed once more with gradients.
+    """
+    entries = None if isinstance(loss, Tensor) else criteria.entries_of(loss)
+    tensors = [name for name, value in (entries or {}).items() if isinstance(value, Tensor)]
+    if entries is None or len(tensors) < 2:
+        return loss
+    known: dict[tuple[str, ...], list[str]] = vars(task).setdefault("_counted", {})
+    if any(entries[name].requires_grad for name in tensors):
+        counted = criteria.counted_in(entries)
+        known[tuple(entries)] = counted
+    else:
+        counted = known.get(tuple(entries)) or [
+            name for name in criteria.counted_in(_with_gradients(task, outputs, targets)) if name in entries]
+        known[tuple(entries)] = counted
+    if counted == list(entries) == list(loss):
+        return loss
+    return criteria.Parts({name: value.detach() if isinstance(value, Tensor) and name not in counted else value
+                           for name, value in entries.items()}, counted)
+
+
+def _with_gradients(task: Task, outputs: Any, targets: Any) -> dict[str, Any]:
+    """The entries of a loss, computed with gradients of the outputs."""
+    devices = sorted({tensor.get_device() for tensor in tensors_in(outputs) if tensor.is_cuda})
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=devices):
+        leaves = map_tensors(outputs, lambda t: t.detach().clone().requires_grad_(t.is_floating_point()))
+        return criteria.entries_of(task.loss(leaves, map_tensors(targets, Tensor.clone))) or {}
 
 
 def _dimensions(task: Task, built_in: type[Task], outputs: Any, allowed: Sequence[int], expected: str) -> None:

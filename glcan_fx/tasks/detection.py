@@ -22,6 +22,7 @@ from torchvision.models.detection.retinanet import RetinaNetClassificationHead, 
 from torchvision.models.detection.ssd import SSDScoringHead
 from torchvision.ops import MultiScaleRoIAlign
 
+from ..criteria import refuse_edits, state_of
 from ..errors import PlanError, TargetError
 from ..layers import (
     Cost,
@@ -236,7 +237,11 @@ class DetectorHead(nn.Module):
             parts["head"] = _with_focal_loss(head)
         detector = _view(self.detector, **parts)
         detector.__dict__["training"] = True
+        repeated = "detector" in self._modules and not torch.compiler.is_compiling()  # the last one is not
+        before = state_of(targets) if repeated else None
         losses: dict[str, Tensor] = detector.forward(list(images.tensors), targets)
+        if before is not None:
+            refuse_edits(before, targets, "the detector's loss")
         return losses
 
 
