@@ -577,7 +577,8 @@ def _units(trace: Trace, graph: nx.DiGraph, chain: list[fx.Node]) -> list[Unit]:
                 ends.append(cut)
                 cut, at_block = None, False
             weighted = True
-        if weighted and not at_block and _is_tensor(node) and not _inside_block(trace, node, kinds):
+        if weighted and not at_block and _is_tensor(node) and not _inside_block(trace, node, kinds) and (
+                cut is None or _divides(node) <= _divides(cut)):
             cut = node
             at_block = any(type(_module_at(trace, path)) in kinds for path in node.meta["returned_by"])
     if weighted and (cut is not None or not ends):
@@ -586,6 +587,12 @@ def _units(trace: Trace, graph: nx.DiGraph, chain: list[fx.Node]) -> list[Unit]:
         ends[-1] = chain[-1]
     inside = _holders(ends)
     return [Unit(end, *_names(trace, end, inside)) for end in ends]
+
+
+def _divides(node: fx.Node) -> int:
+    """How many calls of modules a cut at a value divides."""
+    calls = node.meta["call"].around() if node.meta.get("call") else ()
+    return sum(call.path not in node.meta["returned_by"] for call in calls)
 
 
 def _inside_block(trace: Trace, node: fx.Node, kinds: set[type]) -> bool:

@@ -1,0 +1,476 @@
+"""Random models with the behaviour that people's models have, and what must hold for all of them.
+
+    python tests/fuzz.py --count 2000        # a nightly run; prints the seed of every failure
+
+``check(seed)`` makes a model and compiles it; tests/test_fuzz.py runs the first seeds.
+"""
+
+import argparse
+import random
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import glcan_fx
+
+CLASSES = 5
+
+
+def norm(channels: int, kind: str) -> nn.Module:
+    return {"batch": nn.BatchNorm2d, "instance": lambda c: nn.InstanceNorm2d(c, affine=True),
+            "group": lambda c: nn.GroupNorm(4, c), "none": lambda c: nn.Identity()}[kind](channels)
+
+
+# ---------------------------------------------------------------------------------------------- blocks
+
+
+class Residual(nn.Module):
+    def __init__(self, i: int, o: int, stride: int, kind: str, zero: bool) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(i, o, 3, stride, 1), norm(o, kind)
+        self.conv2, self.norm2 = nn.Conv2d(o, o, 3, 1, 1), norm(o, kind)
+        self.relu = nn.ReLU(inplace=True)
+        self.down = nn.Conv2d(i, o, 1, stride) if stride != 1 or i != o else None
+        if zero and hasattr(self.norm2, "weight"):
+            nn.init.zeros_(self.norm2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm2(self.conv2(self.relu(self.norm1(self.conv1(x)))))
+        y = y + (x if self.down is None else self.down(x))
+        return self.relu(y)
+
+
+class Chain(nn.Sequential):
+    def __init__(self, i: int, o: int, stride: int, kind: str, zero: bool) -> None:
+        super().__init__(nn.Conv2d(i, o, 3, stride, 1), norm(o, kind), nn.ReLU(inplace=True))
+
+
+class Gated(nn.Module):
+    """Squeeze and excitation, a dropout, a rate that a schedule changes."""
+
+    rate = 0.0
+
+    def __init__(self, i: int, o: int, stride: int, kind: str, zero: bool) -> None:
+        super().__init__()
+        self.body, self.gate = Chain(i, o, stride, kind, zero), nn.Conv2d(o, o, 1)
+        self.drop = nn.Dropout2d(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        y = y * torch.sigmoid(self.gate(y.mean((2, 3), keepdim=True)))
+        return self.drop(y) * (1 - self.rate)
+
+
+class Overwriting(nn.Module):
+    """Changes its input in place."""
+
+    def __init__(self, i: int, o: int, stride: int, kind: str, zero: bool) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(i, o, 3, stride, 1), norm(o, kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(x + 0.1, inplace=True)
+        y = self.norm(self.conv(x))
+        y += 0.01
+        return F.leaky_relu(y, 0.1)
+
+
+class Deciding(nn.Module):
+    """Control flow on values and on sizes; numbers are counted."""
+
+    def __init__(self, i: int, o: int, stride: int, kind: str, zero: bool) -> None:
+        super().__init__()
+        self.conv, self.other = nn.Conv2d(i, o, 3, stride, 1), nn.Conv2d(i, o, 1, stride)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if x.shape[-1] % 2:
+            x = F.pad(x, (0, 1, 0, 1))
+        y = self.conv(x)
+        if float(x.mean()) > 1e6:
+            return y
+        return F.gelu(y + self.other(x))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, i: int, o: int, stride: int, kind: str, zero: bool) -> None:
+        super().__init__()
+        self.body = Residual(i, o, stride, "group", zero)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.body, x, use_reentrant=False)
+
+
+class Parametrised(nn.Module):
+    def __init__(self, i: int, o: int, stride: int, kind: str, zero: bool) -> None:
+        super().__init__()
+        self.conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(i, o, 3, stride, 1))
+        self.norm = norm(o, kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.norm(self.conv(x)))
+
+
+class Pair(nn.Module):
+    """Returns more than a map, and leaves a loss behind."""
+
+    extra: Any = None
+
+    def __init__(self, i: int, o: int, stride: int, kind: str, zero: bool) -> None:
+        super().__init__()
+        self.body = Chain(i, o, stride, kind, zero)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        y = self.body(x)
+        self.extra = y.square().mean()
+        return y, {"mean": y.mean((2, 3)), "size": y.shape[-1]}
+
+
+def scripted(i: int, o: int, stride: int, kind: str, zero: bool) -> nn.Module:
+    return torch.jit.script(Chain(i, o, stride, "group", zero))
+
+
+def compiled(i: int, o: int, stride: int, kind: str, zero: bool) -> nn.Module:
+    return torch.compile(Residual(i, o, stride, kind, zero), backend="eager")
+
+
+BLOCKS: dict[str, Callable[..., nn.Module]] = {
+    "residual": Residual, "chain": Chain, "gated": Gated, "overwriting": Overwriting, "deciding": Deciding,
+    "checkpointed": Checkpointed, "parametrised": Parametrised, "pair": Pair, "scripted": scripted,
+    "compiled": compiled}
+_SLOW = ("scripted", "compiled")
+
+
+# ---------------------------------------------------------------------------------------------- models
+
+
+class Model(nn.Module):
+    """Blocks in a row; what the root's own forward does beside them is drawn at random."""
+
+    temperature = 1.0
+
+    def __init__(self, draw: random.Random) -> None:
+        super().__init__()
+        self.kind = draw.choice(["batch", "group", "instance", "none"])
+        zero = draw.random() < 0.3
+        width = draw.choice([8, 12, 16])
+        self.scales_input = draw.random() < 0.15
+        self.masks = draw.random() < 0.2
+        self.asks = draw.random() < 0.2
+        self.taps = draw.random() < 0.2
+        self.prompted = draw.random() < 0.2
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1), norm(width, self.kind), nn.ReLU(inplace=True))
+        count = draw.randint(2, 5)
+        names = [draw.choice([*BLOCKS]) for _ in range(count)]
+        blocks, channels, self.size = [], width, 16
+        for name in names:
+            stride = 2 if self.size > 4 and draw.random() < 0.4 else 1
+            out = channels * 2 if stride == 2 and channels < 32 else channels
+            blocks.append(BLOCKS[name](channels, out, stride, self.kind, zero))
+            channels, self.size = out, self.size // stride
+        self.names = names
+        self.nested = draw.random() < 0.4 and "pair" not in names
+        self.blocks = nn.Sequential(*blocks) if self.nested else nn.ModuleList(blocks)
+        self.prompt = nn.Linear(2, channels) if self.prompted else None
+        self.maps = draw.random() < 0.3
+        self.head = nn.Conv2d(channels, CLASSES, 1) if self.maps else nn.Linear(channels, CLASSES)
+        self.dropout = draw.choice([0.0, 0.0, 0.3])
+
+    def forward(self, x: Tensor, point: Tensor | None = None) -> Tensor:
+        if self.scales_input:
+            x *= 0.5
+        if self.asks and x.shape[-1] % 4:
+            x = F.pad(x, (0, 4 - x.shape[-1] % 4))
+        keep = (torch.rand(x.shape[0] if self.asks else 1, 1, 1, 1) < 0.7).float() * 1.4 if self.masks else None
+        x = self.stem(x)
+        if keep is not None:
+            x = x * keep
+        if self.nested:
+            x = self.blocks(x)
+        else:
+            for block in self.blocks:
+                x = block(x)
+                x = x[0] if isinstance(x, tuple) else x
+                x = x if keep is None else x * keep
+        if self.prompt is not None and point is not None:
+            x = x + self.prompt(point)[:, :, None, None]
+        x = x if self.maps else x.mean((2, 3))
+        return self.head(F.dropout(x, self.dropout, self.training)) / self.temperature
+
+
+@dataclass
+class Case:
+    """A model and a way to train it."""
+
+    seed: int
+    model: Model
+    k: Any
+    method: str
+    calls: list[str] = field(default_factory=list)
+
+    @property
+    def inputs(self) -> list[str]:
+        return ["x", "point"] if self.model.prompted else ["x"]
+
+    def batch(self, seed: int, size: int = 16, images: int = 4) -> tuple[list[Tensor], Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        values = [torch.randn(images, 3, size, size, generator=generator)]
+        if self.model.prompted:
+            values.append(torch.randn(images, 2, generator=generator))
+        if not self.model.maps:
+            return values, torch.randint(CLASSES, (images,), generator=generator)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            shape = make(self.seed).model.eval()(*[v.clone() for v in values]).shape
+        return values, torch.randint(CLASSES, (images, *shape[2:]), generator=generator)
+
+
+def make(seed: int) -> Case:
+    """The model of a seed."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    model = Model(draw)
+    case = Case(seed, model, draw.choice(["natural", 2, 3]), draw.choice(["glcan", "glcan", "dgl"]))
+    if draw.random() < 0.3:  # a hook that changes what a block hands on, and one that only looks
+        index = draw.randrange(len(model.blocks))
+        if not isinstance(model.blocks[index], torch.jit.ScriptModule | Pair):
+            def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+                case.calls.append("hook")
+                return out * 0.9
+
+            model.blocks[index].register_forward_hook(hook)
+    if draw.random() < 0.2:
+        for p in model.stem.parameters():
+            p.requires_grad_(False)
+    return case
+
+
+# ---------------------------------------------------------------------------------------------- what must hold
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """All that transform() must leave as it is."""
+    found: dict[str, Any] = {"state": {k: v.clone() for k, v in model.state_dict().items()},
+                             "random": torch.get_rng_state(), "python": random.getstate()}
+    for name, part in model.named_modules():
+        found[f"{name} training"] = part.training
+        found[f"{name} hooks"] = len(part._forward_hooks) + len(part._forward_pre_hooks)
+        found[f"{name} attributes"] = {k: v for k, v in vars(part).items() if isinstance(v, bool | int | float | str)}
+    for name, p in model.named_parameters():
+        found[f"{name} gradient"] = p.grad is None
+        found[f"{name} trained"] = p.requires_grad
+    return found
+
+
+def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        if key == "state":
+            assert value.keys() == after[key].keys()
+            wrong = [k for k, v in value.items() if not torch.equal(v, after[key][k])]
+            assert not wrong, f"transform changed {wrong}"
+        elif isinstance(value, Tensor):
+            assert torch.equal(value, after[key]), key
+        else:
+            assert value == after[key], key
+
+
+def twin_of(case: Case) -> Model:
+    """The same model once more, with the same state and settings; scripted and compiled parts cannot be copied."""
+    twin = make(case.seed).model
+    twin.load_state_dict(case.model.state_dict())
+    twin.temperature = case.model.temperature
+    for a, b in zip(twin.blocks, case.model.blocks, strict=True):
+        if isinstance(b, Gated):
+            a.rate = b.rate
+    return twin
+
+
+def check(seed: int) -> str:
+    """Compile the model of a seed and check it; returns what was checked. Raises AssertionError, or what failed."""
+    torch.set_num_threads(1)
+    case = make(seed)
+    model = case.model
+    example = {name: torch.empty_like(v) for name, v in zip(case.inputs, case.batch(0)[0], strict=True)}
+    before = snapshot(model)
+    try:
+        local = glcan_fx.transform(
+            model, k=case.k, criterion=F.cross_entropy, method=case.method, aux_width=1.0, head="full",
+            **({} if case.method == "dgl" else {"aux_hidden": 0}), example_inputs=example)
+    except glcan_fx.PlanError as error:
+        assert "not possible" in str(error), error  # fewer blocks than k
+        return "k is not possible"
+    assert_same(before, snapshot(model))
+    assert not case.calls, "transform called a hook of the user's"
+    evaluation(case, local)
+    output(case, local)
+    isolation(case, local)
+    reference = gradients(case, local)
+    moves(case, local)
+    learns(case, local)
+    return f"k={local.plan.k}" + ("" if reference else ", no reference of gradients")
+
+
+def evaluation(case: Case, local: Any) -> None:
+    values, targets = case.batch(1)
+    torch.manual_seed(5)
+    expected = case.model.eval()(*[v.clone() for v in values])
+    torch.manual_seed(5)
+    assert torch.equal(local.eval()(*[v.clone() for v in values]), expected), "evaluation differs"
+    torch.manual_seed(5)
+    found = local(*[v.clone() for v in values], targets)
+    assert torch.equal(found.output, expected) and torch.allclose(found.loss, F.cross_entropy(expected, targets))
+
+
+def output(case: Case, local: Any, size: int = 16) -> None:
+    """The training output, batch statistics included, is the model's under the same seed."""
+    values, targets = case.batch(2, size)
+    twin = twin_of(case).train()
+    torch.manual_seed(7)
+    expected = twin(*[v.clone() for v in values])
+    torch.manual_seed(7)
+    found = local.train()(*[v.clone() for v in values], targets).output
+    torch.testing.assert_close(found, expected, msg=lambda text: f"training output differs: {text}")
+    for (name, a), b in zip(local.original.named_buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"buffer {name} differs: {text}")
+
+
+def isolation(case: Case, local: Any) -> None:
+    """No local loss reaches parameters that the plan gives to another module alone."""
+    values, targets = case.batch(3)
+    losses = local(*[v.clone() for v in values], targets).losses
+    owners = local.parameters_by_module()
+    for index, loss in enumerate(losses):
+        trained = {name: [p for p in parameters if p.requires_grad] for name, parameters in owners.items()}
+        for position, parameters in enumerate(trained.values()):
+            if position != index and parameters and loss.requires_grad:
+                grads = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+                assert all(g is None or not g.any() for g in grads), f"loss {index} reaches module {position}"
+
+
+def gradients(case: Case, local: Any) -> bool:
+    """Gradients are those of the original model, cut by forward hooks, with the same auxiliary networks."""
+    cuts = local.plan.cuts
+    paths = dict(local.original.named_modules())
+    alone = all(names == (cut,) for cut, names in zip(cuts, local.plan.reads, strict=True))
+    if not alone or any(cut not in paths or isinstance(paths[cut], torch.jit.ScriptModule | Pair) for cut in cuts):
+        return False
+    values, targets = case.batch(4)
+    local.zero_grad()
+    state = {k: v.clone() for k, v in local.state_dict().items()}
+    torch.manual_seed(11)
+    local(*[v.clone() for v in values], targets).loss.backward()
+    found = {name: None if p.grad is None else p.grad.clone() for name, p in local.named_parameters()}
+    local.load_state_dict(state)
+    local.zero_grad()
+    losses: list[Tensor] = []
+    handles = [paths[cut].register_forward_hook(_cut(local.aux.get_submodule(str(index)), targets, losses))
+               for index, cut in enumerate(cuts)]
+    try:
+        torch.manual_seed(11)
+        losses.append(F.cross_entropy(local.original(*[v.clone() for v in values]), targets))
+    finally:
+        for handle in handles:
+            handle.remove()
+    sum(losses).backward()
+    for name, p in local.named_parameters():
+        expected = p.grad
+        if expected is None or found[name] is None:
+            assert (expected is None or not expected.any()) and (found[name] is None or not found[name].any()), name
+        else:
+            torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-5,
+                                       msg=lambda text, name=name: f"gradient of {name} differs: {text}")
+    local.zero_grad()
+    return True
+
+
+def _cut(part: Any, targets: Tensor, losses: list[Tensor]) -> Callable[..., Tensor]:
+    def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        state = torch.get_rng_state()
+        losses.append(part.head(part.network(out), targets))
+        torch.set_rng_state(state)
+        return out.detach().clone()
+
+    return hook
+
+
+def moves(case: Case, local: Any) -> None:
+    """What a loop changes is seen, or refused with its name."""
+    model = case.model
+    for block in model.blocks:
+        if isinstance(block, Gated):
+            block.rate = 0.5
+    output(case, local)
+    model.temperature = 2.0
+    try:
+        output(case, local)
+    except glcan_fx.ModelChangedError as error:
+        assert "temperature" in str(error)
+    model.temperature = 1.0
+    if not model.prompted and not model.maps:
+        try:
+            output(case, local, size=18)
+        except glcan_fx.ModelChangedError as error:
+            assert "sizes" in str(error)
+
+
+def learns(case: Case, local: Any) -> None:
+    """Every parameter that backpropagation trains gets a gradient in some of the first steps."""
+    twin = twin_of(case).train()
+    by_backpropagation: set[str] = set()
+    by_local_losses: set[str] = set()
+    optimizers = [torch.optim.SGD(m.parameters(), 0.05) for m in (twin, local)]
+    for step in range(3):
+        values, targets = case.batch(20 + step)
+        for module, found, optimizer in ((twin, by_backpropagation, optimizers[0]),
+                                         (local, by_local_losses, optimizers[1])):
+            optimizer.zero_grad()
+            given = [v.clone() for v in values]
+            loss = module(*given, targets).loss if module is local else F.cross_entropy(module(*given), targets)
+            loss.backward()
+            found |= {name for name, p in (local.original if module is local else module).named_parameters()
+                      if p.grad is not None and p.grad.abs().max() > 0}
+            optimizer.step()
+    missing = by_backpropagation - by_local_losses
+    assert not missing, f"not trained: {sorted(missing)}"
+
+
+def seeds(count: int, first: int) -> Iterator[int]:
+    yield from range(first, first + count)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0, help="the first one")
+    parser.add_argument("--minutes", type=float, default=60)
+    options = parser.parse_args()
+    start, failed, done, without = time.monotonic(), [], 0, 0
+    for seed in seeds(options.count, options.seed):
+        if time.monotonic() - start > 60 * options.minutes:
+            break
+        try:
+            said = check(seed)
+            without += "no reference" in said
+        except Exception as error:  # noqa: BLE001 - whatever fails is the finding
+            failed.append(seed)
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            print(f"seed {seed} ({', '.join(make(seed).model.names)}): {type(error).__name__}: "
+                  f"{(str(error).splitlines() or [''])[0][:300]} ({where.filename.rpartition('/')[2]}:{where.lineno})",
+                  flush=True)
+        done += 1
+    print(f"{done} models from seed {options.seed}: {len(failed)} failed {failed}; {without} without a reference of "
+          f"gradients; {time.monotonic() - start:.0f} s")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
