@@ -30,6 +30,7 @@ from .replay import Absent, Call, Record, Segments, detach_record, empty_stand_i
 from .runtime import LocalLoss, collect
 from .tasks import Task
 from .tasks.around import InSegments
+from .tasks.base import LossHead
 from .trace import Report, within
 
 log = logging.getLogger("glcan_fx")
@@ -222,11 +223,11 @@ class SegmentHead(nn.Module):
     def __init__(self, task: Any, network: "Remainder") -> None:
         super().__init__()
         self.network = network
-        self.__dict__["task"] = task
+        self.loss = LossHead(task, repeated=True)
 
     def forward(self, record: Record, *context: Any) -> Any:
         *inputs, targets = context
-        return self.__dict__["task"].loss(self.network(record, *inputs), targets)
+        return self.loss(self.network(record, *inputs), targets)
 
 
 class Remainder(nn.Module):

@@ -64,7 +64,7 @@ class NamedLoss(Tensor):
         return format(self.as_subclass(Tensor), how)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"NamedLoss({float(self):.6g}; {', '.join(self.parts)})"
+        return f"NamedLoss({self.item():.6g}; {', '.join(self.parts)})"
 
 
 def named(scalar: Tensor, parts: dict[str, Tensor]) -> Tensor:

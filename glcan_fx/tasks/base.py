@@ -221,7 +221,7 @@ def _told_apart(task: Task, loss: Any, outputs: Any, targets: Any) -> Any:
         counted = known.get(tuple(entries)) or [
             name for name in criteria.counted_in(_with_gradients(task, outputs, targets)) if name in entries]
         known[tuple(entries)] = counted
-    if counted == list(entries) == list(loss):
+    if isinstance(loss, dict) and counted == list(entries) == list(loss):
         return loss
     return criteria.Parts({name: value.detach() if isinstance(value, Tensor) and name not in counted else value
                            for name, value in entries.items()}, counted)
