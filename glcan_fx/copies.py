@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.jit._fuser import optimized_execution
 
@@ -138,9 +137,7 @@ class _Copies:
                 new[name] = self.weight(value)
             elif name not in _TABLES and name != "_compiled_call_impl":
                 new[name] = self.value(value)
-        if isinstance(module, OptimizedModule):
-            new["forward"] = new["_modules"]["_orig_mod"].__call__
-        elif "forward" not in new and _is_compiled(type(module).forward):
+        if "forward" not in new and _is_compiled(type(module).forward):
             new["forward"] = types.MethodType(getattr(type(module).forward, _COMPILED), self.modules[id(module)])
         if self.fake and isinstance(module, nn.modules.batchnorm._NormBase) and module.momentum is None:
             new["momentum"] = 0.1  # to average over all batches, it would ask for the number of batches, a value
