@@ -90,6 +90,10 @@ class Recorder(TorchFunctionMode):
         for path, tensor in [*root.named_parameters(remove_duplicate=False),
                              *root.named_buffers(remove_duplicate=False)]:
             self._attributes.setdefault(id(tensor), path)
+        for path, module in root.named_modules():
+            for name, value in vars(module).items():  # what is neither a parameter nor a buffer: read when it is used
+                if isinstance(value, Tensor) and value.is_leaf and not value.requires_grad:
+                    self._attributes.setdefault(id(value), f"{path}.{name}" if path else name)
         self._known: dict[int, tuple[fx.Node, tuple[Any, ...]]] = {}  # tensor id -> node, and the way to it from there
         self._undo: list[Callable[[], Any]] = []  # takes the bookkeeping back, newest last
         self._parts: dict[tuple[fx.Node, tuple[Any, ...]], fx.Node] = {}
@@ -544,6 +548,8 @@ class Recorder(TorchFunctionMode):
         if id(tensor) in self._attributes:
             node = self._create("get_attr", self._attributes[id(tensor)], (), {})
             self._describe(node, tensor, derived=True)
+            if not isinstance(tensor, FakeTensor):
+                node.meta["value"] = self.mode.from_tensor(tensor)
             return node
         if isinstance(tensor, FakeTensor):
             raise Uncapturable("a tensor appears that no recorded operation made")

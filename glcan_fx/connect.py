@@ -21,7 +21,7 @@ from .estimate import AnyLoss, Estimate, Memory, OptimizerLike, backpropagated, 
 from .local_model import LocalModel, assemble
 from .nested import map_tensors
 from .plan import Plan
-from .runtime import ReadOnly
+from .runtime import ReadOnly, shape_of
 from .show import size
 from .synthesize import readable, share
 from .tasks import Spec, Task
@@ -73,13 +73,7 @@ def connect(
     modules.append(replace(last, recompute=chosen.modules[-1].recompute))
     if chosen.options.predictors == "own":  # a plan may have been edited: its figures are the model's
         chosen = replace(chosen, modules=tuple(modules))
-    keys = list(levels_of(structure, task) or {})
-
-    def outputs(values: Any) -> Any:
-        if task.outputs_are_levels and isinstance(values, fx.Node):
-            return {keys[0]: values}
-        return values
-
+    outputs = _outputs(structure, task)
     reason = why_not_sliced(structure, task) if chosen.options.slices > 1 else None
     if reason:
         raise PlanError(f"slices={chosen.options.slices}: {reason}. Use slices=1.")
@@ -93,11 +87,21 @@ def connect(
     example = next((p for p in model.parameters()), None)
     if shadow is None and example is not None:
         aux.to(device=example.device)
+    output = shape_of(structure.trace.output.meta["value"])
+    for index, auxiliary in enumerate(auxiliaries):
+        part: Any = aux.get_submodule(str(index))
+        part.agrees = shape_of(auxiliary.outputs) == output
     opened = {path: tuple(sorted(structure.trace.reads.get(path, ()))) for path in emitted.opened}
     chosen = replace(chosen, reads=tuple(_named(structure, cut, auxiliary.inputs)
                                          for cut, auxiliary in zip(cuts, auxiliaries, strict=True)))
     whole = model if shadow is None else shadow
     return assemble(whole, aux, emitted.graph, chosen, task, emitted.parts, opened), emitted
+
+
+def _outputs(structure: Structure, task: Task) -> Callable[[Any], Any]:
+    """What the compiled part returns, as the last head is given it."""
+    keys = list(levels_of(structure, task) or {})
+    return lambda values: {keys[0]: values} if task.outputs_are_levels and isinstance(values, fx.Node) else values
 
 
 def _named(structure: Structure, cut: Unit, inputs: Sequence[fx.Node]) -> tuple[str | None, ...]:
@@ -122,7 +126,8 @@ def connect_again(local: LocalModel, structure: Structure) -> Emitted:
         inputs.append(nodes)
     auxiliaries: Any = [SimpleNamespace(inputs=nodes) for nodes in inputs]
     comments = [module.headline(index) for index, module in enumerate(plan.modules)]
-    return emit(structure, [unit.end for unit in units if unit], auxiliaries, task, comments, lambda values: values)
+    return emit(structure, [unit.end for unit in units if unit], auxiliaries, task, comments,
+                _outputs(structure, task))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ use, which is what frees a module's activations, and a cached feature after its 
 """
 
 import operator
-from collections.abc import Callable, Hashable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from .builder import Auxiliary
 from .graphs import Parts, with_headlines
 from .runtime import LocalLoss
 from .tasks import Task
-from .trace import Trace, is_float
+from .trace import Report, Trace, is_float
 from .whole import whole_calls
 
 
@@ -183,6 +183,8 @@ def emit(
     graph, calls = out.graph, out.calls
     inputs, context = task.prepare(graph, structure.trace.placeholders)
     out.raw.update(zip([calls.at[node] for node in structure.trace.placeholders], inputs, strict=True))
+    if task.network_is_part and asks_about_sizes(structure.trace.report, out.opened):
+        graph.create_node("call_module", "aux.sizes", tuple(inputs), name="sizes")
     later = set(out.tail)
     nodes = [node for node in out.nodes if node in out.owner and node not in later]
     read = [[calls.at[node] for node in auxiliary.inputs] for auxiliary in auxiliaries]
@@ -220,6 +222,11 @@ def emit(
         out.parts["tail"] = _subgraph(out.tail, tail_inputs(out.tail), made)
     out.calls.graph.output(made)
     return Emitted(graph, out.parts, out.opened, out.calls.graph)
+
+
+def asks_about_sizes(report: Report, opened: Collection[str]) -> bool:
+    """Whether a forward that is written out asks about sizes, so that the step holds for some answers only."""
+    return any(asked.module in opened and asked.where != "argument" for asked in report.specialisations)
 
 
 def emit_whole(

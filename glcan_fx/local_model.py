@@ -33,18 +33,22 @@ from .in_forward import OptimizerInForward, refuse_distributed
 from .nested import tensors_in
 from .replay import Surroundings
 from .runtime import (
+    Draws,
     LocalBackward,
     LocalLoss,
     LocalOutput,
     LossScale,
     ReadOnly,
     Recomputed,
+    SizeCheck,
     SlicedHead,
     Whole,
     collect,
     parameters_of,
     private_graph,
+    random_state,
     reported,
+    shape_of,
     total,
 )
 from .tasks.base import LossHead, Spec
@@ -85,10 +89,19 @@ class LocalModel(nn.Module):
         super().__init__()
         _share(self, model, aux)
         called = frozenset(str(node.target) for node in graph.nodes if node.op == "call_module")
+        asks = not task.network_is_part and any(
+            asked.module in opened and asked.where != "argument" for asked in plan.report.specialisations)
+        if "sizes" in aux._modules:
+            aux.get_submodule("sizes").bind(partial(_check_sizes, weakref.ref(self)))  # type: ignore[operator]
         called |= {path for part in parts.values() for path in _called(part.nodes)}
         self.__dict__.update(_original=model, plan=plan, task=task, graph=graph, _last_reached=[], _parts=parts,
                              _opened=opened, _guards=Guards(model, opened, called), _optimizer=_no_optimizer,
-                             _compared=False, _steps={}, _asks=self._asks_about_sizes(plan, opened))
+                             _compared=False, _steps={}, _asks=asks)
+        losses: list[Any] = [part for part in aux.children() if isinstance(part, LocalLoss)]
+        trained = [part.backward for part in losses if "backward" in part._modules]
+        self.__dict__.update(_draws=Draws(), _parts_that_train=trained)
+        for part in losses:
+            part.__dict__["draws"] = self.__dict__["_draws"]
         self.__dict__["training"] = model.training
         for name, part in aux.named_children():
             if name != "task":
@@ -135,7 +148,7 @@ class LocalModel(nn.Module):
                     for t in tensors_in(given.get(name)))
         steps = self.__dict__["_steps"]
         if key not in steps:
-            from .variants import step_for  # the one that records again: this is what it makes a step for
+            from .variants import step_for  # as in _check_sizes
 
             made = step_for(self, given)
             steps[key] = self._training_step if made is None else partial(self._written(made.graph), self)
@@ -163,12 +176,6 @@ class LocalModel(nn.Module):
             return output
         loss = LossHead(self.task)(output, targets)
         return collect([reported(total(loss), loss)], output)
-
-    @staticmethod
-    def _asks_about_sizes(plan: "Plan", opened: Opened) -> bool:
-        """Whether a forward that is written out asks about sizes."""
-        return not plan.network and plan.around is None and any(
-            asked.module in opened and asked.where != "argument" for asked in plan.report.specialisations)
 
     def names(self) -> list[str]:
         """Of the arguments of a training step: the model's, and its targets."""
@@ -222,6 +229,9 @@ class LocalModel(nn.Module):
     def _step(self, given: dict[str, Any]) -> Any:
         """Run the step's graph."""
         step = self._step_for(given)
+        if any(part.watch.on for part in self.__dict__["_parts_that_train"]):
+            state = random_state(list(given.values()))
+            self.__dict__["_draws"].before = None if state is None else state[1]
         optimizer = self.__dict__["_optimizer"]()
         stepping = optimizer is not None and torch.is_grad_enabled()
         try:
@@ -235,14 +245,28 @@ class LocalModel(nn.Module):
             raise
         self.aux.get_submodule("scale").update()  # type: ignore[operator]
         self._watch_last(result)
+        self._compare_shapes(result)
         return result
+
+    def _compare_shapes(self, result: Any) -> None:
+        """Raise ModelChangedError where the model returns other shapes than its auxiliary networks: a layer of its head
+        was replaced."""
+        if not isinstance(result, LocalOutput):
+            return
+        now = shape_of(result.output)
+        for part in self.aux.children():
+            made = part.__dict__.get("made")
+            if isinstance(part, LocalLoss) and part.agrees and made is not None and made != now:
+                raise ModelChangedError(
+                    f"{self.plan.model} returns {now} for each image, but its auxiliary networks predict {made}, as it "
+                    "did when it was compiled: a layer of its head was replaced. Compile it again: "
+                    "glcan_fx.transform(local.original, ...).")
 
     def _forget_step(self) -> None:
         """After an exception there is no step whose losses could be minimised in part."""
         self.__dict__["_last_reached"] = []
-        for part in self.modules():
-            if isinstance(part, LocalBackward):
-                part.delivered = []
+        for part in self.__dict__["_parts_that_train"]:
+            part.delivered = []
 
     def _compare_sizes(self, first: Any) -> None:
         """Warn of a step much larger than the plan's example, which the choice of k and auxiliary networks rests on."""
@@ -279,7 +303,7 @@ class LocalModel(nn.Module):
 
     def _warn_of_unused(self) -> None:
         """Warn, before its gradients are lost, of a step in which only a part of the losses was minimised."""
-        reached = {part.name: part.delivered for part in self.modules() if isinstance(part, LocalBackward)}
+        reached = {part.name: part.delivered for part in self.__dict__["_parts_that_train"]}
         reached.setdefault(self.plan.modules[-1].name, self.__dict__["_last_reached"])
         flags = {name: step[0] for name, step in reached.items() if step}
         if any(flags.values()) and not all(flags.values()):
@@ -445,6 +469,14 @@ class LocalModel(nn.Module):
                           dict(self.__dict__["_opened"]))
 
 
+def _check_sizes(local: "weakref.ref[LocalModel]", values: tuple[Any, ...]) -> None:
+    from .variants import check_sizes  # it records again: the one import that points up
+
+    made = local()
+    assert made is not None
+    check_sizes(made, values)
+
+
 def _within_hooks(local: LocalModel, given: dict[str, Any]) -> Any:
     """A step, and around it the hooks on the model itself, whose forward is written out."""
     model = local.original
@@ -524,6 +556,8 @@ def assemble(
     reports = task.result() == "output"
     last = LocalLoss(None, head, last=True, reports=reports)
     aux.add_module("last", last)
+    if any(node.target == "aux.sizes" for node in graph.nodes):
+        aux.add_module("sizes", SizeCheck())
     if any(node.target == "aux.whole" for node in graph.nodes):
         aux.add_module("whole", Whole(model))
     for name, part in task.parts(model).items():

@@ -191,10 +191,10 @@ class LocalBackward(nn.Module):
                                  "criterion detaches the outputs, or does not read them.")
         if self.optimizer is not None:
             self.optimizer.refuse_used_again([scalar])
-        if self.watch.steps:
+        if self.watch.on:
             self._refuse_others(scalar, parameters)
         stash = _differentiate(scalar, parameters, self.__dict__["scaler"])
-        if self.watch.steps:
+        if self.watch.on:
             self.watch.look(scalar, self._groups(parameters), dict(zip(map(id, parameters), stash, strict=True)))
         self.delivered = [False]
         arrived = None
@@ -250,22 +250,29 @@ def leaves_of(losses: Sequence[Tensor]) -> Iterator[Tensor]:
 
 
 class Watch:
-    """Looks, in the first steps, whether what a local loss trains gets gradients at all."""
+    """Looks, in the first steps, whether what a local loss trains gets gradients at all.
 
-    def __init__(self, name: str, steps: int = 3) -> None:
-        self.name, self.steps = name, steps
-        self.learned: set[str] = set()
+    drew: whether the local module drew random numbers in this step, and so may have dropped itself.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.steps = 0
+        self.on = True
+        self.drew = False
+        self._learned: set[str] = set()
 
     @torch.no_grad()
     def look(self, loss: Tensor, groups: dict[str, list[int]], grads: dict[int, Tensor | None]) -> None:
-        """Raise NotLearningError where gradients are not finite though the loss is, or were all zero in all of these
-        steps. One synchronisation per group."""
+        """Raise NotLearningError where gradients are not finite though the loss is, or were all zero in the first
+        steps. One synchronisation per group, until it has learned."""
         if isinstance(loss, FakeTensor) or is_half(loss.device.type):  # no values; a scale that is still to be found
             return
         if not torch.isfinite(loss):
             return
-        self.steps -= 1
-        for kind, keys in groups.items():
+        self.steps += 1
+        waiting = {kind: keys for kind, keys in groups.items() if keys and kind not in self._learned}
+        for kind, keys in waiting.items():
             present = [grad for key in keys if (grad := grads[key]) is not None]
             norm = sum(float(torch.linalg.vector_norm(g.to_dense() if g.is_sparse else g)) for g in present)
             if not math.isfinite(norm):
@@ -273,13 +280,18 @@ class Watch:
                     f"gradients of {kind} '{self.name}' are not finite, though its loss is ({float(loss):.6g}). Look "
                     "for a division by zero, a square root or a logarithm of zero in the model or the criterion.")
             if norm > 0:
-                self.learned.add(kind)
-            if not self.steps and keys and kind not in self.learned:
+                self._learned.add(kind)
+            elif self.steps >= (_PATIENCE if self.drew else _STEPS):
                 raise NotLearningError(
                     f"{kind} '{self.name}' does not learn: all of its gradients were exactly zero in the first steps. "
                     "Either its local loss does not depend on it (choose other split points, k or method), or "
                     "something in front of the loss gives no gradient (a scale of zero, a dead activation, targets "
                     "without labels). Freeze it with requires_grad_(False) if it is not to be trained.")
+        self.on = not waiting.keys() <= self._learned
+
+
+_STEPS = 3
+_PATIENCE = 20  # steps: a module that is dropped at random, with stochastic depth, waits for its turn
 
 
 class LocalLoss(nn.Module):
@@ -297,21 +309,39 @@ class LocalLoss(nn.Module):
             self.network = network
         self.head = head
         self.last, self.reports = last, reports
+        self.agrees = False  # whether predictions are of the shape of the model's outputs
+        self.__dict__.update(draws=Draws(), made=None)
 
     def forward(self, *values: Any, context: tuple[Any, ...] = (), inputs: tuple[Any, ...] = ()) -> Any:
-        state = None if self.last else _random_state(values)
+        state = self._note_draws(values)
         loss = self._loss(values, context)
-        if state is not None:
-            _set_random_state(*state)
+        if state is not None and not self.last:
+            set_random_state(*state)
         if isinstance(self.head, SlicedHead):
             loss, outputs = loss
             return self._finished(loss, inputs), outputs
         return self._finished(loss, inputs)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _note_draws(self, values: Any) -> tuple[torch.device, Tensor] | None:
+        """The random state behind the local module, which is also that in front of the next one."""
+        part: Any = self._modules.get("backward")
+        watched = part is not None and part.watch.on
+        if self.last and not watched:
+            return None
+        draws: Draws = self.__dict__["draws"]
+        state = random_state(values)
+        if watched and state is not None:
+            part.watch.drew = draws.before is None or not torch.equal(draws.before, state[1])
+        draws.before = None if state is None else state[1]
+        return state
+
     def _loss(self, values: tuple[Any, ...], context: tuple[Any, ...]) -> Any:
-        if "network" in self._modules:
-            return self.head(self.network(*values), *context)
-        return self.head(*values, *context)
+        if "network" not in self._modules:
+            return self.head(*values, *context)
+        prediction = self.network(*values)
+        self.__dict__["made"] = shape_of(prediction)
+        return self.head(prediction, *context)
 
     def _finished(self, loss: Any, inputs: tuple[Any, ...]) -> Any:
         if "backward" not in self._modules:
@@ -326,8 +356,45 @@ def reported(scalar: Tensor, loss: Any) -> Any:
     return scalar if parts is None else (scalar, parts)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _random_state(values: Any) -> tuple[torch.device, Tensor] | None:
+class _OfModel(nn.Module):
+    """Runs parts of the model that it does not own; whoever copies or loads the compiled model makes it anew."""
+
+    def __reduce__(self) -> Any:
+        return nn.Identity, ()
+
+
+def shape_of(value: Any) -> tuple[int, ...] | None:
+    """The shape of the first tensor of a nested value, but for the batch."""
+    tensor = next(tensors_in(value), None)
+    return None if tensor is None else tuple(tensor.shape[1:])
+
+
+class SizeCheck(_OfModel):
+    """Sees the inputs of a compiled part whose own forward asks about sizes; ``bind`` says whose. Sizes that have not
+    been seen are checked once: raises ModelChangedError where the part would go another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__.update(check=None, known=set())
+
+    def bind(self, check: Callable[[tuple[Any, ...]], None]) -> None:
+        self.__dict__["check"] = check
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, *values: Any) -> None:
+        key = tuple((tuple(t.shape[1:]), t.dtype) for t in tensors_in(values))
+        if key not in self.__dict__["known"] and not any(isinstance(t, FakeTensor) for t in tensors_in(values)):
+            self.__dict__["check"](values)
+            self.__dict__["known"].add(key)
+
+
+class Draws:
+    """The random state in front of the present local module of a step."""
+
+    before: Tensor | None = None
+
+
+def random_state(values: Any) -> tuple[torch.device, Tensor] | None:
     """The random state of the device that values are on; None where nothing is drawn (on fake tensors)."""
     tensor = next(tensors_in(values), None)
     if tensor is None or isinstance(tensor, FakeTensor):
@@ -340,7 +407,7 @@ def _random_state(values: Any) -> tuple[torch.device, Tensor] | None:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _set_random_state(device: torch.device, state: Tensor) -> None:
+def set_random_state(device: torch.device, state: Tensor) -> None:
     if device.type == "cpu":
         torch.set_rng_state(state)
     else:
@@ -367,13 +434,6 @@ def _differentiate(
 def is_half(device: str) -> bool:
     """Whether float16 autocast is on, which needs loss scaling."""
     return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-
-
-class _OfModel(nn.Module):
-    """Runs parts of the model that it does not own; whoever copies or loads the compiled model makes it anew."""
-
-    def __reduce__(self) -> Any:
-        return nn.Identity, ()
 
 
 class Whole(_OfModel):

@@ -174,11 +174,7 @@ def trace(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any], *
     _follow_dtypes(model, path, example_inputs, forced, main)
     erase_unused(main.graph, arguments_in(main.graph))
     rung = 3 if main.opaque else 2 if main.specialisations else 1
-    entered = _entered(main.graph)
-    hooked = [f"'{name}': its hooks do not run in training" for name, part in model.get_submodule(path).named_modules()
-              if name in entered and (part._forward_hooks or part._forward_pre_hooks)]
-    report = Report(rung, tuple(main.specialisations.values()), tuple(main.opaque.values()),
-                    (*main.lost, *hooked))
+    report = Report(rung, tuple(main.specialisations.values()), tuple(main.opaque.values()), tuple(main.lost))
     log.info("%s captured on rung %d: %d nodes, %d specialisations, %d opaque modules", type(model).__name__, rung,
              len(main.graph.nodes), len(report.specialisations), len(report.opaque))
     target = root.get_submodule(path)
@@ -303,17 +299,6 @@ def _operations(graph: fx.Graph) -> dict[str, list[Any]]:
             constants = fx.map_arg((node.args, node.kwargs), lambda source: source.op == "placeholder")
             found.setdefault(owner, []).append((node.op, str(node.target), repr(constants)))
     return found
-
-
-def _entered(graph: fx.Graph) -> set[str]:
-    """Modules whose forward was recorded, not called."""
-    found = {""}
-    for node in graph.nodes:
-        path = node.meta.get("module", "")
-        while path:
-            path = path.rpartition(".")[0]
-            found.add(path)
-    return found - {str(node.target) for node in graph.nodes if node.op == "call_module"}
 
 
 def _check(model: nn.Module, example_inputs: Any) -> None:

@@ -15,6 +15,7 @@ from .connect import connect_again
 from .emit import Emitted
 from .errors import GlcanFxError, ModelChangedError
 from .local_model import LocalModel
+from .nested import tensors_in
 from .tasks import Spec
 from .trace import trace
 
@@ -26,25 +27,40 @@ def step_for(local: LocalModel, given: dict[str, Any]) -> Emitted | None:
 
     Raises ModelChangedError where there is none.
     """
-    names = [name for name in local.names() if name != "targets"]
-    example = {name: tree_map_only(Tensor, lambda t: Spec.of(t).empty(), given[name])
-               for name in names if name in given}
-    plan = local.plan
-    asked = "; ".join(dict.fromkeys(f"`{s.code}` ({s.where})" for s in plan.report.specialisations if s.module in
-                                    local.__dict__["_opened"]))
+    values = {name: given[name] for name in local.names() if name != "targets" and name in given}
+    return _written_for(local, values if isinstance(local.plan.inputs, dict) else tuple(values.values()))
+
+
+def check_sizes(local: LocalModel, values: tuple[Any, ...]) -> None:
+    """Raise ModelChangedError where the compiled part goes another way for arguments of these sizes."""
+    names = list(local.plan.inputs) if isinstance(local.plan.inputs, dict) else []
+    made = _written_for(local, dict(zip(names, values, strict=True)) if names else values)
+    if made is not None:
+        raise _refused(local, values, "it goes another way")
+
+
+def _written_for(local: LocalModel, values: Any) -> Emitted | None:
+    example = tree_map_only(Tensor, lambda tensor: Spec.of(tensor).empty(), values)
     try:
-        inputs: Any = example if isinstance(plan.inputs, dict) else list(example.values())
-        made = connect_again(local, analyze(trace(local.original, inputs)))
+        trace_of = trace(local.original, example if isinstance(example, dict) else list(example),
+                         path=local.plan.network)
+        made = connect_again(local, analyze(trace_of))
     except GlcanFxError as error:
-        raise ModelChangedError(
-            f"{plan.model} asks about sizes, {asked}, and the training step was written for the answers that "
-            f"example_inputs= gave. For {_sizes(example)} it cannot be written: {error}. Train on sizes with the same "
-            "answers, or compile again for these.") from error
+        raise _refused(local, values, str(error)) from error
     if made.graph.python_code("self").src == local.code:
         return None
-    log.info("%s goes another way for %s (%s): a second training step", plan.model, _sizes(example), asked)
+    log.info("%s goes another way for %s: a second training step", local.plan.model, _sizes(values))
     return made
 
 
-def _sizes(example: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {tuple(value.shape)}" for name, value in example.items() if isinstance(value, Tensor))
+def _refused(local: LocalModel, values: Any, reason: str) -> ModelChangedError:
+    opened = local.__dict__["_opened"]
+    asked = dict.fromkeys(f"`{s.code}` ({s.where})" for s in local.plan.report.specialisations if s.module in opened)
+    return ModelChangedError(
+        f"{local.plan.model} asks about sizes, {'; '.join(asked)}, and the training step was written for the answers "
+        f"that example_inputs= gave. For {_sizes(values)} it cannot be written: {reason}. Train on sizes with the same "
+        "answers, or compile again for these.")
+
+
+def _sizes(values: Any) -> str:
+    return ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(values))

@@ -190,10 +190,11 @@ class Model(nn.Module):
             x *= 0.5
         if self.asks and x.shape[-1] % 4:
             x = F.pad(x, (0, 4 - x.shape[-1] % 4))
-        keep = (torch.rand(x.shape[0] if self.asks else 1, 1, 1, 1) < 0.7).float() * 1.4 if self.masks else None
+        keep = (torch.rand(1, 1, *x.shape[2:]) < 0.7).float() * 1.4 if self.masks else None
         x = self.stem(x)
         if keep is not None:
             x = x * keep
+            keep = keep.mean((2, 3), keepdim=True)
         if self.nested:
             x = self.blocks(x)
         else:
@@ -434,6 +435,7 @@ def learns(case: Case, local: Any) -> None:
                                          (local, by_local_losses, optimizers[1])):
             optimizer.zero_grad()
             given = [v.clone() for v in values]
+            torch.manual_seed(step)
             loss = module(*given, targets).loss if module is local else F.cross_entropy(module(*given), targets)
             loss.backward()
             found |= {name for name, p in (local.original if module is local else module).named_parameters()

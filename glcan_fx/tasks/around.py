@@ -51,6 +51,8 @@ class InSegments(_Wrapped):
 class Around(_Wrapped):
     """``task`` on the outputs of the whole model, of which only the trunk is compiled."""
 
+    network_is_part = True
+
     def __init__(self, task: Task, around: Surroundings) -> None:
         super().__init__(task)
         self.around = around

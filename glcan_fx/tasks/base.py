@@ -37,6 +37,7 @@ class Task(ABC):
 
     name: str = "custom"
     rules: Rules = Rules()
+    network_is_part = False  # whether the compiled part is a sub-module
     outputs_are_levels = False  # whether the compiled part returns feature maps that a head reads
 
     def begin(self, model: nn.Module) -> None:  # noqa: B027 - nothing to forget by default

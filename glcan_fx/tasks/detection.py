@@ -52,7 +52,7 @@ class Detection(Task):
     """torchvision's detectors, and any other with the same contract and parts."""
 
     name = "detection"
-    outputs_are_levels = True
+    network_is_part = outputs_are_levels = True
 
     def __init__(self) -> None:
         self._templates: WeakKeyDictionary[nn.Module, dict[Any, _Template]] = WeakKeyDictionary()
