@@ -8,7 +8,7 @@ operations on values of which some entries depend on data, and others do not, ru
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -27,6 +27,7 @@ from .trace import quiet, shadow
 log = logging.getLogger("glcan_fx")
 
 _BATCH = 2
+_WORK = 5e10  # multiplications on real memory: a few seconds
 
 
 @dataclass
@@ -55,7 +56,7 @@ def reach(network: Network, structure: Structure, cut: fx.Node, inputs: list[fx.
         return
     walk = _Walk(shadow(network, structure.trace.mode), structure.trace.mode)
     changed = False
-    with _alone():
+    with _alone(), suppress(_Undecided):
         for node, source in zip(network.graph.find_nodes(op="placeholder"), inputs, strict=True):
             walk.values[node] = replace(mixed[cut]) if source is cut else before.constant(source)
         for node in list(network.graph.nodes):
@@ -66,6 +67,8 @@ def reach(network: Network, structure: Structure, cut: fx.Node, inputs: list[fx.
                     changed = True
     if changed:
         network.recompile()
+    if any(node not in walk.values for node in network.graph.nodes if node.op != "output"):
+        return
     outputs = fx.map_arg(network.graph.output_node().args, lambda node: walk.values[node])
     made = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Seen) or leaf is _Undecided]
     if made and all(isinstance(leaf, Seen) and leaf.depends == "none" for leaf in made):
@@ -170,7 +173,7 @@ def _joins(structure: Structure) -> Iterator[fx.Node]:
             if overwritten := node.meta.get("mutates", set()) - depends:
                 depends |= overwritten
                 yield node
-            elif own and _may_join(structure.trace.module(node), node, rest) and _grows(
+            elif own and _may_join(structure.trace.module, node, rest) and _grows(
                     node.meta.get("value"), _tensors([source.meta["value"] for source in own])):
                 yield node
 
@@ -181,11 +184,16 @@ def makes_new(node: fx.Node) -> bool:
     return node.op != "call_module" and (name.startswith("new_") or name.endswith("_like"))
 
 
-def _may_join(module: nn.Module | None, node: fx.Node, beside: bool) -> bool:
+def _may_join(module_of: Callable[[fx.Node], nn.Module | None], node: fx.Node, beside: bool) -> bool:
     """Whether an operation on data that makes more of it can add what is no data; ``beside``: it reads such."""
+    def name(node: fx.Node) -> str:
+        return (_name(node) if module_of(node) is None else type(module_of(node)).__name__).lower()
+
+    module = module_of(node)
     if module is not None and next(module.parameters(), None) is not None:
         return not type(module).__module__.startswith("torch.nn.")
-    return beside or "pad" in (_name(node) if module is None else type(module).__name__.lower())
+    padded = "pad" in name(node) and not all("conv" in name(user) or "pool" in name(user) for user in node.users)
+    return beside or padded  # a convolution's own padding, written in front of it, adds no places
 
 
 def _grows(made: Any, sources: list[Tensor]) -> bool:
@@ -214,6 +222,10 @@ class _Walk:
     def __init__(self, root: nn.Module, mode: FakeTensorMode) -> None:
         self.root, self.mode = root, mode
         self.values: dict[fx.Node, Any] = {}
+        self.work = 0
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     def empty(self, shape: Any, dtype: torch.dtype) -> Tensor:
         with self.mode:
@@ -251,15 +263,15 @@ class _Walk:
         seen = self.inputs(node)
         data = [leaf for leaf in seen if leaf.depends != "none"]
         with self.mode:
-            out, changed, given = self._call(node, seen, self.fake, self.root)
+            out, changed, given = self._call(node, seen, self.fake)
         beside = len(data) < len(seen)
         if not data or makes_new(node):
             return _wrapped(out, seen, given, lambda value: Seen(value, "none"))
-        module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
         floats = [leaf.value for leaf in data if _is_float(leaf.value)]
         if any(leaf.depends == "some" for leaf in data) or changed and beside or floats and _may_join(
-                module, node, beside) and _grows(out, floats):
-            out, changed, given = self._call(node, seen, _real, self.root)
+                self.module, node, beside) and _grows(out, floats):
+            self._account(node, seen, out)
+            out, changed, given = self._call(node, seen, _real)
             for leaf in changed:
                 after = self._classified(given[id(leaf)])
                 if leaf.shared and not _alike(leaf, after):
@@ -268,16 +280,24 @@ class _Walk:
             return _wrapped(out, seen, given, self._classified)
         return _wrapped(out, seen, given, lambda value: Seen(value, "all"))
 
+    def _account(self, node: fx.Node, seen: list[Seen], out: Any) -> None:
+        """Add up the multiplications of an operation that is about to run, and stop where they are too many."""
+        module = self.module(node)
+        given = module.parameters() if module is not None else [s.value for s in seen if s.depends == "none"]
+        fans = [weight[0].numel() for weight in given if weight.dim() in (2, 4, 5)]
+        self.work += sum(t.numel() for t in _tensors(out)) * max(fans, default=1)
+        if self.work > _WORK:
+            raise _Undecided("it takes too long")
+
     def _call(
-        self, node: fx.Node, seen: list[Seen], convert: Callable[[Seen], Tensor], root: nn.Module
+        self, node: fx.Node, seen: list[Seen], convert: Callable[[Seen], Tensor]
     ) -> tuple[Any, list[Seen], dict[int, Tensor]]:
         """What a node returns, the inputs that it changed, and the tensors that it was called with."""
         given = {id(leaf): convert(leaf) for leaf in seen}
         versions = {key: value._version for key, value in given.items()}
         values = fx.map_arg((node.args, node.kwargs), lambda source: self.values[source])
         args, kwargs = tree_map(lambda leaf: given[id(leaf)] if isinstance(leaf, Seen) else leaf, values)
-        if node.op == "call_module":
-            module = root.get_submodule(str(node.target))
+        if (module := self.module(node)) is not None:
             out = (module if convert == self.fake else replicate(module, _filled).eval())(*args, **kwargs)
         elif node.op == "call_method":
             out = getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -292,7 +312,11 @@ class _Walk:
         depends = value.isnan()
         if depends.all() or not depends.any():
             return Seen(self.empty(value.shape, value.dtype), "all" if value.numel() and depends.all() else "none")
-        return Seen(torch.where(depends, value, torch.ones_like(value)), "some")
+        for axis in range(depends.dim()):
+            if torch.equal(depends.any(axis), depends.all(axis)):  # kept once, for it may be large
+                depends = depends.narrow(axis, 0, 1)
+        kept = torch.where(depends, torch.nan, 1.0).to(value.dtype)
+        return Seen(kept.expand(value.shape), "some")
 
     def fake(self, seen: Seen) -> Tensor:
         return self.empty(seen.value.shape, seen.value.dtype) if seen.depends == "some" else seen.value

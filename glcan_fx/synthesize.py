@@ -47,7 +47,17 @@ from .layers import (
     set_width,
 )
 from .rules import Feature
-from .tails import Tail, direct_layers, is_averaged, is_map, name_of, tail_of, takes_any_size, towers_of
+from .tails import (
+    Tail,
+    direct_layers,
+    fixed_sizes,
+    is_averaged,
+    is_map,
+    name_of,
+    tail_of,
+    takes_any_size,
+    towers_of,
+)
 from .trace import is_float, quiet, shadow
 
 
@@ -88,6 +98,8 @@ def synthesize(
     examples = [tree_map_only(Tensor, lambda t: _like(build.structure, t), n.meta["value"]) for n in build.inputs]
     _fit(network, build, examples, options, outputs_are_predictions)
     reach(network, structure, cut, build.inputs)
+    if outputs_are_predictions:
+        _return_own(network)
     cost, shapes = _measured(network, build, examples)
     if not build.draft:
         for name in build.fresh:
@@ -118,6 +130,17 @@ def _measured(network: Network, build: Builder, examples: list[Any]) -> tuple[Co
                 copied = network.graph.call_function(copied_tensors, (node,))
             node.replace_all_uses_with(copied, delete_user_cb=lambda user, copied=copied: user is not copied)
         network.recompile()
+
+
+def _return_own(network: Network) -> None:
+    """Where a network returns what it is given, as all in between is left out, it returns a copy: what follows, the
+    rest of a model or a criterion, may overwrite it."""
+    output = network.graph.output_node()
+    for node in output.all_input_nodes:
+        if node.op == "placeholder":
+            with network.graph.inserting_before(output):
+                output.replace_input_with(node, network.graph.call_function(copied_tensors, (node,)))
+            network.recompile()
 
 
 def copied_tensors(value: Any) -> Any:
@@ -319,6 +342,8 @@ def _synthesise_taps(
             value = _stage(build, start, end, value, present, f"stage{index}", width, options.head == "lean")
             present = end
             narrow = narrowed(structure.channels(end), width) < structure.channels(end)
+        else:
+            value = _resized(build, start, end, value, f"sized{index}")
         if end in missing:
             made, needed = tensor_of(present).dtype, tensor_of(end).dtype
             build.values[end] = value if made == needed else build.graph.call_method("to", (value, needed))
@@ -432,6 +457,9 @@ def _stage(
     conv = partial(_conv, build, rank, dtype, norm is None)
     made = False
     for before, node in pairwise([start, *path]):
+        if _fixes_size_of_all(structure, region, start, node, end) and node not in structure.channels_last:
+            value = _again(build, node, value, f"{name}.{node.name}")
+            continue
         if not _shrinks(structure, before, node, start, end):
             continue
         module = build.structure.trace.module(node)
@@ -509,6 +537,41 @@ def _hidden(build: Builder, tap: fx.Node, value: fx.Node, layers: int, half: boo
     if not last and not takes_any_size(structure, tap):  # a pooling layer that expects this many places
         value = build.graph.call_function(F.interpolate, (value,), {"size": sides})
     return value
+
+
+def _resized(build: Builder, start: fx.Node, end: fx.Node, value: fx.Node, name: str) -> fx.Node:
+    """``value`` in place of ``end``, where what lies between is dropped, as it keeps the example's shape: with as many
+    places as ``end`` has at every size."""
+    structure = build.structure
+    alike = [node for node in fixed_sizes(structure) if structure.spatial(node) == structure.spatial(end)
+             and len(structure.shape(node)) == len(structure.shape(end))
+             and (node in structure.channels_last) == (start in structure.channels_last)]
+    region = _region(structure, start, end) if alike else []
+    fixed = [node for node in region if node in alike and _fixes_size_of_all(structure, set(region), start, node, end)]
+    return _again(build, fixed[-1], value, name) if fixed else value
+
+
+def _again(build: Builder, node: fx.Node, value: fx.Node, name: str) -> fx.Node:
+    """An operation without weights, applied to ``value``."""
+    if node.op == "call_module":
+        return build.add(name, build.clone(str(node.target)), value)
+    copied = build.graph.node_copy(node, lambda _: value)
+    copied.meta = {}
+    return copied
+
+
+def _fixes_size_of_all(
+    structure: Structure, region: set[fx.Node], start: fx.Node, node: fx.Node, end: fx.Node
+) -> bool:
+    """Whether a node fixes the number of places, and all of the region's values pass it: no branch beside it."""
+    if node not in fixed_sizes(structure):
+        return False
+    reached, stack = {node}, [start]
+    while stack:
+        found = {user for user in stack.pop().users if user in region and not is_size(user)} - reached
+        reached |= found
+        stack += found
+    return node is end or end not in reached
 
 
 def _heaviest_path(structure: Structure, region: set[fx.Node], start: fx.Node, end: fx.Node) -> list[fx.Node]:

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, fx
 
 from .analyze import Structure, ancestors, is_size, tensor_of
 from .builder import Ending
-from .trace import is_float
+from .trace import is_float, quiet
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ def towers_of(structure: Structure, tail: Tail) -> dict[fx.Node, tuple[set[fx.No
         if source in tail.taps:  # the first layer on a tap adapts it (a lateral convolution): no tower
             continue
         if not (is_map(source) and is_map(end)) or tensor_of(source).shape != tensor_of(end).shape:
+            continue
+        if any(structure.spatial(n) == structure.spatial(end) for n in nodes & fixed_sizes(structure)):
             continue
         towers[end] = (nodes, source, end)
         taken |= nodes
@@ -123,6 +127,44 @@ def takes_any_size(structure: Structure, tap: fx.Node) -> bool:
     """Whether no pooling window behind a tap has a size of its own."""
     names = [name_of(structure, user) for user in tap.users]
     return not any("avgpool" in name and "adaptive" not in name for name in names)
+
+
+_FIXED: "WeakKeyDictionary[fx.Graph, frozenset[fx.Node]]" = WeakKeyDictionary()
+
+
+def fixed_sizes(structure: Structure) -> frozenset[fx.Node]:
+    """The operations without weights that make the same number of places of every map: adaptive poolings, resizing or
+    cutting to given sides. At the example's size they may keep the shape. Found by trying a larger map."""
+    graph = structure.trace.graph
+    if graph not in _FIXED:
+        _FIXED[graph] = frozenset(node for node in graph.nodes if _fixes_size(structure, node))
+    return _FIXED[graph]
+
+
+def _fixes_size(structure: Structure, node: fx.Node) -> bool:
+    sources = node.all_input_nodes
+    if len(sources) != 1 or node.op not in ("call_function", "call_method", "call_module") or node.meta["mutates"]:
+        return False
+    source, module = sources[0], structure.trace.module(node)
+    if not (is_map(source) and is_map(node)) or structure.trace.parameters(node):
+        return False
+    shape, places = list(structure.shape(source)), structure.spatial(source)
+    if not places or len(places) != len(structure.spatial(node)):
+        return False
+    first = 1 if source in structure.channels_last else 2
+    shape[first: first + len(places)] = [2 * size + 1 for size in places]
+    try:
+        with quiet(), structure.trace.mode, torch.no_grad():
+            larger = torch.empty(shape, dtype=tensor_of(source).dtype, device="cpu")
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: larger)
+            if node.op == "call_method":
+                made = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                function: Any = module if module is not None else node.target
+                made = function(*args, **kwargs)
+    except Exception:  # noqa: BLE001 - it takes maps of one size only
+        return False
+    return isinstance(made, Tensor) and made.shape == tensor_of(node).shape
 
 
 def name_of(structure: Structure, node: fx.Node) -> str:

@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_registry import LIMIT, build, family, kind_of, names
+from test_registry import batch as registry_batch
 from torch import Tensor, nn
+from torchvision.models import get_model
 
 import glcan_fx
 from glcan_fx.layers import freshen, set_width
@@ -34,11 +37,11 @@ def learners(local: glcan_fx.LocalModel) -> dict[str, list[nn.Parameter]]:
     return {name: own for name, own in found.items() if any(p.requires_grad for p in own)}
 
 
-def assert_learns(local: glcan_fx.LocalModel, each: tuple[str, ...] = (), size: int = 32) -> None:
+def assert_learns(local: glcan_fx.LocalModel, each: tuple[str, ...] = (), size: int = 32, lr: float = 0.1) -> None:
     """In three steps every group of parameters gets gradients, and each of those parameters of the model."""
     groups = learners(local) | {name: [local.original.get_parameter(name)] for name in each}
     moved = dict.fromkeys(groups, 0.0)
-    optimizer = torch.optim.SGD(local.parameters(), 0.1)
+    optimizer = torch.optim.SGD(local.parameters(), lr)
     for step in range(3):
         optimizer.zero_grad()
         x, y = batch(step, size)
@@ -245,3 +248,209 @@ def test_auxiliary_networks_overwrite_nothing_that_is_handed_on(kind: str, k: An
     x, y = batch(0, 16)
     assert torch.equal(local(x, y).output, reference(x))
     assert_learns(local, size=16)
+
+
+def test_a_criterion_that_overwrites_outputs_changes_nothing_that_is_handed_on() -> None:
+    """Where all behind a cut keeps the shape, its auxiliary network returns what it is given."""
+    model = nn.Sequential(*(nn.Conv2d(3, 3, 3, 1, 1) for _ in range(3)))
+    local = compiled(model, size=16, criterion=lambda out, _: (out.mul_(2) - 1).square().mean())
+    x, y = batch(0, 16)
+    assert local.plan.k == 3 and torch.allclose(local(x, y).output, 2 * local.original(x), atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------ places that data reach
+
+
+class Tokens(nn.Module):
+    """A transformer with ``front`` tokens of its own before the patches and ``back`` behind; ``read`` is the head's."""
+
+    def __init__(self, read: Callable[[Tensor], Tensor], front: int = 1, back: int = 0, join: str = "cat") -> None:
+        super().__init__()
+        self.read, self.join, places = read, join, 16 + front + back
+        self.patch = nn.Conv2d(3, 16, 8, 8)
+        self.front, self.back = nn.Parameter(torch.randn(1, front, 16)), nn.Parameter(torch.randn(1, back, 16))
+        self.pos = nn.Parameter(torch.randn(1, places, 16) / 10)
+        self.blocks = nn.Sequential(*(nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True) for _ in range(3)))
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        count, places, _ = x.shape
+        front, back = self.front.expand(count, -1, -1), self.back.expand(count, -1, -1)
+        if self.join == "cat":
+            x = torch.cat([front, x, back], 1)
+        elif self.join == "pad":
+            x = F.pad(x, (0, 0, front.shape[1], back.shape[1]))
+        else:
+            out = x.new_zeros(count, front.shape[1] + places + back.shape[1], 16)
+            out[:, front.shape[1]: front.shape[1] + places] = x
+            out[:, : front.shape[1]] = front
+            x = out
+        return self.head(self.read(self.norm(self.blocks(x + self.pos))))
+
+
+READS: dict[str, tuple[Callable[[Tensor], Tensor], int, int]] = {  # what the head reads; tokens in front and behind
+    "class token": (lambda x: x[:, 0], 1, 0),
+    "at the end": (lambda x: x[:, -1], 0, 1),
+    "select": (lambda x: x.select(1, 0), 1, 0),
+    "narrow": (lambda x: x.narrow(1, 0, 2).mean(1), 2, 0),
+    "distillation": (lambda x: (x[:, 0] + x[:, 1]) / 2, 2, 0),
+    "slice": (lambda x: x[:, :2].mean(1), 2, 0),
+    "split": (lambda x: x.split([1, x.shape[1] - 1], 1)[0].flatten(1), 1, 0),
+    "unbind": (lambda x: x.unbind(1)[0], 1, 0),
+    "index": (lambda x: torch.index_select(x, 1, torch.zeros(1, dtype=torch.long)).flatten(1), 1, 0),
+    "registers in front": (lambda x: x[:, 4], 5, 0),
+    "registers behind": (lambda x: x[:, 0], 1, 4),
+    "both ends": (lambda x: x[:, 0] + x[:, -1], 1, 1),
+}
+
+
+@pytest.mark.parametrize("k", ["natural", 2])
+@pytest.mark.parametrize("read", READS)
+def test_heads_that_read_tokens(read: str, k: Any) -> None:
+    local = compiled(Tokens(*READS[read]), k)
+    assert_learns(local, ("patch.weight", "patch.bias"))
+
+
+@pytest.mark.parametrize("join", ["cat", "pad", "assigned"])
+def test_tokens_that_join_in_other_ways(join: str) -> None:
+    local = compiled(Tokens(lambda x: x[:, 0], 1, 0, join))
+    assert "mean" in local.aux.get_submodule("0.network").code
+    assert_learns(local, ("patch.weight",))
+
+
+class SequenceFirst(Tokens):
+    """Places, images, channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).permute(2, 0, 1)
+        x = torch.cat([self.front.transpose(0, 1).expand(-1, x.shape[1], -1), x]) + self.pos.transpose(0, 1)
+        for block in self.blocks:
+            x = block(x.transpose(0, 1)).transpose(0, 1)
+        return self.head(self.norm(x)[0])
+
+
+def test_places_before_images() -> None:
+    assert_learns(compiled(SequenceFirst(lambda x: x)), ("patch.weight",))
+
+
+class Late(nn.Module):
+    """The class token joins behind blocks on the patches alone; a user's own module puts it there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.head = nn.Conv2d(3, 16, 8, 8), nn.Linear(16, 10)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True) for _ in range(4))
+        self.token = nn.Parameter(torch.zeros(1, 1, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        for block in self.blocks[:2]:
+            x = block(x)
+        x = torch.cat([x, self.token.repeat(x.shape[0], 1, 1)], 1)
+        for block in self.blocks[2:]:
+            x = block(x)
+        return self.head(x[:, -1])
+
+
+@pytest.mark.parametrize("k", ["natural", 3])
+def test_a_token_that_joins_late(k: Any) -> None:
+    local = compiled(Late(), k)
+    assert_learns(local, ("patch.weight", "blocks.0.linear1.weight", "blocks.1.linear1.weight"))
+
+
+def test_only_cuts_that_need_it_read_means() -> None:
+    """And a draft is what is built."""
+    model = Tokens(lambda x: x[:, 0])
+    local = compiled(model)
+    codes = [local.aux.get_submodule(f"{index}.network").code for index in range(local.plan.k - 1)]
+    assert ["mean" in code for code in codes] == [True] + [False] * (len(codes) - 1) and len(codes) > 1
+    pooled = compiled(Tokens(lambda x: x[:, 1:].mean(1)))
+    assert all("expand_as" not in pooled.aux.get_submodule(f"{i}.network").code for i in range(pooled.plan.k - 1))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), local.original.parameters(), strict=True))
+
+
+# ------------------------------------------------------------------------------------------ other sizes
+
+
+class Fixed(nn.Module):
+    """Resized to 8 x 8 by ``resize`` in the trunk, behind which a head expects so many places."""
+
+    def __init__(self, resize: Callable[[Tensor], Tensor] | nn.Module, stride: int, inside: bool = False) -> None:
+        super().__init__()
+        block = lambda i, s=1: nn.Sequential(nn.Conv2d(i, 8, 3, s, 1), nn.BatchNorm2d(8), nn.ReLU())  # noqa: E731
+        self.stem, self.down, self.resize = nn.Sequential(block(3), block(8)), nn.MaxPool2d(stride), resize
+        self.behind = nn.Sequential(*([block(8), block(8)] if inside else []))
+        self.fc = nn.Sequential(nn.Flatten(), nn.Linear(8 * 64, 32), nn.ReLU(), nn.Linear(32, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.behind(self.resize(self.down(self.stem(x)))))
+
+
+RESIZES: dict[str, Callable[[], Any]] = {
+    "average": lambda: nn.AdaptiveAvgPool2d(8),
+    "maximum": lambda: nn.AdaptiveMaxPool2d((8, 8)),
+    "function": lambda: lambda x: F.adaptive_avg_pool2d(x, 8),
+    "interpolated": lambda: lambda x: F.interpolate(x, size=(8, 8)),
+    "resized": lambda: nn.Upsample(size=8, mode="bilinear"),
+    "cut": lambda: lambda x: x[:, :, :8, :8],
+}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("stride", [2, 4])
+@pytest.mark.parametrize("resize", RESIZES)
+def test_every_size_that_the_model_takes(resize: str, stride: int, inside: bool) -> None:
+    """Where a map is resized, to what it has already (stride 4) or to less."""
+    takes_every_size(Fixed(RESIZES[resize](), stride, inside))
+
+
+def test_every_size_by_another_method_and_leaner() -> None:
+    takes_every_size(Fixed(RESIZES["average"](), 4), method="dgl")
+    takes_every_size(Fixed(RESIZES["average"](), 4), aux_width=0.5, head="lean")
+
+
+def takes_every_size(model: nn.Module, **options: Any) -> None:
+    local = compiled(model, **options)
+    assert local.plan.k > 1
+    for size in (48, 40, 32):
+        assert_learns(local, size=size, lr=1e-3)
+
+
+class Tower(nn.Module):
+    """A part of the head with weights that keeps the example's shape only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.fc = nn.Upsample(scale_factor=2), nn.Sequential(nn.Flatten(), nn.Linear(8 * 256, 10))
+        self.lateral, self.tower = nn.Conv2d(8, 8, 1), nn.Sequential(nn.Conv2d(8, 8, 1), nn.AdaptiveAvgPool2d(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.tower(self.up(self.lateral(x))))
+
+
+def test_every_size_behind_a_head_that_resizes() -> None:
+    body = nn.Sequential(*(nn.Sequential(nn.Conv2d(i, 8, 3, s, 1), nn.ReLU()) for i, s in ((3, 2), (8, 1), (8, 2))))
+    takes_every_size(nn.Sequential(body, Tower()))
+
+
+# ------------------------------------------------------------------------------------------ torchvision's networks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in names() if kind_of(name) == "classification"])
+def test_every_local_module_of_torchvisions_classifiers_learns(name: str) -> None:
+    """In one step, also where the last norm of each block begins at zero."""
+    torch.manual_seed(0)
+    zero = family(name) == "resnet"
+    model = get_model(name, weights=None, num_classes=5, zero_init_residual=True) if zero else build(name)
+    (x,), y = registry_batch(name)
+    plan = glcan_fx.plan(model, k="natural", task="classification", example_inputs=x)
+    if sum(part.parameters + part.aux_parameters for part in plan.modules) > LIMIT:
+        pytest.skip("too large")
+    local = glcan_fx.transform(model, plan=plan).train()
+    local(x, y).loss.backward()
+    silent = [group for group, own in learners(local).items()
+              if not any(p.grad is not None and p.grad.abs().sum() > 0 for p in own)]
+    assert local.plan.k > 1 and silent == []
