@@ -48,7 +48,7 @@ recording = Recording()
 
 
 class Scripted(nn.Module):
-    """Stands in a shadow for a scripted module, under the same names: one call, whose inside nobody can record.
+    """Stands in a copy for a scripted module, under the same names: one call, whose inside nobody can record.
 
     Its code runs on fake tensors once it holds them itself.
     """
@@ -110,7 +110,7 @@ class _Copies:
         convert = self.tensor if id(module) in self.registered else self.unregistered
         new: nn.Module
         if isinstance(module, torch.jit.ScriptModule | Scripted):
-            new = self.modules[id(module)] = Scripted(module, convert) if self.fake else self.scripted(module)
+            new = self.modules[id(module)] = Scripted(module, convert)
             return new
         new = object.__new__(type(module))
         self.modules[id(module)] = new
@@ -120,11 +120,6 @@ class _Copies:
         children = vars(module)["_modules"]
         vars(new)["_modules"] = {key: None if child is None else self.module(child) for key, child in children.items()}
         return new
-
-    def scripted(self, module: nn.Module) -> nn.Module:
-        new = copy.deepcopy(module)
-        tensors = [*module.parameters(), *module.buffers()]
-        return new.to(self.convert(tensors[0]).device) if tensors else new
 
     def finish(self, module: nn.Module) -> None:
         """Copy the attributes of a module whose tensors and sub-modules are copied."""
