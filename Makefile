@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # a stamp per set of extras, so that a second run installs nothing
 STAMP = $(VENV)/.installed-
 
-.PHONY: demo test test-slow lint docs models bench clean
+.PHONY: demo test test-slow fuzz lint docs models bench clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/bin/python:
@@ -44,6 +44,10 @@ test: $(STAMP)test
 test-slow: $(STAMP)test
 	@echo "==> running the slow tests"
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+fuzz: $(STAMP)test
+	@echo "==> compiling random models (at most an hour)"
+	$(BIN)/python -W ignore tests/fuzz.py $(ARGS)
 
 lint: $(STAMP)lint
 	$(BIN)/ruff check .

@@ -535,6 +535,8 @@ class Recorder(TorchFunctionMode):
     def _node_of(self, tensor: Tensor) -> fx.Node:
         if id(tensor) in self._known:
             node, way = self._known[id(tensor)]
+            if node.target is detached and tensor.grad_fn is not None:
+                raise Uncapturable("it calls an autograd function, which has a gradient of its own")
             for depth, (function, step) in enumerate(way):
                 key = node, way[: depth + 1]
                 if key not in self._parts:

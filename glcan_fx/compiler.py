@@ -2,10 +2,11 @@
 
 import logging
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -49,6 +50,20 @@ from .verify import verify as verify_step
 log = logging.getLogger("glcan_fx")
 
 
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+_ONE = threading.RLock()
+
+
+def _one_at_a_time(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """In one thread at a time: random states, which are put back, belong to the process."""
+    @wraps(function)
+    def locked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with _ONE:
+            return function(*args, **kwargs)
+    return locked
+
+
 @dataclass(frozen=True)
 class _Request:
     """What the user asks for; None is left to the planner."""
@@ -85,6 +100,7 @@ class _Request:
         return [name for name, value, default in found if value is not default and value != default]
 
 
+@_one_at_a_time
 def plan(
     model: nn.Module,
     *,
@@ -157,6 +173,7 @@ def plan(
         aux_stride, head, fused_loss, slices, predictors, memory_budget, compute_budget, optimizer))[0]
 
 
+@_one_at_a_time
 def transform(
     model: nn.Module,
     *,
@@ -204,6 +221,7 @@ def transform(
     return plan.apply(model, task=task, criterion=criterion, verify=verify)
 
 
+@_one_at_a_time
 def estimate_memory(
     model: nn.Module | Plan,
     example_inputs: Any = None,
@@ -245,6 +263,7 @@ def estimate_memory(
     return whole.known.backpropagation(optimizer, recompute=recompute)
 
 
+@_one_at_a_time
 def apply(
     plan: Plan, model: nn.Module, task: str | Task | None, criterion: Criterion | None, verify: bool
 ) -> LocalModel:
@@ -551,7 +570,7 @@ def _build(chosen: Plan, structure: Structure, model: nn.Module, task: Task, ver
     _check(model, chosen.options)
     local, emitted = connect(chosen, structure, model, task)
     if verified:
-        verify_step(local, emitted, structure)
+        verify_step(local, emitted, structure, getattr(chosen.draft, "given_targets", None))
     warn_of_unstepped(local)
     log.info("compiled %s; create the optimiser after this call, from its parameters()", chosen.model)
     return local

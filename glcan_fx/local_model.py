@@ -195,7 +195,7 @@ class LocalModel(nn.Module):
             self.__dict__["_compared"] = True
             self._compare_sizes(next(iter(given.values()), None))
         if "whole" in self.aux._modules:  # the model's own call runs its hooks
-            return self._step(given)
+            return self.run_step(given)
         return _within_hooks(self, given)
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -226,10 +226,15 @@ class LocalModel(nn.Module):
                     f"was written for, and is {what[1]} now. Compile again with such an example.")
         return given
 
-    def _step(self, given: dict[str, Any]) -> Any:
-        """Run the step's graph."""
+    def trained(self) -> list[LocalBackward]:
+        """What differentiates the local losses."""
+        parts: list[LocalBackward] = self.__dict__["_parts_that_train"]
+        return parts
+
+    def run_step(self, given: dict[str, Any]) -> Any:
+        """Run the step's graph on arguments by name, unchecked and without the hooks on the model itself."""
         step = self._step_for(given)
-        if any(part.watch.on for part in self.__dict__["_parts_that_train"]):
+        if any(part.watch.on for part in self.trained()):
             state = random_state(list(given.values()))
             self.__dict__["_draws"].before = None if state is None else state[1]
         optimizer = self.__dict__["_optimizer"]()
@@ -265,7 +270,7 @@ class LocalModel(nn.Module):
     def _forget_step(self) -> None:
         """After an exception there is no step whose losses could be minimised in part."""
         self.__dict__["_last_reached"] = []
-        for part in self.__dict__["_parts_that_train"]:
+        for part in self.trained():
             part.delivered = []
 
     def _compare_sizes(self, first: Any) -> None:
@@ -303,7 +308,7 @@ class LocalModel(nn.Module):
 
     def _warn_of_unused(self) -> None:
         """Warn, before its gradients are lost, of a step in which only a part of the losses was minimised."""
-        reached = {part.name: part.delivered for part in self.__dict__["_parts_that_train"]}
+        reached = {part.name: part.delivered for part in self.trained()}
         reached.setdefault(self.plan.modules[-1].name, self.__dict__["_last_reached"])
         flags = {name: step[0] for name, step in reached.items() if step}
         if any(flags.values()) and not all(flags.values()):
@@ -484,7 +489,7 @@ def _within_hooks(local: LocalModel, given: dict[str, Any]) -> Any:
         raise UnsupportedError(f"{type(model).__name__} itself has a backward hook, but no gradient passes through it "
                                "as a whole. Put the hook on modules inside it.")
     if not model._forward_hooks and not model._forward_pre_hooks:
-        return local._step(given)
+        return local.run_step(given)
     names = [name for name in local.names() if name in given]
     detector = local.task.result() == "dict"
     seen = names if detector else [name for name in names if name != "targets"]
@@ -494,7 +499,7 @@ def _within_hooks(local: LocalModel, given: dict[str, Any]) -> Any:
             args = (before(model, args, {}) or (args, {}))[0]
         elif (changed := before(model, args)) is not None:
             args = changed if isinstance(changed, tuple) else (changed,)
-    result = local._step({**given, **dict(zip(seen, args, strict=True))})
+    result = local.run_step({**given, **dict(zip(seen, args, strict=True))})
     output = result if detector else result.output
     for key, after in list(model._forward_hooks.items()):
         with_kwargs = key in model._forward_hooks_with_kwargs

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map_only
 
@@ -112,8 +113,11 @@ def arguments_of(module: nn.Module, call: Call) -> dict[str, Any]:
 
 
 def _shallow(module: nn.Module) -> nn.Module:
+    if isinstance(module, torch.jit.ScriptModule):  # one that calls nothing of its own in Python
+        return nn.Module().train(module.training)
     new: nn.Module = object.__new__(type(module))
     new.__dict__ = {**vars(module), "_modules": dict(module._modules)}
+    new.__dict__.pop("_compiled_call_impl", None)  # it would call the module itself
     for name, value in vars(module).items():
         if "_hooks" in name and isinstance(value, dict):  # those that a forward registers while it runs stay here
             new.__dict__[name] = value.copy()
@@ -127,6 +131,8 @@ def substituted(model: nn.Module, answer: Callable[[str, nn.Module], Callable[..
     attributes stay.
     """
     def view(module: nn.Module, path: str) -> nn.Module:
+        if isinstance(module, torch.jit.ScriptModule):
+            return module
         new = _shallow(module)
         for name, child in module._modules.items():
             if child is None:
@@ -136,12 +142,14 @@ def substituted(model: nn.Module, answer: Callable[[str, nn.Module], Callable[..
             if instead is None:
                 new._modules[name] = view(child, inner)
             elif instead is not child:
-                stand_in = _shallow(child)
+                stand_in = _shallow(child.get_submodule("_orig_mod") if isinstance(child, OptimizedModule) else child)
                 stand_in.__dict__.update(forward=instead, _stands_in=True)
                 for key, value in vars(stand_in).items():
                     if key.endswith("_hooks") and isinstance(value, dict):
                         value.clear()
                 new._modules[name] = stand_in
+        if isinstance(module, OptimizedModule):  # its own forward calls the module itself
+            new.__dict__["forward"] = new._modules["_orig_mod"]
         return new
 
     return view(model, "")

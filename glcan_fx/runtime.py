@@ -261,6 +261,7 @@ class Watch:
         self.on = True
         self.drew = False
         self._learned: set[str] = set()
+        self._waiting: list[str] = []
 
     @torch.no_grad()
     def look(self, loss: Tensor, groups: dict[str, list[int]], grads: dict[int, Tensor | None]) -> None:
@@ -287,7 +288,12 @@ class Watch:
                     "Either its local loss does not depend on it (choose other split points, k or method), or "
                     "something in front of the loss gives no gradient (a scale of zero, a dead activation, targets "
                     "without labels). Freeze it with requires_grad_(False) if it is not to be trained.")
-        self.on = not waiting.keys() <= self._learned
+        self._waiting = [kind for kind in waiting if kind not in self._learned]
+        self.on = bool(self._waiting)
+
+    def idle(self) -> list[str]:
+        """What has had no gradient that was not zero, though nothing was drawn at random."""
+        return [] if self.drew else self._waiting
 
 
 _STEPS = 3

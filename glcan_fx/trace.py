@@ -9,6 +9,7 @@ Where the recordings differ, the innermost module that differs becomes opaque, s
 """
 
 import logging
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -380,15 +381,29 @@ def _explain(error: Exception, model: nn.Module, path: str, inputs: Any) -> tupl
     ), f"{reason.splitlines()[0] if reason else ''}, at {where or inner}"
 
 
+_QUIET = threading.Lock()
+_quiet_users = 0
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep torch's fake tensors from logging an error that is about to be explained."""
+    """Keep torch's fake tensors from logging an error that is about to be explained; several threads may."""
+    global _quiet_users
     logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
+    with _QUIET:
+        _quiet_users += 1
+        logger.addFilter(_nothing)
     try:
         yield
     finally:
-        logger.disabled = before
+        with _QUIET:
+            _quiet_users -= 1
+            if not _quiet_users:
+                logger.removeFilter(_nothing)
+
+
+def _nothing(_: logging.LogRecord) -> bool:
+    return False
 
 
 def is_float(value: Any) -> bool:

@@ -1,31 +1,38 @@
 """Verify, never trust: run the emitted training step beside the module that it was made from, on real values."""
 
+import copy
 import logging
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import runtime
 from .analyze import Structure, multiply_adds
 from .copies import kept_python_random, replicate
 from .emit import Emitted
-from .errors import TraceError
-from .local_model import LocalModel
+from .errors import ModelChangedError, NotLearningError, TraceError
+from .estimate import AnyLoss
+from .local_model import LocalModel, assemble
 from .nested import map_tensors, tensors_in
 from .tasks import Spec
+from .tasks.base import LossHead
 
 log = logging.getLogger("glcan_fx")
 
 _AFFORDABLE = {"cpu": 1e10, "cuda": 1e12}  # multiply-adds of one forward pass: about a second
 
 
-def verify(local: LocalModel, emitted: Emitted, structure: Structure) -> bool:
-    """Compare step and model in training mode, at the example's batch size and at another one, random numbers included.
+def verify(local: LocalModel, emitted: Emitted, structure: Structure, targets: Any = None) -> bool:
+    """Compare step and model in training mode, at the example's batch size and at another one, random numbers included;
+    and look, on a small batch, whether every local module gets gradients. ``targets``: those of the example, if known.
 
-    Both run on copies that share the model's parameters and have buffers of their own, on the model's device. Returns
-    False where that would take long, or the step calls the model as it is, and nothing was compared. Raises TraceError
-    where the outputs or the buffers differ. (Evaluation needs no check: it calls the model.)
+    Both run on copies that share the model's parameters and have buffers of their own, on the model's device, without
+    hooks. Returns False where that would take long, or the step calls the model as it is, and nothing was compared.
+    Raises TraceError where the outputs or the buffers differ, NotLearningError where gradients are exactly zero or not
+    finite. (Evaluation needs no check: it calls the model.)
     """
     model = local.original
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -37,7 +44,66 @@ def verify(local: LocalModel, emitted: Emitted, structure: Structure) -> bool:
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), kept_python_random(), torch.no_grad():
         _run_both(local, emitted.forward, device)
+        if local.task.result() == "output" and local.plan.around is None and not emitted_differs(local):
+            _probe(local, structure, targets, device)
     return True
+
+
+_PROBED = 4  # images
+
+
+def _probe(local: LocalModel, structure: Structure, targets: Any, device: torch.device) -> None:
+    """One training step on a copy. Its losses are the task's where targets are known, else any of the outputs."""
+    specs = _specs(local.plan.inputs)
+    batch = next((spec.shape[0] for spec in specs if len(spec.shape) > 1), 0)
+    task: Any = AnyLoss()
+    if targets is None:
+        targets = local.task.example_targets(
+            local.original, tuple(specs), structure.trace.output.meta["value"])
+    if targets is not None:
+        task = copy.copy(local.task)
+    try:
+        trial = _trial(local, task)
+        small = min(batch, _PROBED) - batch
+        values = _random(local.plan.inputs, batch, small, device)
+        given = values if isinstance(values, dict) else dict(zip(local.names(), values, strict=False))
+        torch.manual_seed(0)
+        with kept_python_random(), torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trial.run_step({**given, "targets": _first(targets, batch, batch + small, device)})
+    except (NotLearningError, ModelChangedError):
+        raise
+    except Exception as error:  # noqa: BLE001 - a criterion that wants other targets: the first real step looks again
+        log.info("gradients were not probed: %s: %s", type(error).__name__, error)
+        return
+    idle = [(kind, part.name) for part in trial.trained() for kind in part.watch.idle()]
+    if idle:
+        kind, name = idle[0]
+        raise NotLearningError(
+            f"{kind} '{name}' gets no gradient from its local loss: all of them are exactly zero on random inputs. "
+            "Choose other split points, k or method, or freeze it with requires_grad_(False) if it is not to be "
+            "trained. If it learns from your data, pass verify=False: the first training steps look again.")
+
+
+def _trial(local: LocalModel, task: Any) -> LocalModel:
+    """The compiled model on copies, with the model's own parameters and no hooks."""
+    aux = copy.deepcopy(local.aux)
+    for part in aux.modules():
+        if isinstance(part, LossHead):
+            part.__dict__["task"] = task
+    return assemble(_copy(local.original), aux, copy.deepcopy(local.graph), local.plan, task, {},
+                    local.__dict__["_opened"]).train()
+
+
+def _first(targets: Any, batch: int, some: int, device: torch.device) -> Any:
+    """The targets of some images of a batch, with values."""
+    def values(tensor: Tensor) -> Tensor:
+        shape = (some, *tensor.shape[1:]) if tensor.dim() and tensor.shape[0] == batch else tensor.shape
+        if isinstance(tensor, FakeTensor) or tensor.is_meta:
+            return torch.zeros(shape, dtype=tensor.dtype, device=device)
+        return tensor.detach()[:some].to(device) if shape != tensor.shape else tensor.detach().to(device)
+
+    return map_tensors(targets, values)
 
 
 def _run_both(local: LocalModel, forward: fx.Graph, device: torch.device) -> None:
@@ -105,7 +171,7 @@ def _specs(inputs: Any) -> list[Spec]:
 def _random(inputs: Any, batch: int, extra: int, device: torch.device) -> Any:
     if isinstance(inputs, Spec):
         shape = inputs.shape
-        if extra and shape and shape[0] == batch:
+        if extra and shape and shape[0] == batch:  # extra images, or fewer
             shape = (batch + extra, *shape[1:])
         dtype = getattr(torch, inputs.dtype)
         if dtype.is_floating_point or dtype.is_complex:
@@ -123,7 +189,7 @@ def _copy(model: nn.Module) -> nn.Module:
     return replicate(model, lambda t: t if isinstance(t, nn.Parameter) else t.detach().clone()).train()
 
 
-def _module(local: LocalModel, copy: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+def _module(local: LocalModel, model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     """A graph on a copy of the model, with the constants of the compiled one."""
     constants = local.aux._modules.get("constants")
     new = fx.Graph()
@@ -134,8 +200,8 @@ def _module(local: LocalModel, copy: nn.Module, graph: fx.Graph) -> fx.GraphModu
         if node.op == "get_attr" and constants is not None and name in constants._buffers:
             made[node].target = name
     for name, value in constants._buffers.items() if constants is not None else ():
-        copy.__dict__[name] = value
-    return fx.GraphModule(copy, new)
+        model.__dict__[name] = value
+    return fx.GraphModule(model, new)
 
 
 def _compare(expected: list[Tensor], found: list[Tensor], what: str, batch: int) -> None:

@@ -307,7 +307,8 @@ def check(seed: int) -> str:
             model, k=case.k, criterion=F.cross_entropy, method=case.method, aux_width=1.0, head="full",
             **({} if case.method == "dgl" else {"aux_hidden": 0}), example_inputs=example)
     except glcan_fx.PlanError as error:
-        assert "not possible" in str(error), error  # fewer blocks than k
+        if "not possible" not in str(error):  # fewer blocks than k
+            raise
         return "k is not possible"
     assert_same(before, snapshot(model))
     assert not case.calls, "transform called a hook of the user's"
@@ -414,13 +415,15 @@ def moves(case: Case, local: Any) -> None:
     try:
         output(case, local)
     except glcan_fx.ModelChangedError as error:
-        assert "temperature" in str(error)
+        if "temperature" not in str(error):
+            raise
     model.temperature = 1.0
     if not model.prompted and not model.maps:
         try:
             output(case, local, size=18)
         except glcan_fx.ModelChangedError as error:
-            assert "sizes" in str(error)
+            if "sizes" not in str(error):
+                raise
 
 
 def learns(case: Case, local: Any) -> None:
