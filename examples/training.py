@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
 import random
 import statistics
@@ -32,6 +31,7 @@ from tqdm import tqdm
 import glcan_fx
 from glcan_fx.demo_train import peak_of
 from glcan_fx.estimate import backpropagated, minimised, recompute
+from glcan_fx.files import replacing, write
 from glcan_fx.nested import map_tensors
 from glcan_fx.rules import Place, Source, State
 from glcan_fx.tasks import make_task
@@ -267,7 +267,7 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
                 bar.write(f"epoch {state.step / per_epoch:g}: {said}", file=sys.stderr)
                 state.save()
     record = {**state.identity, "k": plan.k if plan else 1, "out": str(out), **state.metrics[-1], "compute": compute}
-    (out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+    write(out / "record.json", json.dumps(record, indent=1) + "\n")
     _curves(out / "curves.png", state.metrics)
     found = ", ".join(f"{name} {record[name]:.4g}" for name in _scores(state.metrics[-1]))
     print(f"wrote {out}/record.json: {found}, peak of a step {record['peak_bytes'] / MIB:.0f} MiB, "
@@ -300,7 +300,7 @@ class _State:
     def note(self, metrics: dict[str, Any]) -> None:
         self.metrics.append(metrics)
         text = "".join(json.dumps(line) + "\n" for line in self.metrics)  # the whole: a resumed run rewrites its end
-        _replace(self.out / "metrics.jsonl", text.encode())
+        write(self.out / "metrics.jsonl", text)
 
     def save(self) -> None:
         content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
@@ -309,9 +309,8 @@ class _State:
                    "numpy": np.random.get_state(), "identity": dict(self.identity)}
         if torch.cuda.is_available():
             content["cuda"] = torch.cuda.get_rng_state_all()
-        temporary = self.out / "checkpoint.pt.part"
-        torch.save(content, temporary)
-        os.replace(temporary, self.out / "checkpoint.pt")
+        with replacing(self.out / "checkpoint.pt") as file:
+            torch.save(content, file)
 
     def go_on(self, content: Mapping[str, Any], device: torch.device) -> None:
         self.model.load_state_dict(content["model"])
@@ -397,12 +396,6 @@ def _identity(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any
             "torch": torch.__version__}
 
 
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.part")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
 def _scores(metrics: Mapping[str, Any]) -> list[str]:
     """Names of what says how good the model is."""
     known = {"step", "epoch", "peak_bytes", "loss", "seconds_a_step", "cosines"}
@@ -418,4 +411,5 @@ def _curves(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
         axes.plot([line["epoch"] for line in metrics], [line[name] for line in metrics], marker=".")
         axes.set(xlabel="epoch", ylabel=name)
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from rich.table import Table
 from . import __version__
 from .bench import EXPLAINED, Row
 from .bench_methods import COMPILE_BUDGET, PRECISION, Job
+from .files import replacing, write
 from .presets import PRESETS
 from .report import page
 from .show import size
@@ -159,9 +159,7 @@ def write_json(path: Path, rows: Sequence[Row], job: Job, device: str) -> None:
                      "torchvision": str(torchvision.__version__)},
         "methods": [asdict(row) for row in rows],
     }
-    temporary = path.with_name(f"{path.name}.part")
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    write(path, json.dumps(content, indent=1))
 
 
 def write_plot(path: Path, rows: Sequence[Row], name: str, job: Job) -> None:
@@ -172,7 +170,8 @@ def write_plot(path: Path, rows: Sequence[Row], name: str, job: Job) -> None:
     _course(right, rows)
     sizes = ", ".join("x".join(map(str, given)) for given in job.inputs)
     figure.suptitle(f"{name}, {sizes}")
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120, format=path.suffix.removeprefix("."))
 
 
 def write_report(path: Path, rows: Sequence[Row], name: str, job: Job) -> None:
@@ -187,13 +186,13 @@ def write_report(path: Path, rows: Sequence[Row], name: str, job: Job) -> None:
              for row in rows if row.curve and row.parts and row.estimated]
     columns, lines = cells(rows, job)
     sizes = ", ".join("x".join(map(str, given)) for given in job.inputs)
-    path.write_text(page({
+    write(path, page({
         "title": name, "subtitle": f"training methods compared, {sizes}", "graphs": [], "modules": [], "report": [],
         "memory": {"text": "Peak memory of a training step, simulated", "steps": steps} if steps else None,
         "table": {"columns": [{"name": title.strip(), "align": "left" if title == "method" else "right"}
                               for title in columns], "rows": lines, "totals": []},
         "notes": [*(f"[{number}] {line}" for number, line in enumerate(footnotes(rows), 1)), *explanation(rows, job)],
-    }), encoding="utf-8")
+    }))
 
 
 def _compared(axes: Any, rows: Sequence[Row]) -> None:

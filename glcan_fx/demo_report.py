@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import shutil
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from torchvision.utils import draw_bounding_boxes
 
 from .demo_data import CocoFolder
 from .demo_train import MIB, Outcome, Recipe
+from .files import replacing, write
 
 COLOURS = {"bp": "tab:blue", "checkpoint": "tab:green", "glcan": "tab:orange"}
 TRUTH_COLOUR, PREDICTION_COLOUR = (0, 230, 0), (255, 60, 200)
@@ -155,7 +155,8 @@ def _write_scores(
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=110)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=110, format=path.suffix.removeprefix("."))
     return path
 
 
@@ -166,17 +167,18 @@ def write_partition(folder: Path, dot: str) -> tuple[list[Path], str | None]:
         The files written, and a line for the user about the pictures that could not be.
     """
     source = graphviz.Source(dot)
-    files = [Path(source.save("partition.dot", directory=folder))]
+    files = [folder / "partition.dot"]
+    write(files[0], source.source)
     if shutil.which("dot") is None:
         how = "`apt-get install graphviz` or `brew install graphviz`"
         return files, f"No partition.svg and .png: the program `dot` was not found ({how}, then run again)."
-    try:
-        for suffix in ("svg", "png"):
-            target = folder / f"partition.{suffix}"
-            target.write_bytes(source.pipe(format=suffix))
-            files.append(target)
-    except (graphviz.CalledProcessError, OSError) as error:
-        return files, f"No pictures of the partition: `dot` failed ({str(error).splitlines()[0]})."
+    for suffix in ("svg", "png"):
+        try:
+            drawn = source.pipe(format=suffix)
+        except (graphviz.CalledProcessError, OSError) as error:
+            return files, f"No pictures of the partition: `dot` failed ({str(error).splitlines()[0]})."
+        files.append(folder / f"partition.{suffix}")
+        write(files[-1], drawn)
     return files, None
 
 
@@ -209,7 +211,5 @@ def write_results(
         **facts,
         "versions": {"python": platform.python_version(), **packages},
     }
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1, default=str))
-    os.replace(temporary, path)
+    write(path, json.dumps(content, indent=1, default=str))
     return path

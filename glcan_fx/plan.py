@@ -14,6 +14,7 @@ from .builder import Options
 from .draw import PICTURES, picture, plan_dot
 from .errors import PlanError
 from .estimate import Estimate, Memory, OptimizerLike, Phase
+from .files import write
 from .places import Opaque, Specialisation
 from .replay import Segments, Surroundings
 from .report import plan_fragment, plan_report
@@ -221,7 +222,8 @@ class Plan:
         """Write the plan, as the file's ending says: .html (``to_html``), .json (``to_json``), .txt (the table), .dot,
         or a picture, .svg, .png or .pdf, for which Graphviz's program ``dot`` must be installed.
 
-        Raises PlanError for another ending, UnsupportedError where ``dot`` is missing.
+        Raises PlanError for another ending, UnsupportedError where ``dot`` is missing. A file that was there stays
+        as it was where writing fails.
         """
         path = Path(path)
         texts: dict[str, Callable[[], str]] = {
@@ -232,7 +234,7 @@ class Plan:
             raise PlanError(f"'{path}': a file that ends in {', '.join((*texts, *PICTURES))}")
         made = picture(self, ending, depth) if ending in PICTURES else texts[ending]().encode()
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(made)
+        write(path, made)
 
     def _repr_html_(self) -> str:
         """For notebooks: the table, and the picture where Graphviz's program ``dot`` is installed."""

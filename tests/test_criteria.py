@@ -161,6 +161,28 @@ def test_evaluation_minimises_the_same(criterion, trained, evaluate):
     assert set(out.losses[0]) == NAMED[criterion]
 
 
+def test_evaluation_calls_the_criterion_once():
+    calls = []
+
+    def criterion(outputs: Tensor, targets: Tensor) -> dict[str, Any]:
+        calls.append(0)
+        return with_metrics(outputs, targets)
+
+    local = compiled(criterion)
+    local(*batch())
+    calls.clear()
+    with torch.no_grad():
+        local.eval()(*batch())
+    assert len(calls) == 1
+
+
+def test_what_is_only_reported_is_not_differentiated():
+    """Slices differentiate whatever has a gradient."""
+    local = compiled(with_total)
+    loss = local.task.head(None, None, None, (), "", 1.0, (1, 1))(torch.randn(4, 5, requires_grad=True), batch()[1])
+    assert [name for name, value in loss.items() if value.requires_grad] == ["loss"]
+
+
 def test_a_frozen_module_reports_the_same_loss():
     local, other = compiled(with_metrics), compiled(plain)
     for each in (local, other):
