@@ -187,7 +187,7 @@ class Structure:
                 if call in divided or call in seen or call.args is None or call.parent is None:
                     continue
                 seen.add(call)
-                more = ancestors(self.trace.inside[call] - known, known)
+                more = ancestors((self.trace.inside[call] | call.given()) - known, known)
                 known |= more
                 stack += more
         return known

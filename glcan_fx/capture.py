@@ -11,8 +11,6 @@ import contextlib
 import dataclasses
 import inspect
 import operator
-import random
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -26,8 +24,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
-from .copies import fake_like, kept_python_random, random_like, real_copy, recording, replicate
+from .copies import fake_like, kept_python_random, python_random, random_like, real_copy, recording, replicate
 from .layers import is_norm
 from .nested import map_tensors, parts_of, plain_data, tensors_in
 from .places import NotMadeYet, Opaque, Specialisation, Uncapturable, in_words, place_of, users_frame, users_place
@@ -53,6 +52,14 @@ class Call:
     results: dict[fx.Node, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     left: dict[fx.Node, str] = dataclasses.field(default_factory=dict)
     value: Any = None
+    hooks: int = 0  # the first number that a hook registered in it may have
+
+    def given(self) -> set[fx.Node]:
+        """The nodes among its arguments."""
+        found: set[fx.Node] = set()
+        if self.args is not None:
+            fx.map_arg((self.args, self.kwargs), found.add)
+        return found
 
     def around(self) -> "Iterator[Call]":
         """The call itself, and those that it was made in, innermost first."""
@@ -274,6 +281,12 @@ class Recorder(TorchFunctionMode):
             path = self.stack[-1]
             self.specialisations.setdefault((where, path), Specialisation(where, code, repr(answer), path))
 
+    def note_hooks(self, keys: Sequence[int]) -> None:
+        """Calls in which a hook runs that was registered around them cannot be made whole: it will not be there."""
+        for call in self.calls if keys else ():
+            if min(keys) < call.hooks:
+                call.args = None
+
     # ---- module calls
 
     def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -298,7 +311,7 @@ class Recorder(TorchFunctionMode):
             return self._as_opaque(module, path, args, kwargs, cause, error)
 
     def _enter(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
-        call = Call(path, self.calls[-1] if self.calls else None)
+        call = Call(path, self.calls[-1] if self.calls else None, hooks=RemovableHandle.next_id)
         with self._pause():
             self._naming = True
             try:
@@ -313,9 +326,9 @@ class Recorder(TorchFunctionMode):
         attributes = dict(vars(module))
         try:
             with kept_python_random(), self._watching(module, path):
-                before = _python_random()
+                before = python_random()
                 out = module.forward(*args, **kwargs)
-                if _python_random() != before:
+                if python_random() != before:
                     raise Uncapturable("it draws random numbers outside of torch", replayable=False)
             self._check_state(module, state, attributes)
             with self._pause():
@@ -587,11 +600,7 @@ def after_change(value: Any, change: Any) -> Any:
 def arguments_in(graph: fx.Graph) -> set[fx.Node]:
     """The nodes that recorded calls of modules were given."""
     calls = {call for node in graph.nodes if node.meta.get("call") for call in node.meta["call"].around()}
-    found: set[fx.Node] = set()
-    for call in calls:
-        if call.args is not None:
-            fx.map_arg((call.args, call.kwargs), found.add)
-    return found
+    return {node for call in calls for node in call.given()}
 
 
 def erase_unused(graph: fx.Graph, keep: Set[fx.Node] = frozenset()) -> None:
@@ -687,15 +696,16 @@ def _holds_containers(args: Any, kwargs: Any) -> bool:
     return any(isinstance(value, list | tuple | dict) for value in [*args, *kwargs.values()])
 
 
-def _with_hooks(module: nn.Module, args: Any, kwargs: Any, call: Callable[[nn.Module, Any, Any], Any]) -> Any:
+def _with_hooks(module: nn.Module, args: Any, kwargs: Any, recorder: Recorder) -> Any:
     """Call a module of the shadow, and the hooks on it: a shadow has none but those that the model's forward registers
     while it runs, to collect what its layers return."""
+    recorder.note_hooks([*module._forward_pre_hooks, *module._forward_hooks])
     for key, before in list(module._forward_pre_hooks.items()):
         if key in module._forward_pre_hooks_with_kwargs:
             args, kwargs = before(module, args, kwargs) or (args, kwargs)
         elif (changed := before(module, args)) is not None:
             args = changed if isinstance(changed, tuple) else (changed,)
-    out = call(module, args, kwargs)
+    out = recorder.call(module, args, kwargs)
     for key, after in list(module._forward_hooks.items()):
         with_kwargs = key in module._forward_hooks_with_kwargs
         changed = after(module, args, kwargs, out) if with_kwargs else after(module, args, out)
@@ -704,12 +714,6 @@ def _with_hooks(module: nn.Module, args: Any, kwargs: Any, call: Callable[[nn.Mo
 
 
 _TABLES = ("_parameters", "_buffers", "_modules")
-
-
-def _python_random() -> Any:
-    numpy = sys.modules.get("numpy")
-    return random.getstate(), None if numpy is None else numpy.random.get_state()[1:3][0].tobytes() + bytes(
-        str(numpy.random.get_state()[2]), "ascii")
 
 
 _CHECKPOINTED = "activation checkpointing is left out: local modules take its place"
@@ -726,7 +730,7 @@ def _patched(recorder: Recorder) -> Iterator[None]:
     that does not record gets what the original does.
     """
     def called(module: nn.Module) -> Callable[..., Any]:
-        return lambda *args, **kwargs: _with_hooks(module, args, kwargs, recorder.call)
+        return lambda *args, **kwargs: _with_hooks(module, args, kwargs, recorder)
 
     before, modules = recording.recorder, list(recorder.root.modules())
     kept = [vars(module).get("_compiled_call_impl") for module in modules]

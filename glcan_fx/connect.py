@@ -90,7 +90,7 @@ def connect(
     output = shape_of(structure.trace.output.meta["value"])
     for index, auxiliary in enumerate(auxiliaries):
         part: Any = aux.get_submodule(str(index))
-        part.agrees = shape_of(auxiliary.outputs) == output
+        part.agrees = not task.network_is_part and shape_of(auxiliary.outputs) == output
     opened = {path: tuple(sorted(structure.trace.reads.get(path, ()))) for path in emitted.opened}
     chosen = replace(chosen, reads=tuple(_named(structure, cut, auxiliary.inputs)
                                          for cut, auxiliary in zip(cuts, auxiliaries, strict=True)))

@@ -289,6 +289,13 @@ def fake_like(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
 
 
+def python_random() -> Any:
+    """The random states of Python and NumPy."""
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), None if numpy is None else numpy.random.get_state()[1:3][0].tobytes() + bytes(
+        str(numpy.random.get_state()[2]), "ascii")
+
+
 @contextmanager
 def kept_python_random() -> Iterator[None]:
     """Leave the random states of Python and NumPy as they are."""

@@ -52,7 +52,7 @@ from .runtime import (
     total,
 )
 from .tasks.base import LossHead, Spec
-from .trace import within
+from .trace import only_asked, within
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -235,8 +235,7 @@ class LocalModel(nn.Module):
         """Run the step's graph on arguments by name, unchecked and without the hooks on the model itself."""
         step = self._step_for(given)
         if any(part.watch.on for part in self.trained()):
-            state = random_state(list(given.values()))
-            self.__dict__["_draws"].before = None if state is None else state[1]
+            self.__dict__["_draws"].moved(random_state(list(given.values())))
         optimizer = self.__dict__["_optimizer"]()
         stepping = optimizer is not None and torch.is_grad_enabled()
         try:
@@ -577,7 +576,8 @@ def assemble(
         trains = [(model, path) for path in _targets(graph, index)] + [(part, "network"), (part, "head")]
         if "task" in aux._modules:
             trains.append((aux, "task"))
-        part.add_module("backward", LocalBackward(trains, scale, info.name, model))
+        part.add_module("backward", LocalBackward(
+            trains, scale, info.name, model, alone=plan.around is None))
         part.__dict__["reports"] = reports
     if plan.k > 1 and reports and plan.around is None:
         trains = [(model, path) for path in _targets_of_last(model, graph, parts or {}, plan.k)]
@@ -612,7 +612,8 @@ def _targets_of_last(model: nn.Module, graph: fx.Graph, parts: Parts, k: int) ->
 
 
 def _called(nodes: Iterable[fx.Node]) -> list[str]:
-    return list(dict.fromkeys(str(node.target) for node in nodes if node.op in ("call_module", "get_attr")))
+    return list(dict.fromkeys(str(node.target) for node in nodes if node.op == "call_module"
+                              or node.op == "get_attr" and not only_asked(node)))
 
 
 def _backwards(local: LocalModel) -> list[LocalBackward]:

@@ -20,6 +20,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from .copies import python_random
 from .criteria import NamedLoss, named, reports_of, scalar_of
 from .errors import CriterionError, NotLearningError, UnsupportedError
 from .nested import map_tensors, tensors_in
@@ -167,10 +168,12 @@ class LocalBackward(nn.Module):
     """
 
     def __init__(
-        self, trains: Sequence[tuple[nn.Module, str]], scale: nn.Module, name: str, model: nn.Module | None = None
+        self, trains: Sequence[tuple[nn.Module, str]], scale: nn.Module, name: str, model: nn.Module,
+        *, alone: bool = True,
     ) -> None:
         super().__init__()
         self.__dict__.update(trains=tuple(trains), model=model)
+        self.alone = alone  # whether a local loss may read no other parameters of the model
         self.name = name
         self.watch = Watch(name)
         self.delivered: list[bool] = []  # of the last step: [False], [True] after its backward, [] when there was none
@@ -211,7 +214,7 @@ class LocalBackward(nn.Module):
     def _refuse_others(self, loss: Tensor, parameters: Sequence[Tensor]) -> None:
         """Raise CriterionError where a local loss reads parameters of the model that its module does not train."""
         model = self.__dict__["model"]
-        if model is None:
+        if not self.alone:
             return
         own = {id(p) for p in parameters}
         others = {id(p): name for name, p in model.named_parameters() if id(p) not in own}
@@ -337,9 +340,8 @@ class LocalLoss(nn.Module):
             return None
         draws: Draws = self.__dict__["draws"]
         state = random_state(values)
-        if watched and state is not None:
-            part.watch.drew = draws.before is None or not torch.equal(draws.before, state[1])
-        draws.before = None if state is None else state[1]
+        if watched:
+            part.watch.drew = draws.moved(state)
         return state
 
     def _loss(self, values: tuple[Any, ...], context: tuple[Any, ...]) -> Any:
@@ -395,9 +397,15 @@ class SizeCheck(_OfModel):
 
 
 class Draws:
-    """The random state in front of the present local module of a step."""
+    """The random states in front of the present local module of a step."""
 
-    before: Tensor | None = None
+    before: Any = None
+
+    def moved(self, state: tuple[torch.device, Tensor] | None) -> bool:
+        """Whether random numbers were drawn since the last call, by torch or by Python; ``state``: torch's now."""
+        now = (None if state is None else state[1].numpy().tobytes(), python_random())
+        before, self.before = self.before, now
+        return before != now
 
 
 def random_state(values: Any) -> tuple[torch.device, Tensor] | None:

@@ -110,6 +110,15 @@ class Trace:
         return found
 
     @cached_property
+    def given(self) -> dict[fx.Node, list[Call]]:
+        """Of every node, the recorded calls that it is an argument of."""
+        found: dict[fx.Node, list[Call]] = {}
+        for call in self.inside:
+            for node in call.given():
+                found.setdefault(node, []).append(call)
+        return found
+
+    @cached_property
     def returns(self) -> dict[str, list[fx.Node]]:
         """Of every module, the values that its calls returned, in order."""
         found: dict[str, list[fx.Node]] = {}
@@ -124,12 +133,26 @@ class Trace:
 
     def parameters(self, node: fx.Node) -> list[nn.Parameter]:
         """Parameters that this node itself uses (of the shadow, so fake)."""
+        if node.op == "get_attr" and only_asked(node):
+            return []
         if node.op == "get_attr":
             owner, _, name = str(node.target).rpartition(".")
             value = getattr(self.shadow.get_submodule(owner), name, None) if hasattr_path(self.shadow, owner) else None
             return [value] if isinstance(value, nn.Parameter) else []
         module = self.module(node)
         return list(module.parameters()) if module is not None else []
+
+
+def left_on(module: Any, name: str, call: Any) -> Any:
+    """What ``call`` has left on an attribute of a module."""
+    return getattr(module, name)
+
+
+def only_asked(node: fx.Node) -> bool:
+    """Whether what reads a parameter, or module, only asks for its type, device or shape, or what was left on it."""
+    return bool(node.users) and all(
+        user.target is left_on or user.target is getattr and user.args[1] in ("dtype", "device", "shape")
+        for user in node.users)
 
 
 def within(path: str, home: str) -> bool:
@@ -242,8 +265,6 @@ def _mode_baked(
     found = _differing(main, second, "its own forward depends on self.training")
     layers = [node for node in main.graph.nodes if node.op == "call_module"]
     large = [p for p in found if 2 * sum(not p or within(str(node.target), p) for node in layers) > len(layers)]
-    main.lost |= {f"'{p}': its own forward depends on self.training, and training runs what it does in training mode, "
-                  "also where you set it to evaluation mode": None for p in large if p}
     return {p: o for p, o in found.items() if p not in large}
 
 

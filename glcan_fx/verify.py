@@ -176,7 +176,7 @@ def _random(inputs: Any, batch: int, extra: int, device: torch.device) -> Any:
         dtype = getattr(torch, inputs.dtype)
         if dtype.is_floating_point or dtype.is_complex:
             return torch.randn(shape, dtype=dtype, device=device)
-        return torch.zeros(shape, dtype=dtype, device=device)
+        return torch.randint(256 if dtype == torch.uint8 else 2, shape, device=device).to(dtype)
     if isinstance(inputs, dict):
         return {key: _random(value, batch, extra, device) for key, value in inputs.items()}
     if isinstance(inputs, list | tuple):

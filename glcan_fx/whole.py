@@ -14,7 +14,7 @@ from torch import fx
 
 from .capture import Call, after_change
 from .nested import plain_data
-from .trace import Trace
+from .trace import Trace, left_on
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ class _Folding:
         if not call.path or call.args is None:
             return False
         labels = {self.label[node] for node in nodes if node in self.label}
-        return len(labels) <= 1 and all(self._obtainable(call, nodes, node) for node in _outlets(nodes, wanted))
+        return len(labels) <= 1 and all(
+            self._obtainable(call, nodes, node) for node in self._outlets(call, nodes, wanted))
 
     def _obtainable(self, call: Call, nodes: set[fx.Node], node: fx.Node) -> bool:
         """Whether a value that was made in a call can be had behind it."""
@@ -95,6 +96,12 @@ class _Folding:
         again = bool(node.meta.get("derived")) and all(
             self._obtainable(call, nodes, source) for source in node.all_input_nodes)
         return changed or again and node.target is not after_change
+
+    def _outlets(self, call: Call, nodes: set[fx.Node], wanted: set[fx.Node]) -> list[fx.Node]:
+        """Those of a call's nodes that are read outside of it, or given to a call there."""
+        given = self.trace.given
+        return [node for node in nodes if node in wanted or any(user not in nodes for user in node.users)
+                or any(call not in other.around() for other in given.get(node, ()))]
 
     # ---- nodes
 
@@ -123,7 +130,7 @@ class _Folding:
         labels = {self.label[node] for node in nodes if node in self.label}
         if labels:
             self.labels[made] = next(iter(labels))
-        for node in sorted(_outlets(nodes, wanted)):
+        for node in sorted(self._outlets(call, nodes, wanted)):
             self._outlet(call, nodes, node, made)
 
     def _outlet(self, call: Call, nodes: set[fx.Node], node: fx.Node, made: fx.Node) -> fx.Node:
@@ -167,15 +174,5 @@ class _Folding:
         return part
 
 
-def left_on(module: Any, name: str, call: Any) -> Any:
-    """What ``call`` has left on an attribute of a module."""
-    return getattr(module, name)
-
-
 def _meta(node: fx.Node, *names: str) -> dict[str, Any]:
     return {name: node.meta[name] for name in names}
-
-
-def _outlets(nodes: set[fx.Node], wanted: set[fx.Node]) -> list[fx.Node]:
-    """Those of a call's nodes that are read outside of it."""
-    return [node for node in nodes if node in wanted or any(user not in nodes for user in node.users)]
