@@ -189,6 +189,7 @@ def emit(
     nodes = [node for node in out.nodes if node in out.owner and node not in later]
     read = [[calls.at[node] for node in auxiliary.inputs] for auxiliary in auxiliaries]
     made = fx.map_arg(structure.trace.output.args[0], calls.at.__getitem__)
+    calls.graph.output(made)
     readers = _readers(out, nodes, made, read)
     losses: list[fx.Node] = []
     for module in range(len(cuts) + 1):
@@ -220,7 +221,6 @@ def emit(
     _finish(graph, task, losses, loss, result)
     if out.tail:
         out.parts["tail"] = _subgraph(out.tail, tail_inputs(out.tail), made)
-    out.calls.graph.output(made)
     return Emitted(graph, out.parts, out.opened, out.calls.graph)
 
 

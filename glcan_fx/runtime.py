@@ -218,10 +218,12 @@ class LocalBackward(nn.Module):
             return
         own = {id(p) for p in parameters}
         others = {id(p): name for name, p in model.named_parameters() if id(p) not in own}
-        read = next((others[id(leaf)] for leaf in leaves_of([loss]) if id(leaf) in others), None)
-        if read is not None:
+        read = list({id(leaf): leaf for leaf in leaves_of([loss]) if id(leaf) in others}.values())
+        grads = torch.autograd.grad(loss, read, allow_unused=True, retain_graph=True) if read else ()
+        names = [others[id(p)] for p, grad in zip(read, grads, strict=True) if grad is not None]
+        if names:
             raise CriterionError(
-                f"the criterion reads the model's parameter '{read}' itself, not only outputs and targets. It is "
+                f"the criterion reads the model's parameter '{names[0]}' itself, not only outputs and targets. It is "
                 "called once for each local loss, so that would count as often. Add a penalty on weights to the sum of "
                 "the losses, (out.loss + penalty).backward(), or use the optimizer's weight_decay.")
 
