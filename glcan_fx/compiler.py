@@ -200,12 +200,13 @@ def transform(
 ) -> LocalModel:
     """Compile ``model`` into gradient-isolated local modules that train in a standard loop.
 
-    Returns a GraphModule that *shares* the model's parameters; the model itself is not changed. Create the optimiser
-    afterwards, from ``local.parameters()`` or ``local.parameter_groups()``.
+    Returns a module that *shares* the model's parameters and parts; the model itself is not changed. Create the
+    optimiser afterwards, from ``local.parameters()`` or ``local.parameter_groups()``.
 
     ``plan``: apply this plan, which decides all but ``task`` and ``criterion``; the other keywords are those of
-    ``plan()``. ``verify``: run the captured graph beside the model, on random values at two batch sizes, where that
-    takes about a second; a difference is a TraceError. Raises TraceError, PlanError.
+    ``plan()``. ``verify``: run the training step beside the model, on random values at two batch sizes, and
+    look whether every local module gets gradients, where that takes about a second. Raises TraceError (also for a
+    difference), PlanError, NotLearningError.
     """
     request = _Request(k, task, example_inputs, example_targets, criterion, rules, method, aux_depth, aux_hidden,
                        aux_width, aux_stride, head, fused_loss, slices, predictors, memory_budget,

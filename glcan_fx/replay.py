@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from .copies import kept_python_random, random_like, real_copy, replicate
 from .errors import UnsupportedError
 from .layers import freshen, moments, unhooked_copy
-from .nested import map_tensors
+from .nested import map_tensors, tensors_in
 from .trace import within
 
 Record = dict[str, list[Any]]  # what sub-modules returned, by path, in order of their calls
@@ -78,6 +78,32 @@ def _watched(forward: Callable[..., Any], path: str, found: list[Call], events: 
         found.append(Call(path, args, kwargs, result, first, events.count, events.saved - before))
         return result
     return watched
+
+
+class _Answers:
+    """What a forward that runs again is given from a record: it must not change it in place a second time."""
+
+    def __init__(self, model: nn.Module, inputs: Sequence[Any]) -> None:
+        self.model = model
+        self.known = {id(t): (t, t._version) for t in tensors_in(inputs)}
+
+    def give(self, value: Any) -> Any:
+        self.look()
+        self.known.update({id(t): (t, t._version) for t in tensors_in(value)})
+        return value
+
+    def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Really call a sub-module, which may change what it is given."""
+        self.look()
+        result = module(*args, **kwargs)
+        self.known = {key: (t, t._version) for key, (t, _) in self.known.items()}
+        return result
+
+    def look(self) -> None:
+        if any(t._version != version for t, version in self.known.values()):
+            raise UnsupportedError(
+                f"the forward of {type(self.model).__name__} changes a value in place (x *= 2, y += x), but it runs as "
+                "Python, once for every local module, so that would happen as often. Write a new value: y = y + x.")
 
 
 @dataclass(frozen=True)
@@ -231,13 +257,17 @@ class Rest(nn.Module):
         around: Surroundings = self.__dict__["around"]
         model: nn.Module = self.__dict__["model"] if "model" in self.__dict__ else self.model  # noqa: SIM401
         given = {path: list(values) for path, values in record.items()} | {around.trunk: [outputs]}
+        answers = _Answers(model, inputs)
 
         def answer(path: str, module: nn.Module) -> Callable[..., Any] | None:
-            if path in given:
-                return lambda *args, **kwargs: given[path].pop(0) if given[path] else module(*args, **kwargs)
-            return None if within(around.trunk, path) else module
+            if within(around.trunk, path) and path not in given:
+                return None
+            return lambda *args, **kwargs: (answers.give(given[path].pop(0)) if given.get(path)
+                                            else answers.call(module, args, kwargs))
 
-        return substituted(model, answer).forward(**dict(zip(around.inputs, inputs, strict=True)))
+        found = substituted(model, answer).forward(**dict(zip(around.inputs, inputs, strict=True)))
+        answers.look()
+        return found
 
 
 class Segment(nn.Module):
@@ -255,6 +285,7 @@ class Segment(nn.Module):
         given = {path: list(values) for path, values in record.items()}
         made = {path: list(values) for path, values in record.items()}
         units = {path for group in segments.paths for path in group}
+        answers = _Answers(model, inputs if index else ())
 
         def answer(path: str, module: nn.Module) -> Callable[..., Any] | None:
             if path not in units:
@@ -262,10 +293,10 @@ class Segment(nn.Module):
 
             def call(*args: Any, **kwargs: Any) -> Any:
                 if given.get(path):
-                    return given[path].pop(0)
+                    return answers.give(given[path].pop(0))
                 if path in later:
                     raise Reached(())
-                result = module(*args, **kwargs)
+                result = answers.call(module, args, kwargs)
                 made.setdefault(path, []).append(result)
                 return result
             return call
@@ -273,7 +304,9 @@ class Segment(nn.Module):
         try:
             outputs = substituted(model, answer).forward(**dict(zip(segments.inputs, inputs, strict=True)))
         except Reached:
+            answers.look()
             return made
+        answers.look()
         return outputs if index == len(segments.paths) - 1 else made  # an early exit: the last segment finds the same
 
 

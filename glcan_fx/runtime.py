@@ -232,7 +232,8 @@ class LocalBackward(nn.Module):
         own = {id(p) for p in parameters_of(
             [(root, path) for root, path in self.__dict__["trains"] if root is self.__dict__["model"]])}
         beside = {id(p) for p in parameters_of(
-            [(root, path) for root, path in self.__dict__["trains"] if root is not self.__dict__["model"]])} - own
+            [(root, path) for root, path in self.__dict__["trains"]
+             if root is not self.__dict__["model"] and path != "task"])} - own  # a criterion may have reasons to wait
         given = [id(p) for p in parameters]
         return {"the local module": [key for key in given if key in own],
                 "the auxiliary network of the local module": [key for key in given if key in beside]}

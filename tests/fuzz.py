@@ -167,22 +167,27 @@ class Model(nn.Module):
         self.masks = draw.random() < 0.2
         self.asks = draw.random() < 0.2
         self.taps = draw.random() < 0.2
-        self.prompted = draw.random() < 0.2
+        self.prompted = not self.taps and draw.random() < 0.2
         self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1), norm(width, self.kind), nn.ReLU(inplace=True))
         count = draw.randint(2, 5)
         names = [draw.choice([*BLOCKS]) for _ in range(count)]
         blocks, channels, self.size = [], width, 16
+        made, stride = [], 1
         for name in names:
             stride = 2 if self.size > 4 and draw.random() < 0.4 else 1
             out = channels * 2 if stride == 2 and channels < 32 else channels
             blocks.append(BLOCKS[name](channels, out, stride, self.kind, zero))
-            channels, self.size = out, self.size // stride
+            before, channels, self.size = channels, out, self.size // stride
+            made.append(out)
         self.names = names
         self.nested = draw.random() < 0.4 and "pair" not in names
         self.blocks = nn.Sequential(*blocks) if self.nested else nn.ModuleList(blocks)
+        self.again = not self.nested and stride == 1 and before == channels and draw.random() < 0.3  # a layer twice
         self.prompt = nn.Linear(2, channels) if self.prompted else None
-        self.maps = draw.random() < 0.3
-        self.head = nn.Conv2d(channels, CLASSES, 1) if self.maps else nn.Linear(channels, CLASSES)
+        self.maps = not self.taps and draw.random() < 0.3
+        self.taps = self.taps and not self.nested  # every block's features, pooled
+        inputs = sum(made) if self.taps else channels
+        self.head = nn.Conv2d(inputs, CLASSES, 1) if self.maps else nn.Linear(inputs, CLASSES)
         self.dropout = draw.choice([0.0, 0.0, 0.3])
 
     def forward(self, x: Tensor, point: Tensor | None = None) -> Tensor:
@@ -198,10 +203,15 @@ class Model(nn.Module):
         if self.nested:
             x = self.blocks(x)
         else:
-            for block in self.blocks:
+            pooled = []
+            for block in [*self.blocks, *self.blocks[-1:]] if self.again else self.blocks:
                 x = block(x)
                 x = x[0] if isinstance(x, tuple) else x
                 x = x if keep is None else x * keep
+                pooled.append(x.mean((2, 3)))
+            if self.taps:
+                pooled = pooled[:len(self.blocks)]
+                return self.head(F.dropout(torch.cat(pooled, 1), self.dropout, self.training)) / self.temperature
         if self.prompt is not None and point is not None:
             x = x + self.prompt(point)[:, :, None, None]
         x = x if self.maps else x.mean((2, 3))
@@ -349,6 +359,8 @@ def isolation(case: Case, local: Any) -> None:
     """No local loss reaches parameters that the plan gives to another module alone."""
     values, targets = case.batch(3)
     losses = local(*[v.clone() for v in values], targets).losses
+    if case.model.again:
+        return  # two local modules train one block
     owners = local.parameters_by_module()
     for index, loss in enumerate(losses):
         trained = {name: [p for p in parameters if p.requires_grad] for name, parameters in owners.items()}
