@@ -15,7 +15,9 @@ Gradients = dict[str, Tensor | None]
 
 
 def scalar(loss: Any) -> Tensor:
-    """A tensor, or the sum over a dict or list of tensors."""
+    """A tensor, or the sum over a dict or list of tensors; what has no gradient is only reported."""
+    if isinstance(loss, dict):
+        loss = [value for value in loss.values() if value.requires_grad]
     return sum(tree_leaves(loss)[1:], tree_leaves(loss)[0])
 
 

@@ -275,8 +275,9 @@ def assert_every_node_in_one_module(local: glcan_fx.LocalModel, net: Architectur
 def layer_calls(model: nn.Module, run: Callable[[], Any]) -> Counter[str]:
     """How often every layer with parameters runs."""
     calls: Counter[str] = Counter()
-    handles = [part.register_forward_hook(lambda *_, name=name: calls.update([name]))
-               for name, part in model.named_modules() if part._parameters and not part._modules and not name.startswith("aux.")]
+    layers = [(name, part) for name, part in model.named_modules()
+              if part._parameters and not part._modules and not name.startswith("aux.")]
+    handles = [part.register_forward_hook(lambda *_, name=name: calls.update([name])) for name, part in layers]
     try:
         run()
     finally:
