@@ -175,8 +175,9 @@ class Structure:
                                                   for source in node.all_input_nodes))
 
     def _with_calls(self, known: set[fx.Node], new: set[fx.Node], divided: Set[Call]) -> set[fx.Node]:
-        """What is known and new, with the rest of the calls that the new nodes lie in, but for divided ones: a module's
-        call belongs to one local module as a whole."""
+        """What is known and new, with the rest of the calls that the new nodes lie in: a module's call belongs to one
+        local module as a whole. But for divided ones, and those whose rest has parameters, which this local module's
+        loss would not train."""
         known = known | new
         stack, seen = list(new), set[Call]()
         while stack:
@@ -188,6 +189,8 @@ class Structure:
                     continue
                 seen.add(call)
                 more = ancestors((self.trace.inside[call] | call.given()) - known, known)
+                if any(p.requires_grad for missing in more for p in self.trace.parameters(missing)):
+                    continue
                 known |= more
                 stack += more
         return known
