@@ -6,10 +6,10 @@ use, which is what frees a module's activations, and a cached feature after its 
 """
 
 import operator
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -20,7 +20,7 @@ from .graphs import Parts, with_headlines
 from .runtime import LocalLoss
 from .tasks import Task
 from .trace import Report, Trace, is_float
-from .whole import whole_calls
+from .whole import Label, whole_calls
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class _Emitter:
         self.opened = tuple(dict.fromkeys(call.path for call in calls.opened))
         self.nodes = [node for node in calls.graph.nodes if node.op != "placeholder"]
         self.cuts = [calls.at[cut] for cut in cuts]
-        self.owner = {node: label.module for node, label in calls.label.items() if isinstance(label, _Label)}
+        self.owner = {node: label.module for node, label in calls.label.items()}
         self.tail = self._tail()
         self.pooled = pooled_activations(structure.trace, calls.graph, self.owner, self.cuts)
         self.raw: dict[fx.Node, fx.Node] = {}
@@ -61,7 +61,7 @@ class _Emitter:
 
     def _tail(self) -> list[fx.Node]:
         """What runs slice by slice; with what of it is made of parameters alone, which is not cut into slices."""
-        behind = {node for node, label in self.calls.label.items() if isinstance(label, _Label) and label.tail}
+        behind = {node for node, label in self.calls.label.items() if label.tail}
         made = behind | {node for node in ancestors(behind) if node not in self.owner and node.op != "placeholder"}
         return [node for node in self.nodes if node in made]
 
@@ -140,21 +140,12 @@ class _Emitter:
         return new
 
 
-class _Label(NamedTuple):
-    """What must be the same of all that a whole call computes: its local module, its block where blocks run again, and
-    whether it is the tail that runs slice by slice."""
-
-    module: int
-    block: Any = None
-    tail: bool = False
-
-
 def _labels(
     structure: Structure, cuts: Sequence[fx.Node], tail: Sequence[fx.Node], recomputed: Set[int]
-) -> dict[fx.Node, Hashable]:
+) -> dict[fx.Node, Label]:
     owner, sliced = structure.assign(cuts), set(tail)
     block = _blocks(structure) if recomputed else {}
-    return {node: _Label(owner[node], block.get(node) if owner[node] in recomputed else None, node in sliced)
+    return {node: Label(owner[node], block.get(node) if owner[node] in recomputed else None, node in sliced)
             for node in structure.dependent if node.op not in ("placeholder", "output")}
 
 

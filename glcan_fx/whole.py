@@ -6,15 +6,24 @@ root's forward and the containers that a cut passes through. So hooks, control f
 such calls are the model's own, as they are when the step runs.
 """
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx
 
 from .capture import Call, after_change
 from .nested import plain_data
 from .trace import Trace, left_on
+
+
+class Label(NamedTuple):
+    """What must be the same of all that a whole call computes: its local module, its block where blocks run again, and
+    whether it is the tail that runs slice by slice."""
+
+    module: int
+    block: Any = None
+    tail: bool = False
 
 
 @dataclass(frozen=True)
@@ -24,11 +33,11 @@ class WholeCalls:
 
     graph: fx.Graph
     at: dict[fx.Node, fx.Node]
-    label: dict[fx.Node, Hashable]
+    label: dict[fx.Node, Label]
     opened: tuple[Call, ...]
 
 
-def whole_calls(trace: Trace, label: Mapping[fx.Node, Hashable], wanted: Iterable[fx.Node]) -> WholeCalls:
+def whole_calls(trace: Trace, label: Mapping[fx.Node, Label], wanted: Iterable[fx.Node]) -> WholeCalls:
     """Call whole modules where all that a call computes from the inputs has one label.
 
     wanted: recorded nodes that others than the graph's own nodes read. A call stays open where one of these, or a value
@@ -40,11 +49,11 @@ def whole_calls(trace: Trace, label: Mapping[fx.Node, Hashable], wanted: Iterabl
 @dataclass
 class _Folding:
     trace: Trace
-    label: Mapping[fx.Node, Hashable]
+    label: Mapping[fx.Node, Label]
     wanted: Iterable[fx.Node]
     graph: fx.Graph = field(default_factory=fx.Graph)
     at: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    labels: dict[fx.Node, Hashable] = field(default_factory=dict)
+    labels: dict[fx.Node, Label] = field(default_factory=dict)
 
     def fold(self) -> WholeCalls:
         wanted = {*self.wanted, *self.trace.output.all_input_nodes}
@@ -85,6 +94,9 @@ class _Folding:
         if not call.path or call.args is None:
             return False
         labels = {self.label[node] for node in nodes if node in self.label}
+        given = [self.label[node] for node in call.given() if node in self.label]
+        if any(before.module > label.module for before in given for label in labels):  # made later, and not needed
+            return False
         return len(labels) <= 1 and all(
             self._obtainable(call, nodes, node) for node in self._outlets(call, nodes, wanted))
 
