@@ -371,9 +371,11 @@ def broad_handlers() -> Iterator[tuple[str, ast.ExceptHandler]]:
 
 
 def test_7_broad_exception_handlers_of_the_compiler_raise_again():
-    # what fails while recording becomes an opaque module, with its cause in the report (tests/test_trace.py)
+    # what fails while recording becomes an opaque module, with its cause in the report (tests/test_trace.py); what is
+    # only looked at beforehand (verify, influence) may fail, and the first real steps look again
     found = [(where, node) for where, node in broad_handlers()
-             if not where.startswith(("demo", "bench", "cli", "__", "capture", "trace"))]
+             if not where.startswith(("demo", "bench", "cli", "__", "capture", "trace",
+                                     "verify", "influence"))]
     assert found  # the test sees them
     for where, node in found:
         assert isinstance(node.body[-1], ast.Raise), where
