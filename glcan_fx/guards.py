@@ -52,8 +52,9 @@ class Guards:
         for what, now, expected, same in self._guards:
             found = now()
             if found is not expected and (same or type(found) is not type(expected) or found != expected):
+                before, after = _difference(expected, found)
                 raise ModelChangedError(
-                    f"{what} was {_short(expected)} when the model was compiled, and is {_short(found)} now. The "
+                    f"{what} was {_short(before)} when the model was compiled, and is {_short(after)} now. The "
                     "training step was written for the former. Set it back, or compile again: "
                     "glcan_fx.transform(local.original, ...).")
 
@@ -101,10 +102,8 @@ def _of_attributes(path: str, module: nn.Module, names: list[str], called: Set[s
             yield _Guard(f"the class of {shown}", _kind_of(module, name), type(value), True)
         elif isinstance(value, types.MethodType):
             yield _Guard(f"the method {shown}", _function_of(module, name), value.__func__, True)
-        elif (values := _plain(value)) is not None:
-            yield _Guard(shown, _values_of(module, name), values, False)
         else:
-            yield _Guard(shown, partial(getattr, module, name, None), value, True)
+            yield _Guard(shown, partial(_value_of, module, name), _seen(value), False)
 
 
 def _of_part(
@@ -128,27 +127,57 @@ def _function_of(module: nn.Module, name: str) -> Callable[[], Any]:
     return lambda: getattr(getattr(module, name, None), "__func__", None)
 
 
-def _values_of(module: nn.Module, name: str) -> Callable[[], Any]:
-    return lambda: _plain(getattr(module, name, None))
+def _value_of(module: nn.Module, name: str) -> Any:
+    return _seen(getattr(module, name, None))
 
 
-def _plain(value: Any, depth: int = 2) -> Any:
-    """A value that can be compared, a copy of a container of such; None for anything else."""
+class _Same:
+    """Stands for an object of which only the identity is looked at."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __repr__(self) -> str:
+        return f"a {type(self.value).__name__}"
+
+
+def _seen(value: Any, depth: int = 3) -> Any:
+    """What can be compared of a value: numbers and text, in containers, and as public attributes of other objects (a
+    configuration); the identity of anything else."""
     if isinstance(value, _PLAIN):
-        return (value,)  # None is a value, too
-    if depth == 0:
-        return None
+        return value
+    if isinstance(value, Tensor | nn.Module | type | types.ModuleType) or callable(value) or depth == 0:
+        return _Same(None if isinstance(value, Tensor) else getattr(value, "__func__", value))
     if isinstance(value, list | tuple | set | frozenset) and len(value) <= _MANY:
-        parts = [_plain(item, depth - 1) for item in value]
-        return None if any(part is None for part in parts) else (type(value), parts)
+        return type(value).__name__, [_seen(item, depth - 1) for item in value]
     if isinstance(value, dict) and len(value) <= _MANY:
-        found = {key: _plain(item, depth - 1) for key, item in value.items()}
-        return None if any(part is None for part in found.values()) else found
-    return None
+        return {key: _seen(item, depth - 1) for key, item in value.items()}
+    public = {key: item for key, item in getattr(value, "__dict__", {}).items() if not key.startswith("_")}
+    if 0 < len(public) <= _MANY:
+        seen = {key: _seen(item, depth - 1) for key, item in public.items()}
+        return type(value), {key: item for key, item in seen.items() if not isinstance(item, _Same)}
+    return _Same(value)
+
+
+def _difference(before: Any, after: Any) -> tuple[Any, Any]:
+    """Where two values differ: of configurations, the entries that do."""
+    if isinstance(before, tuple) and isinstance(after, tuple) and len(before) == len(after) == 2:
+        before, after = (before[1], after[1]) if before[0] == after[0] else (before, after)
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = [key for key in {**before, **after} if key not in before or key not in after or not (
+            before[key] is after[key] or before[key] == after[key])]
+        return ({key: before[key] for key in keys if key in before}, {key: after[key] for key in keys if key in after})
+    return before, after
 
 
 def _short(value: Any) -> str:
-    value = value[0] if type(value) is tuple and len(value) == 1 else value
+    value = value.value if isinstance(value, _Same) else value
     if isinstance(value, nn.Module):
         return f"a {type(value).__name__}"
     if isinstance(value, types.FunctionType | types.MethodType | type):

@@ -336,12 +336,15 @@ class LocalModel(nn.Module):
         return self
 
     def __getattr__(self, name: str) -> Any:
+        model = self.__dict__.get("_original")
+        if model is not None and name in model._modules:
+            return model._modules[name]  # as it is now
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "_original" not in self.__dict__ or name.startswith("__"):
+            if model is None or name.startswith("__"):
                 raise
-            return getattr(self.original, name)  # the model's own methods and attributes
+            return getattr(model, name)  # the model's own methods and attributes
 
     def __setattr__(self, name: str, value: Any) -> None:
         model = self.__dict__.get("_original")
@@ -606,9 +609,9 @@ def _targets(graph: fx.Graph, index: int) -> list[str]:
 def _targets_of_last(model: nn.Module, graph: fx.Graph, parts: Parts, k: int) -> list[str]:
     """What the last local module trains: what it uses, and all that no other does."""
     own = _targets(graph, k - 1) + (_called(parts["tail"].nodes) if "tail" in parts else [])
-    others = {id(p) for index in range(k - 1)
-              for p in parameters_of([(model, path) for path in _targets(graph, index)])}
-    return own + [name for name, p in model.named_parameters() if id(p) not in others]
+    paths = own + [path for index in range(k - 1) for path in _targets(graph, index)]
+    known = {id(p) for p in parameters_of([(model, path) for path in paths])}
+    return own + [name for name, p in model.named_parameters() if id(p) not in known]
 
 
 def _called(nodes: Iterable[fx.Node]) -> list[str]:

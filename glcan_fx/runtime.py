@@ -219,7 +219,10 @@ class LocalBackward(nn.Module):
         own = {id(p) for p in parameters}
         others = {id(p): name for name, p in model.named_parameters() if id(p) not in own}
         read = list({id(leaf): leaf for leaf in leaves_of([loss]) if id(leaf) in others}.values())
-        grads = torch.autograd.grad(loss, read, allow_unused=True, retain_graph=True) if read else ()
+        try:
+            grads = torch.autograd.grad(loss, read, allow_unused=True, retain_graph=True) if read else ()
+        except RuntimeError:  # by way of what other modules left behind, whose graphs are freed: a loss of their own
+            return
         names = [others[id(p)] for p, grad in zip(read, grads, strict=True) if grad is not None]
         if names:
             raise CriterionError(
@@ -649,9 +652,13 @@ def _joined(outputs: Sequence[Any]) -> Any:
 
 
 def parameters_of(trains: Sequence[tuple[nn.Module, str]]) -> Iterator[Tensor]:
+    """The parameters at some paths, or of the modules there, as they are now."""
     for root, path in trains:
         owner, _, name = path.rpartition(".")
-        module = root.get_submodule(owner)
+        try:
+            module = root.get_submodule(owner)
+        except AttributeError:  # the module that had it was replaced
+            continue
         if name in module._parameters:
             if (parameter := module._parameters[name]) is not None:
                 yield parameter
