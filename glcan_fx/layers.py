@@ -284,7 +284,7 @@ def replace(module: nn.Module, path: str, new: nn.Module) -> None:
 def not_in_place(module: nn.Module) -> None:
     """Make activations write new tensors: what they would overwrite may be handed on, or kept by a neighbour."""
     for part in module.modules():
-        if getattr(part, "inplace", False):
+        if getattr(part, "inplace", False) and not isinstance(part, torch.jit.ScriptModule):  # its code is fixed
             part.inplace = False  # type: ignore[assignment]
 
 
