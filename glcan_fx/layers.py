@@ -345,6 +345,9 @@ def unhooked_copy(module: nn.Module) -> nn.Module:
     finally:
         for part, name, value in computed:
             part.__dict__[name] = value
+    for parameter in new.parameters():
+        if not parameter.is_leaf:  # of scripted parts, whose copies are computed from the originals
+            parameter.detach_().requires_grad_()
     for part in new.modules():
         for name, hooks in vars(part).items():
             if name.endswith("_hooks") and isinstance(hooks, dict):
