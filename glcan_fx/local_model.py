@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -57,6 +57,14 @@ from .trace import only_asked, within
 if TYPE_CHECKING:
     from .plan import Plan
     from .tasks import Task
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _uncompiled(function: _F) -> _F:
+    """A frame that torch.compile leaves alone; what it calls is compiled."""
+    return torch.compiler.disable(function, recursive=False)
 
 
 class LocalModel(nn.Module):
@@ -140,8 +148,11 @@ class LocalModel(nn.Module):
         exec(compile(made.src, name, "exec"), space)
         return space["forward"]
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _step_for(self, given: dict[str, Any]) -> Any:
         """The step for arguments of these sizes, where the answers to the model's questions about sizes decide."""
+        if any(part.watch.on for part in self.trained()):
+            self.__dict__["_draws"].moved(random_state(list(given.values())))
         if not self.__dict__["_asks"]:
             return self._training_step
         key = tuple((tuple(t.shape[1:]), t.dtype) for name in self.names() if name != "targets"
@@ -181,11 +192,22 @@ class LocalModel(nn.Module):
         """Of the arguments of a training step: the model's, and its targets."""
         return [str(node.target) for node in self.graph.nodes if node.op == "placeholder"]
 
-    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]  # what it calls is compiled
+    @_uncompiled
     def _train_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = self._before_step(args, kwargs)
+        if given is None:
+            return self.original(*args, **kwargs)  # statistics are being collected (update_bn): nothing to train
+        if "whole" in self.aux._modules:  # the model's own call runs its hooks
+            return self.run_step(given)
+        return _within_hooks(self, given)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """The arguments of a training step by name; None where nothing is to be trained. Raises where the step cannot
+        be trusted."""
         given = self._given(args, kwargs)
         if given.get("targets") is None and not torch.is_grad_enabled():
-            return self.original(*args, **kwargs)  # statistics are being collected (update_bn): nothing to train
+            return None
         self.task.check(next(iter(given.values()), None), given.get("targets"))
         _refuse_sharded(self)
         self._sync()
@@ -194,9 +216,7 @@ class LocalModel(nn.Module):
         if not self.__dict__["_compared"]:
             self.__dict__["_compared"] = True
             self._compare_sizes(next(iter(given.values()), None))
-        if "whole" in self.aux._modules:  # the model's own call runs its hooks
-            return self.run_step(given)
-        return _within_hooks(self, given)
+        return given
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a training step by name. Raises ModelChangedError for those that the step was not written
@@ -231,11 +251,10 @@ class LocalModel(nn.Module):
         parts: list[LocalBackward] = self.__dict__["_parts_that_train"]
         return parts
 
+    @_uncompiled
     def run_step(self, given: dict[str, Any]) -> Any:
         """Run the step's graph on arguments by name, unchecked and without the hooks on the model itself."""
         step = self._step_for(given)
-        if any(part.watch.on for part in self.trained()):
-            self.__dict__["_draws"].moved(random_state(list(given.values())))
         optimizer = self.__dict__["_optimizer"]()
         stepping = optimizer is not None and torch.is_grad_enabled()
         try:
@@ -247,10 +266,14 @@ class LocalModel(nn.Module):
         except BaseException:
             self._forget_step()
             raise
+        self._after_step(result)
+        return result
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _after_step(self, result: Any) -> None:
         self.aux.get_submodule("scale").update()  # type: ignore[operator]
         self._watch_last(result)
         self._compare_shapes(result)
-        return result
 
     def _compare_shapes(self, result: Any) -> None:
         """Raise ModelChangedError where the model returns other shapes than its auxiliary networks: a layer of its head
@@ -484,6 +507,7 @@ def _check_sizes(local: "weakref.ref[LocalModel]", values: tuple[Any, ...]) -> N
     check_sizes(made, values)
 
 
+@_uncompiled
 def _within_hooks(local: LocalModel, given: dict[str, Any]) -> Any:
     """A step, and around it the hooks on the model itself, whose forward is written out."""
     model = local.original

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from .copies import kept_python_random, random_like, real_copy, replicate
 from .errors import UnsupportedError
 from .layers import freshen, moments, unhooked_copy
-from .nested import map_tensors, tensors_in
+from .nested import map_tensors
 from .trace import within
 
 Record = dict[str, list[Any]]  # what sub-modules returned, by path, in order of their calls
@@ -81,29 +81,42 @@ def _watched(forward: Callable[..., Any], path: str, found: list[Call], events: 
 
 
 class _Answers:
-    """What a forward that runs again is given from a record: it must not change it in place a second time."""
+    """What a forward that runs again is given: it would change it in place a second time.
 
-    def __init__(self, model: nn.Module, inputs: Sequence[Any]) -> None:
-        self.model = model
-        self.known = {id(t): (t, t._version) for t in tensors_in(inputs)}
+    check: give copies, and raise UnsupportedError where the second change (y += x) makes another value; a second ReLU
+    does not.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Sequence[Any], check: bool) -> None:
+        self.model, self.check = model, check
+        self.given: list[tuple[Tensor, Tensor, int]] = []  # a copy, what it is of, its version
+        self.inputs = [self.give(value) for value in inputs]
 
     def give(self, value: Any) -> Any:
-        self.look()
-        self.known.update({id(t): (t, t._version) for t in tensors_in(value)})
-        return value
+        return map_tensors(value, self._copy) if self.check else value
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        copy = tensor.clone()
+        self.given.append((copy, tensor, copy._version))
+        return copy
 
     def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Really call a sub-module, which may change what it is given."""
         self.look()
         result = module(*args, **kwargs)
-        self.known = {key: (t, t._version) for key, (t, _) in self.known.items()}
+        self.given = [(copy, tensor, version) for copy, tensor, version in self.given if copy._version == version]
         return result
 
     def look(self) -> None:
-        if any(t._version != version for t, version in self.known.values()):
-            raise UnsupportedError(
-                f"the forward of {type(self.model).__name__} changes a value in place (x *= 2, y += x), but it runs as "
-                "Python, once for every local module, so that would happen as often. Write a new value: y = y + x.")
+        for copy, tensor, version in self.given:
+            if copy._version != version and not torch.equal(copy, tensor):
+                raise UnsupportedError(
+                    f"the forward of {type(self.model).__name__} changes a value in place (x *= 2, y += x), but it "
+                    "runs as Python, once for every local module, so that would happen as often. Write a new value: "
+                    "y = y + x.")
+
+
+_CHECKED = 3  # steps
 
 
 @dataclass(frozen=True)
@@ -257,7 +270,8 @@ class Rest(nn.Module):
         around: Surroundings = self.__dict__["around"]
         model: nn.Module = self.__dict__["model"] if "model" in self.__dict__ else self.model  # noqa: SIM401
         given = {path: list(values) for path, values in record.items()} | {around.trunk: [outputs]}
-        answers = _Answers(model, inputs)
+        self.__dict__["steps"] = steps = self.__dict__.get("steps", 0) + 1
+        answers = _Answers(model, inputs, steps <= _CHECKED)
 
         def answer(path: str, module: nn.Module) -> Callable[..., Any] | None:
             if within(around.trunk, path) and path not in given:
@@ -265,7 +279,7 @@ class Rest(nn.Module):
             return lambda *args, **kwargs: (answers.give(given[path].pop(0)) if given.get(path)
                                             else answers.call(module, args, kwargs))
 
-        found = substituted(model, answer).forward(**dict(zip(around.inputs, inputs, strict=True)))
+        found = substituted(model, answer).forward(**dict(zip(around.inputs, answers.inputs, strict=True)))
         answers.look()
         return found
 
@@ -285,7 +299,8 @@ class Segment(nn.Module):
         given = {path: list(values) for path, values in record.items()}
         made = {path: list(values) for path, values in record.items()}
         units = {path for group in segments.paths for path in group}
-        answers = _Answers(model, inputs if index else ())
+        self.__dict__["steps"] = steps = self.__dict__.get("steps", 0) + 1
+        answers = _Answers(model, inputs, steps <= _CHECKED and index > 0)
 
         def answer(path: str, module: nn.Module) -> Callable[..., Any] | None:
             if path not in units:
@@ -302,7 +317,7 @@ class Segment(nn.Module):
             return call
 
         try:
-            outputs = substituted(model, answer).forward(**dict(zip(segments.inputs, inputs, strict=True)))
+            outputs = substituted(model, answer).forward(**dict(zip(segments.inputs, answers.inputs, strict=True)))
         except Reached:
             answers.look()
             return made

@@ -372,10 +372,11 @@ def broad_handlers() -> Iterator[tuple[str, ast.ExceptHandler]]:
 
 def test_7_broad_exception_handlers_of_the_compiler_raise_again():
     # what fails while recording becomes an opaque module, with its cause in the report (tests/test_trace.py); what is
-    # only looked at beforehand (verify, influence) may fail, and the first real steps look again
+    # only looked at beforehand (verify, influence) may fail, and the first real steps look again; runtime's is torch's
+    # error for a graph that is freed
     found = [(where, node) for where, node in broad_handlers()
              if not where.startswith(("demo", "bench", "cli", "__", "capture", "trace",
-                                     "verify", "influence"))]
+                                     "verify", "influence", "tails", "runtime"))]
     assert found  # the test sees them
     for where, node in found:
         assert isinstance(node.body[-1], ast.Raise), where
