@@ -157,7 +157,7 @@ class Structure:
         return self._assigned[key]
 
     def _divided(self, cuts: Sequence[fx.Node]) -> set[Call]:
-        """The calls of modules that go on behind one of the cuts with layers that have weights."""
+        """The calls of modules that go on behind one of the cuts with layers that have parameters."""
         found: set[Call] = set()
         for cut in cuts:
             calls = [call for call in cut.meta["call"].around() if call.path not in cut.meta["returned_by"]] if (
@@ -169,10 +169,9 @@ class Structure:
 
     @cached_property
     def _weighted(self) -> frozenset[fx.Node]:
-        layers = self.trace.layers
-        return frozenset(node for node in self.trace.graph.nodes
-                         if node in layers or any(source in layers and source.op == "get_attr"
-                                                  for source in node.all_input_nodes))
+        """Nodes that compute with parameters, frozen ones included."""
+        return frozenset(node for node in self.trace.graph.nodes if node in self.dependent and any(
+            self.trace.parameters(used) for used in (node, *(s for s in node.all_input_nodes if s.op == "get_attr"))))
 
     def _with_calls(self, known: set[fx.Node], new: set[fx.Node], divided: Set[Call]) -> set[fx.Node]:
         """What is known and new, with the rest of the calls that the new nodes lie in: a module's call belongs to one
