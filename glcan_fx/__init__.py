@@ -6,6 +6,7 @@ from .errors import (
     CriterionError,
     GlcanFxError,
     ModelChangedError,
+    ModelChangedWarning,
     NotLearningError,
     PlanError,
     SmallExampleWarning,
@@ -27,9 +28,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Block", "BudgetError", "Classification", "CriterionError", "CriterionTask", "Detection", "Estimate", "Feature",
-    "GlcanFxError", "LocalModel", "LocalModule", "LocalOutput", "Memory", "ModelChangedError", "NotLearningError",
-    "Phase", "Place", "Plan", "PlanError", "Report", "Rules", "Segmentation", "SmallExampleWarning",
-    "StatefulCriterionWarning", "SuperResolution", "TargetError", "Task", "TraceError", "UnsupportedError",
-    "UnusedGradientsWarning",
-    "estimate_memory", "plan", "transform",
+    "GlcanFxError", "LocalModel", "LocalModule", "LocalOutput", "Memory", "ModelChangedError",
+    "ModelChangedWarning", "NotLearningError", "Phase", "Place", "Plan", "PlanError", "Report", "Rules",
+    "Segmentation", "SmallExampleWarning", "StatefulCriterionWarning", "SuperResolution", "TargetError", "Task",
+    "TraceError", "UnsupportedError", "UnusedGradientsWarning", "estimate_memory", "plan", "transform",
 ]

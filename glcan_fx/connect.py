@@ -91,11 +91,18 @@ def connect(
     for index, auxiliary in enumerate(auxiliaries):
         part: Any = aux.get_submodule(str(index))
         part.agrees = not task.network_is_part and shape_of(auxiliary.outputs) == output
-    opened = {path: tuple(sorted(structure.trace.reads.get(path, ()))) for path in emitted.opened}
+    opened = {path: _read_by(structure, path) for path in emitted.opened}
     chosen = replace(chosen, reads=tuple(_named(structure, cut, auxiliary.inputs)
                                          for cut, auxiliary in zip(cuts, auxiliaries, strict=True)))
     whole = model if shadow is None else shadow
     return assemble(whole, aux, emitted.graph, chosen, task, emitted.parts, opened), emitted
+
+
+def _read_by(structure: Structure, path: str) -> tuple[str, ...]:
+    """The attributes that the forward of a module read; its mode with the value that it had."""
+    names = structure.trace.reads.get(path, ())
+    mode = structure.trace.shadow.get_submodule(path).training
+    return tuple(sorted(f"training={mode}" if name == "training" else name for name in names))
 
 
 def _outputs(structure: Structure, task: Task) -> Callable[[Any], Any]:

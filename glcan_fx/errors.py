@@ -57,6 +57,10 @@ class NotLearningError(GlcanFxError):
     """A local module, or its auxiliary network, gets no gradients, or none that are finite."""
 
 
+class ModelChangedWarning(UserWarning):
+    """A layer of the model's head was replaced, and auxiliary networks still predict what the old one did."""
+
+
 class SmallExampleWarning(UserWarning):
     """A training step is much larger than the example inputs that its plan was made for."""
 

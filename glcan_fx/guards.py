@@ -33,8 +33,9 @@ class _Guard(NamedTuple):
 class Guards:
     """What has to stay as it is in ``model``.
 
-    opened: the modules that are written out, with the names of the attributes that their forwards read; called: paths
-    of the modules that are called as a whole, which may be replaced.
+    opened: the modules that are written out, with the names of the attributes that their forwards read
+    ("training=True": with the mode that it was recorded in); called: paths of the modules that are called as a whole,
+    which may be replaced.
     """
 
     def __init__(self, model: nn.Module, opened: Opened, called: Set[str]) -> None:
@@ -88,7 +89,10 @@ def _of_module(
     for name in names:
         if name == "*":
             yield from _of_attributes(path, module, [key for key in vars(module) if not key.startswith("_")], called)
-        elif name == "training" or not hasattr(nn.Module, name) and name not in vars(nn.Module()):
+        elif name.startswith("training="):
+            yield _Guard(f"'{path}.training'" if path else "'training'", partial(getattr, module, "training"),
+                         name == "training=True", False)
+        elif not hasattr(nn.Module, name) and name not in vars(nn.Module()):
             yield from _of_attributes(path, module, [name], called)
 
 

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from .errors import (
     ModelChangedError,
+    ModelChangedWarning,
     PlanError,
     SmallExampleWarning,
     TargetError,
@@ -276,18 +277,21 @@ class LocalModel(nn.Module):
         self._compare_shapes(result)
 
     def _compare_shapes(self, result: Any) -> None:
-        """Raise ModelChangedError where the model returns other shapes than its auxiliary networks: a layer of its head
-        was replaced."""
+        """Warn, once, where the model returns other shapes than its auxiliary networks: a layer of its head was
+        replaced."""
         if not isinstance(result, LocalOutput):
             return
         now = shape_of(result.output)
         for part in self.aux.children():
             made = part.__dict__.get("made")
             if isinstance(part, LocalLoss) and part.agrees and made is not None and made != now:
-                raise ModelChangedError(
-                    f"{self.plan.model} returns {now} for each image, but its auxiliary networks predict {made}, as it "
-                    "did when it was compiled: a layer of its head was replaced. Compile it again: "
-                    "glcan_fx.transform(local.original, ...).")
+                part.agrees = False
+                warnings.warn(
+                    f"{self.plan.model} returns {now} for each image, but auxiliary networks predict {made}, as it did "
+                    "when it was compiled: a layer of its head was replaced. Compile it again, so that local losses "
+                    "are those of the new head: glcan_fx.transform(local.original, ...).",
+                    ModelChangedWarning, stacklevel=4)
+                return
 
     def _forget_step(self) -> None:
         """After an exception there is no step whose losses could be minimised in part."""

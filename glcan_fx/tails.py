@@ -117,6 +117,8 @@ def ending_of(structure: Structure, outputs_are_predictions: bool) -> Ending:
 
 def is_averaged(structure: Structure, tap: fx.Node, tail: Tail) -> bool:
     """Whether all that reads a tap's values takes their mean over all places."""
+    if not is_map(tap):  # a number among the arguments
+        return False
     readers = [user for user in tap.users if user in tail.nodes and not is_size(user)]
     return len(structure.spatial(tap)) > 0 and bool(readers) and all(
         ("mean" in (name := name_of(structure, user)) or "avgpool" in name)

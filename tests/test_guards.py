@@ -141,13 +141,25 @@ def test_a_replaced_block_is_trained(model):
     assert model.stages[1][1][1].weight.grad.abs().sum() > 0
 
 
-def test_another_classifier_is_seen_in_both_modes_and_refused_in_training(model):
+def test_another_classifier_is_seen_in_both_modes_with_a_warning(model):
     local = compiled(model)
     model.fc = nn.Linear(16, 7)
     assert local.fc is model.fc and any(p is model.fc.weight for p in local.parameters())
     assert local.eval()(images()).shape == (4, 7)
-    with pytest.raises(glcan_fx.ModelChangedError, match=r"returns \(7,\).* predict \(5,\)"):
-        local.train()(images(), LABELS)
+    with pytest.warns(glcan_fx.ModelChangedWarning, match=r"returns \(7,\).* predict \(5,\)"):
+        found = local.train()(images(), LABELS)
+    assert found.output.shape == (4, 7)
+    found.loss.backward()
+    assert model.fc.weight.grad.abs().sum() > 0
+
+
+def test_a_model_may_be_compiled_in_evaluation_mode(model):
+    class Switches(Net):
+        def forward(self, x: Tensor, bias: float = 0.0) -> Tensor:
+            return super().forward(x, bias) * (2.0 if self.training else 1.0)
+
+    local = compiled(Switches().eval())
+    assert_as_the_model(local)
 
 
 def test_hooks_on_the_model_itself_run_around_the_step(model):

@@ -306,6 +306,8 @@ def test_a_replaced_classifier_is_the_models() -> None:
     model = Net()
     local = compiled(model)
     local.fc = nn.Linear(32, 5)
+    with pytest.warns(glcan_fx.ModelChangedWarning):
+        local(IMAGES, LABELS % 5)
     assert local(IMAGES, LABELS % 5).output.shape == local.eval()(IMAGES).shape == model.eval()(IMAGES).shape == (4, 5)
 
 
@@ -412,7 +414,6 @@ def test_hooks_see_the_models_own_layers_once() -> None:
     local = compiled(model)
     step(local)
     assert seen == [model.fc]
-    assert any("'c'" in note and "hook" in note for note in local.plan.notes)
 
 
 def test_integer_images() -> None:
