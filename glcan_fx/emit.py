@@ -6,7 +6,7 @@ use, which is what frees a module's activations, and a cached feature after its 
 """
 
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Any
@@ -19,7 +19,7 @@ from .builder import Auxiliary
 from .graphs import Parts, with_headlines
 from .runtime import LocalLoss
 from .tasks import Task
-from .trace import Report, Trace, is_float
+from .trace import Trace, is_float
 from .whole import Label, whole_calls
 
 
@@ -174,7 +174,7 @@ def emit(
     graph, calls = out.graph, out.calls
     inputs, context = task.prepare(graph, structure.trace.placeholders)
     out.raw.update(zip([calls.at[node] for node in structure.trace.placeholders], inputs, strict=True))
-    if task.network_is_part and asks_about_sizes(structure.trace.report, out.opened):
+    if task.network_is_part and structure.trace.report.asks_about_sizes(out.opened):
         graph.create_node("call_module", "aux.sizes", tuple(inputs), name="sizes")
     later = set(out.tail)
     nodes = [node for node in out.nodes if node in out.owner and node not in later]
@@ -213,11 +213,6 @@ def emit(
     if out.tail:
         out.parts["tail"] = _subgraph(out.tail, tail_inputs(out.tail), made)
     return Emitted(graph, out.parts, out.opened, out.calls.graph)
-
-
-def asks_about_sizes(report: Report, opened: Collection[str]) -> bool:
-    """Whether a forward that is written out asks about sizes, so that the step holds for some answers only."""
-    return any(asked.module in opened and asked.where != "argument" for asked in report.specialisations)
 
 
 def emit_whole(

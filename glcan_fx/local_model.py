@@ -98,8 +98,7 @@ class LocalModel(nn.Module):
         super().__init__()
         _share(self, model, aux)
         called = frozenset(str(node.target) for node in graph.nodes if node.op == "call_module")
-        asks = not task.network_is_part and any(
-            asked.module in opened and asked.where != "argument" for asked in plan.report.specialisations)
+        asks = not task.network_is_part and plan.report.asks_about_sizes(opened)
         if "sizes" in aux._modules:
             aux.get_submodule("sizes").bind(partial(_check_sizes, weakref.ref(self)))  # type: ignore[operator]
         called |= {path for part in parts.values() for path in _called(part.nodes)}

@@ -10,7 +10,7 @@ Where the recordings differ, the innermost module that differs becomes opaque, s
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -43,6 +43,10 @@ class Report:
     specialisations: tuple[Specialisation, ...] = ()
     opaque: tuple[Opaque, ...] = ()
     lost: tuple[str, ...] = ()
+
+    def asks_about_sizes(self, opened: Collection[str]) -> bool:
+        """Whether a forward that is written out asks about sizes, so that the step holds for some answers only."""
+        return any(asked.module in opened and asked.where != "argument" for asked in self.specialisations)
 
     def lines(self, model: str) -> list[str]:
         """The report in words, a fact a line."""
