@@ -186,6 +186,11 @@ class Draft:
         task = Around(self.loss, self.task.around) if isinstance(self.task, Around) else self.loss
         return connect(plan, self.structure, self.model, task, self.shadow())[0]
 
+    def operators(self, plan: Plan) -> tuple[dict[fx.Node, int], list[fx.Node]]:
+        """The local module of every recorded operation, and the operations that local modules end with."""
+        ends = [unit.end for name in plan.cuts if (unit := unit_at(self.structure, name)) is not None]
+        return {node: index for node, index in self.structure.assign(ends).items() if node.op != "placeholder"}, ends
+
     def shadow(self) -> nn.Module:
         """A copy of the model with fake tensors."""
         return replicate(self.structure.trace.shadow, self.fake)

@@ -286,11 +286,11 @@ class _Body:
 
 
 def _operators(plan: "Plan") -> dict[int, _Body]:
-    graph: fx.Graph = plan.known.local(plan).graph
-    owner = {node: node.meta["local_module"] for node in graph.nodes if "local_module" in node.meta}
+    """Of every local module the recorded operations, which decide where it can be cut."""
+    owner, ends = plan.known.operators(plan)
     made = {}
     for index in range(plan.k):
-        own = [node for node in graph.nodes if owner.get(node) == index]
+        own = [node for node, module in owner.items() if module == index]
         lines = []
         for node in own:
             label = graphviz.quoting.quote(f"{node.name}\\n{node.op.removeprefix('call_')} {_target(node)}")
@@ -300,8 +300,8 @@ def _operators(plan: "Plan") -> dict[int, _Body]:
             lines += [f'\t\t"o_{source.name}" -> "o_{node.name}"\n' for source in sources]
             if not sources:
                 lines.append(f'\t\t"m{index}" -> "o_{node.name}" [style=dotted arrowhead=none]\n')
-        cut = next((node.args[0] for node in graph.nodes if node.name == f"cut_{index}"), own[-1] if own else None)
-        made[index] = _Body(lines, f"o_{cut}" if own else f"m{index}")
+        end = ends[index] if index < len(ends) else own[-1] if own else None
+        made[index] = _Body(lines, f"o_{end}" if own else f"m{index}")
     return made
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import nn
+from torch import fx, nn
 
 from .builder import Options
 from .draw import PICTURES, picture, plan_dot
@@ -251,6 +251,8 @@ class Draft(Protocol):
     def backpropagation(self, optimizer: OptimizerLike, *, recompute: bool = False) -> Estimate: ...
 
     def shadow(self) -> nn.Module: ...
+
+    def operators(self, plan: Plan) -> tuple[dict[fx.Node, int], list[fx.Node]]: ...
 
     def local(self, plan: Plan) -> "LocalModel": ...
 
