@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_map_only
 from torchvision.models import get_model, get_model_builder, list_models
 
 import glcan_fx
+from glcan_fx.capture.trace import Report, trace
 from glcan_fx.tasks import Spec
-from glcan_fx.trace import Report, trace
 
 KINDS = ("detection", "segmentation", "video", "optical_flow", "quantization")
 PAGE = Path(__file__).with_name("models.md")

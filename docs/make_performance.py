@@ -26,8 +26,8 @@ from torchvision.models import resnet18
 
 import glcan_fx
 from glcan_fx.models import retinanet
-from glcan_fx.presets import PRESETS
-from glcan_fx.targets import load
+from glcan_fx.models.load import load
+from glcan_fx.models.presets import PRESETS
 
 HERE = Path(__file__).parent
 RECORDS, PAGE = HERE / "performance.json", HERE / "performance.md"

@@ -18,8 +18,8 @@ from torch import nn
 from torchvision.models.detection.retinanet import RetinaNetHead
 from training import Experiment, add_arguments, run
 
-from glcan_fx.demo_data import CocoFolder, average_precision, collate, held_out_batches
-from glcan_fx.demo_train import anchors_for_any_object
+from glcan_fx.demo.data import CocoFolder, average_precision, collate, held_out_batches
+from glcan_fx.demo.train import anchors_for_any_object
 from glcan_fx.models import retinanet
 
 RATIOS = (0.5, 1.0, 2.0)

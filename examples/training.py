@@ -29,11 +29,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 import glcan_fx
-from glcan_fx.demo_train import peak_of
-from glcan_fx.estimate import backpropagated, minimised, recompute
+from glcan_fx.auxiliary.features import Place, Source, State
+from glcan_fx.demo.train import peak_of
 from glcan_fx.files import replacing, write
-from glcan_fx.nested import map_tensors
-from glcan_fx.rules import Place, Source, State
+from glcan_fx.pytree import map_tensors
+from glcan_fx.simulate.estimate import backpropagated, minimised, recompute
 from glcan_fx.tasks import make_task
 
 

@@ -1,7 +1,9 @@
 """glcan_fx: train vision models in less memory, by gradient-isolated local modules that a compiler builds."""
 
-from .compiler import estimate_memory, plan, transform
-from .errors import (
+from glcan_fx.api import estimate_memory, plan, transform
+from glcan_fx.auxiliary.features import Feature, Place, Rules
+from glcan_fx.capture.trace import Report
+from glcan_fx.errors import (
     BudgetError,
     CriterionError,
     GlcanFxError,
@@ -16,13 +18,11 @@ from .errors import (
     UnsupportedError,
     UnusedGradientsWarning,
 )
-from .estimate import Estimate, Memory, Phase
-from .local_model import LocalModel
-from .plan import Block, LocalModule, Plan
-from .rules import Feature, Place, Rules
-from .runtime import LocalOutput
-from .tasks import Classification, CriterionTask, Detection, Segmentation, SuperResolution, Task
-from .trace import Report
+from glcan_fx.plans.plan import Block, LocalModule, Plan
+from glcan_fx.simulate.estimate import Estimate, Memory, Phase
+from glcan_fx.step.local_model import LocalModel
+from glcan_fx.step.runtime import LocalOutput
+from glcan_fx.tasks import Classification, CriterionTask, Detection, Segmentation, SuperResolution, Task
 
 __version__ = "0.1.0"
 

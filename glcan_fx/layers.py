@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
-from .errors import PlanError
-from .memory import Flops
+from glcan_fx.errors import PlanError
+from glcan_fx.peak_memory import Flops
 
 
 class _ScaleGradient(torch.autograd.Function):

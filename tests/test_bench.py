@@ -15,9 +15,9 @@ for package in ("tqdm", "rich", "matplotlib"):
     pytest.importorskip(package)
 
 from glcan_fx import arguments, bench, cli
-from glcan_fx.bench_methods import PREPARE, Elsewhere, Job, Skipped, at_batch, largest, measured
-from glcan_fx.estimate import curve
-from glcan_fx.memory import PeakMemory
+from glcan_fx.bench.methods import PREPARE, Elsewhere, Job, Skipped, at_batch, largest, measured
+from glcan_fx.peak_memory import PeakMemory
+from glcan_fx.simulate.estimate import curve
 
 FILE = '''
 import os

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import glcan_fx
 from glcan_fx import CriterionError, StatefulCriterionWarning
-from glcan_fx.criteria import NamedLoss
+from glcan_fx.tasks.criteria import NamedLoss
 
 
 class Net(nn.Module):

@@ -17,8 +17,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from glcan_fx import demo, demo_digits, demo_report, demo_train
-from glcan_fx.demo_data import CocoFolder, DemoError, average_precision, training_batches
-from glcan_fx.demo_digits import MAX_OVERLAP, PHOTO_COLUMNS, DigitSettings, compose_digits, overlap
+from glcan_fx.demo.data import CocoFolder, DemoError, average_precision, training_batches
+from glcan_fx.demo.digits import MAX_OVERLAP, PHOTO_COLUMNS, DigitSettings, compose_digits, overlap
 
 SETTINGS = DigitSettings(train=24, val=12, image_size=64)
 

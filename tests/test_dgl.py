@@ -8,7 +8,7 @@ from torch import nn
 import glcan_fx
 from glcan_fx import PlanError
 from glcan_fx.models import edsr, retinanet
-from glcan_fx.plan import Plan
+from glcan_fx.plans.plan import Plan
 
 TARGET = {"boxes": torch.tensor([[10.0, 12.0, 60.0, 50.0]]), "labels": torch.tensor([1])}
 CASES = {

@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import glcan_fx
 from glcan_fx import GlcanFxError, LocalModel, Plan, PlanError, TargetError, TraceError
+from glcan_fx.capture.trace import trace
 from glcan_fx.models import retinanet
-from glcan_fx.trace import trace
 
 EMPTY = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
 

@@ -213,8 +213,8 @@ def test_records_and_pictures_on_a_full_disk(tmp_path):
     from matplotlib.figure import Figure
 
     from glcan_fx import bench_report, demo_report
-    from glcan_fx.bench import Row
-    from glcan_fx.bench_methods import Job
+    from glcan_fx.bench.methods import Job
+    from glcan_fx.cli.bench import Row
 
     job, rows = Job("x", {}, [[2, 3, 8, 8]]), [Row("bp", "BP", 100, 100, curve=[1, 2, 1])]
     written = {"results.json": lambda path: demo_report.write_results(path, [], {"a": "b" * 500}, {}),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import glcan_fx
 from glcan_fx import PlanError
 from glcan_fx.models import edsr
-from glcan_fx.plan import Plan
+from glcan_fx.plans.plan import Plan
 
 
 class Net(nn.Module):

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 import glcan_fx
 from glcan_fx import PlanError, UnsupportedError, cli, targets
-from glcan_fx.memory import PeakMemory
 from glcan_fx.models import edsr, retinanet, yolo
-from glcan_fx.plan import Plan
+from glcan_fx.peak_memory import PeakMemory
+from glcan_fx.plans.plan import Plan
 
 MODEL = """
 import torch

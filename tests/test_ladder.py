@@ -11,7 +11,7 @@ from test_users_models import IMAGES, LABELS, Block, NormAct, NormsAct
 from torch import Tensor, nn
 
 import glcan_fx
-from glcan_fx.trace import trace
+from glcan_fx.capture.trace import trace
 
 
 class Body(nn.Module):
@@ -200,7 +200,7 @@ def test_activations_die_with_their_module() -> None:
             kept[:] = [t for t in kept if t is not self.tensor]
 
     pack: Callable[[Tensor], object] = lambda t: t if isinstance(t, nn.Parameter) else Held(t)  # noqa: E731
-    import glcan_fx.local_model as module
+    import glcan_fx.step.local_model as module
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda held: getattr(held, "tensor", held))
     private, module.private_graph = module.private_graph, lambda: hooks

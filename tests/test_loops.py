@@ -29,8 +29,8 @@ from torch.utils.checkpoint import checkpoint
 
 import glcan_fx
 from glcan_fx import LocalModel, SmallExampleWarning, UnsupportedError, UnusedGradientsWarning
-from glcan_fx.local_model import _watched
 from glcan_fx.models import retinanet
+from glcan_fx.step.local_model import _watched
 
 
 def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: float) -> None:

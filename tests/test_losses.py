@@ -8,8 +8,8 @@ from torchvision.ops import sigmoid_focal_loss
 
 from glcan_fx import losses
 from glcan_fx.errors import UnsupportedError
-from glcan_fx.losses import BACKGROUND, IGNORED, focal_loss
-from glcan_fx.memory import PeakMemory
+from glcan_fx.peak_memory import PeakMemory
+from glcan_fx.tasks.focal_loss import BACKGROUND, IGNORED, focal_loss
 
 B, N, C = 3, 40, 7
 FORMS = [(0.25, 2.0), (0.25, 0.0), (0.1, 1.5), (1.0, 2.0), (0.0, 2.0), (-1, 2.0), (-1, 1.0), (-1, 0.0)]

@@ -21,10 +21,10 @@ from torchvision.models.detection.retinanet import RetinaNetClassificationHead
 
 import glcan_fx
 from glcan_fx import PlanError, UnsupportedError
-from glcan_fx.memory import PeakMemory
 from glcan_fx.models import edsr, retinanet, yolo
-from glcan_fx.planner import in_bytes
-from glcan_fx.runtime import SlicedHead
+from glcan_fx.peak_memory import PeakMemory
+from glcan_fx.planner.search import in_bytes
+from glcan_fx.step.runtime import SlicedHead
 
 BATCH = 4
 

@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 import glcan_fx
 from glcan_fx import LocalModel, PlanError, UnsupportedError
-from glcan_fx.estimate import OPTIMIZERS
-from glcan_fx.memory import PeakMemory
 from glcan_fx.models import retinanet
+from glcan_fx.peak_memory import PeakMemory
+from glcan_fx.simulate.estimate import OPTIMIZERS
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-4)
 ADAM = partial(torch.optim.Adam, lr=1e-2)

@@ -19,13 +19,13 @@ from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large, fcn_re
 
 import glcan_fx
 from glcan_fx import BudgetError, PlanError
-from glcan_fx.analyze import multiply_adds
-from glcan_fx.builder import Ending, Options
-from glcan_fx.drafts import Drafts
+from glcan_fx.auxiliary.builder import Ending, Options
+from glcan_fx.auxiliary.tails import ending_of
 from glcan_fx.models import edsr, retinanet
-from glcan_fx.partition import ModuleCost, carried, costs_of, merge
-from glcan_fx.planner import candidates, richest, with_richest
-from glcan_fx.tails import ending_of
+from glcan_fx.planner.costs import Drafts
+from glcan_fx.planner.partition import ModuleCost, carried, costs_of, merge
+from glcan_fx.planner.search import candidates, richest, with_richest
+from glcan_fx.structure.analysis import multiply_adds
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from train_classification import CifarResNet

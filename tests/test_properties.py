@@ -31,7 +31,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 import glcan_fx
-from glcan_fx.memory import PeakMemory
+from glcan_fx.peak_memory import PeakMemory
 
 families = pytest.mark.parametrize("family", FAMILIES)
 some_families = pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torchvision.models import resnet18
 import glcan_fx
 from glcan_fx import cli, report
 
-STATIC = files("glcan_fx") / "static"
+STATIC = files("glcan_fx.report") / "static"
 MIB = 2**20
 NAMES = ["backbone.body.maxpool", "backbone.body.layer1.0", "backbone.body.layer1.1", "neck, head, loss"]
 COLOURS = ["#dbe9f6", "#e3f2dd", "#fdebd3", "#f3e1f0"]

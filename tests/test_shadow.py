@@ -23,9 +23,9 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
 import glcan_fx
-from glcan_fx.capture import Recorder, _patched
-from glcan_fx.copies import fake_copy, real_copy, recording, replicate
-from glcan_fx.trace import trace
+from glcan_fx.capture.recorder import Recorder, _patched
+from glcan_fx.capture.shadow import fake_copy, real_copy, recording, replicate
+from glcan_fx.capture.trace import trace
 
 IMAGES, LABELS = torch.randn(4, 3, 16, 16), torch.randint(10, (4,))
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from glcan_fx.errors import LoadError
-from glcan_fx.presets import PRESETS
-from glcan_fx.targets import load
+from glcan_fx.models.load import load
+from glcan_fx.models.presets import PRESETS
 from glcan_fx.tasks import make_task
 
 MODELS = """

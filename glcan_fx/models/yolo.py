@@ -15,7 +15,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, complete_box_iou_loss
 from torchvision.ops.misc import Conv2dNormActivation
 
-from .retinanet import C3_TO_C5, resnet_trunk
+from glcan_fx.models.retinanet import C3_TO_C5, resnet_trunk
 
 COCO_ANCHORS = (
     ((10, 13), (16, 30), (33, 23)),

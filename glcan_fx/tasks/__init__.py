@@ -2,10 +2,19 @@
 
 import copy
 
-from ..errors import PlanError
-from ..rules import Rules
-from .base import Classification, Criterion, CriterionTask, Segmentation, Spec, SuperResolution, Task, specs
-from .detection import Detection
+from glcan_fx.auxiliary.features import Rules
+from glcan_fx.errors import PlanError
+from glcan_fx.tasks.base import (
+    Classification,
+    Criterion,
+    CriterionTask,
+    Segmentation,
+    Spec,
+    SuperResolution,
+    Task,
+    specs,
+)
+from glcan_fx.tasks.detection import Detection
 
 TASKS: dict[str, type[Task]] = {
     kind.name: kind for kind in (Classification, Detection, Segmentation, SuperResolution)

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ..layers import Cost, weights_in
-from ..replay import Entry, Rest, Segment, Segments, Surroundings, detach_record
-from .base import LossHead, Task
+from glcan_fx.capture.replay import Entry, Rest, Segment, Segments, Surroundings, detach_record
+from glcan_fx.layers import Cost, weights_in
+from glcan_fx.tasks.base import LossHead, Task
 
 
 class _Wrapped(Task):

@@ -12,11 +12,11 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map_only
 
-from .. import criteria
-from ..errors import CriterionError, PlanError, TargetError
-from ..layers import Cost
-from ..nested import map_tensors, tensors_in
-from ..rules import Rules
+from glcan_fx.auxiliary.features import Rules
+from glcan_fx.errors import CriterionError, PlanError, TargetError
+from glcan_fx.layers import Cost
+from glcan_fx.pytree import map_tensors, tensors_in
+from glcan_fx.tasks import criteria
 
 Criterion = Callable[[Any, Any], Tensor | dict[str, Tensor]]
 

@@ -22,9 +22,8 @@ from torchvision.models.detection.retinanet import RetinaNetClassificationHead, 
 from torchvision.models.detection.ssd import SSDScoringHead
 from torchvision.ops import MultiScaleRoIAlign
 
-from ..criteria import refuse_edits, state_of
-from ..errors import PlanError, TargetError
-from ..layers import (
+from glcan_fx.errors import PlanError, TargetError
+from glcan_fx.layers import (
     Cost,
     Moments,
     cost_of,
@@ -38,8 +37,9 @@ from ..layers import (
     towers,
     unhooked_copy,
 )
-from ..losses import focal_loss
-from .base import Task
+from glcan_fx.tasks.base import Task
+from glcan_fx.tasks.criteria import refuse_edits, state_of
+from glcan_fx.tasks.focal_loss import focal_loss
 
 _BEFORE = ("transform", "backbone")  # a detector's parts that make the features
 _NO_PIXELS = ("torch", "torchvision", "glcan_fx")  # whose classes read nothing but features behind the backbone

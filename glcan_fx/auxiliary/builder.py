@@ -1,0 +1,136 @@
+"""What an auxiliary network is made with: its options, and the graph under construction."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+
+from glcan_fx.capture.trace import hasattr_path, shadow
+from glcan_fx.fx_utils import Network
+from glcan_fx.layers import Cost, Moments, moments, unhooked_copy
+from glcan_fx.structure.analysis import Structure
+
+Head = Literal["full", "light", "lean"]
+Method = Literal["glcan", "dgl"]
+Predictors = Literal["own", "shared", "model"]
+Ending = Literal["mean", "decoder", "maps"]
+"""How a network ends: with the mean over all places of the trunk's last map, as classifiers do; with a decoder that
+joins maps of several sizes; or with maps otherwise."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How auxiliary networks are built.
+
+    depth: trunk blocks kept; hidden: layers in front of a mean over all places; width: relative channels; head: see
+    above; stride: output levels of smaller strides are left out, where there are others; predictors: "own" ones of each
+    auxiliary network; "shared": copies of the same layers of the tail, or of the head, that have the same shapes are
+    one module in all; "model": the layers that make the model's outputs are read, not copied, where shapes agree;
+    method: "dgl" makes those of decoupled greedy learning, of which depth, hidden, width and stride do not decide
+    anything. Of the last module: fused: it computes losses in the memory-saving way that the copies do; slices: its end
+    and its loss run in so many slices of the batch.
+    """
+
+    depth: int = 0
+    hidden: int = 0
+    width: float = 1.0
+    head: Head = "light"
+    stride: int = 1
+    fused: bool = False
+    slices: int = 1
+    predictors: Predictors = "own"
+    method: Method = "glcan"
+
+
+@dataclass(frozen=True)
+class Auxiliary:
+    """An auxiliary network: ``network`` is called with the values of ``inputs`` (nodes of the traced graph)."""
+
+    network: Network
+    inputs: list[fx.Node]
+    outputs: Any  # fake values of the network's outputs, at the example size
+    cost: Cost  # at the example size
+
+
+@dataclass
+class Builder:
+    """The graph under construction and the modules that it calls."""
+
+    structure: Structure
+    model: nn.Module
+    draft: bool
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    root: nn.Module = field(default_factory=nn.Module)
+    values: dict[fx.Node, fx.Node] = field(default_factory=dict)  # source node -> new node
+    inputs: list[fx.Node] = field(default_factory=list)
+    moments: Moments = field(default_factory=dict)
+    copies: dict[str, str] = field(default_factory=dict)
+    fresh: list[str] = field(default_factory=list)  # layers that are no copies: initialised at their final width
+    full: set[str] = field(default_factory=set)  # prefixes of copies whose layers keep their widths
+
+    def add(self, name: str, module: nn.Module, *args: fx.Node, fresh: bool = False) -> fx.Node:
+        self.register(name, module, fresh=fresh)
+        return self.graph.call_module(name, args)
+
+    def register(self, name: str, module: nn.Module, *, fresh: bool = False) -> None:
+        owner = self.root
+        *parents, last = name.split(".")
+        for parent in parents:
+            if parent not in owner._modules:
+                owner.add_module(parent, nn.Module())
+            owner = owner.get_submodule(parent)
+        owner.add_module(last, module)
+        if fresh:
+            self.fresh.append(name)
+        elif not self.draft:
+            self.moments.update({f"{name}.{k}": v for k, v in moments(module).items()})
+
+    def clone(self, target: str) -> nn.Module:
+        """A copy of one of the model's modules; of its sizes only, for a draft."""
+        module = self.model.get_submodule(target)
+        return shadow(module, self.structure.trace.mode) if self.draft else unhooked_copy(module)
+
+    def input(self, node: fx.Node) -> fx.Node:
+        if node not in self.values:
+            self.inputs.append(node)
+            self.values[node] = self.graph.placeholder(node.name)
+        return self.values[node]
+
+    def copy(self, node: fx.Node, prefix: str) -> fx.Node:
+        """Copy one node of the traced graph, its module or parameter included; its inputs must be there.
+
+        What it overwrites is copied first: what a module hands on must not change under its auxiliary network.
+        """
+        for source in node.meta["mutates"]:
+            self.values[source] = self.graph.call_function(torch.clone, (self.values[source],))
+        new = self.graph.node_copy(node, lambda source: self.values[source])
+        new.meta = {}
+        if node.op in ("call_module", "get_attr"):
+            path = f"{prefix}.{node.target}"
+            if path not in self.copies:
+                self.copies[path] = path
+                self.attach(path, str(node.target), node.op)
+            new.target = path
+        self.values[node] = new
+        return new
+
+    def attach(self, path: str, target: str, op: str) -> None:
+        if op == "call_module":
+            self.register(path, self.clone(target))
+            return
+        owner, _, name = path.rpartition(".")
+        if owner and not hasattr_path(self.root, owner):
+            self.register(owner, nn.Module())
+        value = self.structure.trace.constants.get(target.rpartition(".")[2])
+        if value is None:
+            source_owner, _, source_name = target.rpartition(".")
+            value = getattr(self.model.get_submodule(source_owner), source_name)
+        module = self.root.get_submodule(owner)
+        if isinstance(value, nn.Parameter):
+            parameter = nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)
+            module.register_parameter(name, parameter)
+            if not self.draft:
+                self.moments.update({f"{owner}.{k}": v for k, v in moments(module).items() if k == name})
+        else:
+            module.register_buffer(name, value.detach().clone())

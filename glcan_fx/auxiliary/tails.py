@@ -1,0 +1,180 @@
+"""The tail of a network, which follows its trunk: neck, head, and how it ends."""
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, fx
+
+from glcan_fx.auxiliary.builder import Ending
+from glcan_fx.capture.trace import is_float, quiet
+from glcan_fx.structure.analysis import Structure, ancestors, is_size, tensor_of
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What follows the trunk for some of the network's outputs: nodes in order, and the taps they read."""
+
+    nodes: list[fx.Node]
+    taps: frozenset[fx.Node]
+
+
+def tail_of(structure: Structure, outputs: Any) -> Tail:
+    """The part of the graph between the taps and ``outputs`` (nested nodes)."""
+    dependent = structure.dependent
+    known = {tap.node for tap in structure.taps}
+    needed: set[fx.Node] = set()
+    taps: set[fx.Node] = set()
+    stack: list[fx.Node] = []
+    fx.map_arg(outputs, lambda node: stack.append(node))
+    while stack:
+        node = stack.pop()
+        if node in known and node in dependent:
+            taps.add(node)
+        elif node not in needed:
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    return Tail([node for node in structure.trace.graph.nodes if node in needed], frozenset(taps))
+
+
+def towers_of(structure: Structure, tail: Tail) -> dict[fx.Node, tuple[set[fx.Node], fx.Node, fx.Node]]:
+    """Calls of modules with weights that keep their input's shape, by their last node: (nodes, input, output)."""
+    groups: dict[str, list[fx.Node]] = {}
+    for node in tail.nodes:
+        parts = (str(node.target) if node.op == "call_module" else node.meta["module"]).split(".")
+        for depth in range(1, len(parts) + 1):
+            groups.setdefault(".".join(parts[:depth]), []).append(node)
+    interface = structure.interface
+    towers: dict[fx.Node, tuple[set[fx.Node], fx.Node, fx.Node]] = {}
+    taken: set[fx.Node] = set()
+    everything = set(tail.nodes)
+    for path in sorted((path for path in groups if path), key=lambda path: path.count(".")):
+        nodes = set(groups[path])
+        if nodes & taken or nodes == everything or any(structure.trace.module(n) in interface for n in nodes):
+            continue
+        weights = [p for node in nodes for p in structure.trace.parameters(node) if p.dim() >= 2]
+        sources = {s for n in nodes for s in n.all_input_nodes if s not in nodes and s in structure.dependent}
+        ends = {n for n in nodes if any(user not in nodes for user in n.users)}
+        if not weights or len(sources) != 1 or len(ends) != 1:
+            continue
+        source, end = next(iter(sources)), next(iter(ends))
+        if source in tail.taps:  # the first layer on a tap adapts it (a lateral convolution): no tower
+            continue
+        if not (is_map(source) and is_map(end)) or tensor_of(source).shape != tensor_of(end).shape:
+            continue
+        if any(structure.spatial(n) == structure.spatial(end) for n in nodes & fixed_sizes(structure)):
+            continue
+        towers[end] = (nodes, source, end)
+        taken |= nodes
+    return towers
+
+
+def direct_layers(structure: Structure, cut: fx.Node, tail: Tail) -> tuple[list[fx.Node], list[fx.Node]] | None:
+    """The layers that make the network's maps, where all of them can be made from the module's own output instead; and
+    what follows them.
+
+    That is so where each is a map of the cut's rank, and what follows needs no other layer with weights.
+    """
+    interface = structure.interface
+    made = [node for node in tail.nodes if structure.trace.module(node) in interface]
+    rank = len(structure.shape(cut))
+    if not made or cut in structure.channels_last or rank < 3 or structure.positions(cut) <= 1:
+        return None
+    if any(not is_map(node) or len(structure.shape(node)) != rank or structure.positions(node) <= 1 for node in made):
+        return None
+    needed = _behind(tail, made)
+    if any(structure.trace.parameters(node) for node in needed) or any(
+            node in tail.taps for node in needed for node in node.all_input_nodes):
+        return None
+    return made, needed
+
+
+def _behind(tail: Tail, made: list[fx.Node]) -> list[fx.Node]:
+    """What of the tail is computed from the layers that make the maps, and what it needs beside them."""
+    reached: set[fx.Node] = set()
+    for node in tail.nodes:
+        if node in made or any(source in reached for source in node.all_input_nodes):
+            reached.add(node)
+    inside = set(tail.nodes)
+    beside = ancestors(reached - set(made), set(made)) & inside
+    return [node for node in tail.nodes if node in (reached | beside) - set(made)]
+
+
+def ending_of(structure: Structure, outputs_are_predictions: bool) -> Ending:
+    """How the network ends."""
+    tail = tail_of(structure, structure.trace.output.args[0])
+    if any(is_averaged(structure, tap, tail) for tap in tail.taps):
+        return "mean"
+    sizes: dict[fx.Node, set[tuple[int, ...]]] = {  # of the maps that a value is computed from
+        tap: {structure.spatial(tap)} for tap in tail.taps if tap.op != "placeholder" and is_map(tap)}
+    for node in tail.nodes:
+        if not is_size(node):
+            sizes[node] = set().union(*(sizes.get(source, set()) for source in node.all_input_nodes))
+    joins = any(len(known) > 1 for known in sizes.values())
+    return "decoder" if outputs_are_predictions and joins else "maps"
+
+
+def is_averaged(structure: Structure, tap: fx.Node, tail: Tail) -> bool:
+    """Whether all that reads a tap's values takes their mean over all places."""
+    if not is_map(tap):  # a number among the arguments
+        return False
+    readers = [user for user in tap.users if user in tail.nodes and not is_size(user)]
+    return len(structure.spatial(tap)) > 0 and bool(readers) and all(
+        ("mean" in (name := name_of(structure, user)) or "avgpool" in name)
+        and is_map(user) and structure.positions(user) <= 1 for user in readers)
+
+
+def takes_any_size(structure: Structure, tap: fx.Node) -> bool:
+    """Whether no pooling window behind a tap has a size of its own."""
+    names = [name_of(structure, user) for user in tap.users]
+    return not any("avgpool" in name and "adaptive" not in name for name in names)
+
+
+_FIXED: "WeakKeyDictionary[fx.Graph, frozenset[fx.Node]]" = WeakKeyDictionary()
+
+
+def fixed_sizes(structure: Structure) -> frozenset[fx.Node]:
+    """The operations without weights that make the same number of places of every map: adaptive poolings, resizing or
+    cutting to given sides. At the example's size they may keep the shape. Found by trying a larger map."""
+    graph = structure.trace.graph
+    if graph not in _FIXED:
+        _FIXED[graph] = frozenset(node for node in graph.nodes if _fixes_size(structure, node))
+    return _FIXED[graph]
+
+
+def _fixes_size(structure: Structure, node: fx.Node) -> bool:
+    sources = node.all_input_nodes
+    if len(sources) != 1 or node.op not in ("call_function", "call_method", "call_module") or node.meta["mutates"]:
+        return False
+    source, module = sources[0], structure.trace.module(node)
+    if not (is_map(source) and is_map(node)) or structure.trace.parameters(node):
+        return False
+    shape, places = list(structure.shape(source)), structure.spatial(source)
+    if not places or len(places) != len(structure.spatial(node)):
+        return False
+    first = 1 if source in structure.channels_last else 2
+    shape[first: first + len(places)] = [2 * size + 1 for size in places]
+    try:
+        with quiet(), structure.trace.mode, torch.no_grad():
+            larger = torch.empty(shape, dtype=tensor_of(source).dtype, device="cpu")
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: larger)
+            if node.op == "call_method":
+                made = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                function: Any = module if module is not None else node.target
+                made = function(*args, **kwargs)
+    except Exception:  # noqa: BLE001 - it takes maps of one size only
+        return False
+    return isinstance(made, Tensor) and made.shape == tensor_of(node).shape
+
+
+def name_of(structure: Structure, node: fx.Node) -> str:
+    """What a node calls, in small letters."""
+    module = structure.trace.module(node)
+    name = node.target if module is None else type(module).__name__
+    return (name if isinstance(name, str) else getattr(name, "__name__", "")).lower().replace("_", "")
+
+
+def is_map(node: fx.Node) -> bool:
+    return isinstance(node.meta["value"], Tensor) and is_float(node.meta["value"])

@@ -1,0 +1,148 @@
+"""`glcan-fx inspect`: show how a model would be cut, and what that costs, without training anything."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from glcan_fx.cli.arguments import add_model
+from glcan_fx.errors import LoadError, PlanError, TraceError
+from glcan_fx.models.presets import PRESETS, Preset
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from glcan_fx.plans.plan import Plan
+
+PICTURES = (".svg", ".png", ".pdf")
+ENDINGS = (".html", *PICTURES, ".dot", ".json", ".txt")
+DEPTHS = ("stages", "modules", "blocks", "operators")
+_SHOWN = 12  # calls before an error
+EPILOG = """examples:
+  glcan-fx inspect retinanet-r50
+  glcan-fx inspect torchvision.models:resnet50 --input 8x3x224x224 --task classification -o report.html
+  glcan-fx inspect model.py:build --kwargs '{"depth": 50}' -k 17 --input 8x3x512x512 --task detection -o plan.svg
+
+exit codes: 0 done, 1 the model cannot be planned as asked, 2 usage or file error"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `glcan-fx inspect` to `parser`."""
+    add_model(parser)
+    out = parser.add_argument_group("output")
+    out.add_argument("--plan", type=Path, metavar="FILE", help="show this plan (JSON) on the model, not a new one")
+    out.add_argument("--json", action="store_true", help="print the plan as JSON instead of the table")
+    out.add_argument("-o", "--output", type=_output, metavar="FILE",
+                     help="write it, as the file's ending says: .html is a report that works offline; .svg, .png or "
+                     ".pdf need Graphviz; .dot, .json or .txt")
+    out.add_argument("--depth", choices=DEPTHS, help="what the picture shows: local modules that are alike as one "
+                     "(stages), every local module, its blocks, or its operators (stages for more than 20 modules, "
+                     "else modules)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command with the options of `add_arguments`; returns the exit status."""
+    decided = {"-k": args.k, "--memory-budget": args.memory_budget, "--compute-budget": args.compute_budget,
+               "--input": args.input, "--optimizer": args.optimizer}
+    clashing = [name for name, value in decided.items() if value is not None]
+    if clashing and args.plan is not None:
+        raise LoadError(f"{', '.join(clashing)}: the plan of --plan decides that; leave it out")
+    if args.output is not None and args.output.is_dir():
+        raise OSError(f"{args.output} is a folder: name a file")
+    if args.output is not None and args.output.suffix.lower() in PICTURES and shutil.which("dot") is None:
+        from glcan_fx.report.dot import NO_DOT
+
+        raise OSError(f"{args.output}: {NO_DOT}")
+    from glcan_fx.models.load import load
+
+    preset = PRESETS.get(args.target) or Preset(args.target, tuple(args.input or ()), args.task)
+    model = load(preset.target, {**preset.kwargs, **args.kwargs})
+    if not (preset.inputs or args.plan or args.task == "detection"):
+        print(f"glcan-fx inspect: the inputs of '{args.target}' are not known: pass --input, for example --input "
+              "8x3x224x224", file=sys.stderr)
+        return 2
+    from rich.console import Console
+
+    try:
+        with Console(stderr=True).status(f"planning {args.target}"):  # shown on terminals; takes seconds, or a minute
+            plan = _plan(args, preset, model)
+    except TraceError as error:
+        _print_reached(error)
+        raise
+    for line in dict.fromkeys((*plan.report.lines(plan.model), *(n for n in plan.notes if n not in plan.report.lost))):
+        print(f"note: {line}", file=sys.stderr)
+    if args.json:
+        print(plan.to_json())
+    else:
+        _print(plan)
+    if args.output is not None:
+        plan.save(args.output, depth=args.depth)
+        print(f"wrote {args.output}", file=sys.stderr)
+    return 0
+
+
+def _print(plan: Plan) -> None:
+    """The table, in colour on a terminal that wants it (NO_COLOR is obeyed)."""
+    from rich.console import Console
+
+    from glcan_fx.report.table import plan_text, print_plan
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        print(plan_text(plan, notes=False))
+    else:
+        print_plan(plan, console)
+
+
+def _print_reached(error: TraceError) -> None:
+    """What the model called before it failed."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    calls = error.reached()
+    if calls:
+        title = f"the last of {len(calls)} calls before the error" if len(calls) > _SHOWN else "calls before the error"
+        table = Table("module", "class", "returned", box=box.SIMPLE_HEAD, title=title, title_justify="left")
+        for call in calls[-_SHOWN:]:
+            table.add_row(*call)
+        Console(stderr=True).print(table, markup=False, emoji=False)
+
+
+def _plan(args: argparse.Namespace, preset: Preset, model: nn.Module) -> Plan:
+    import torch
+
+    from glcan_fx import api
+    from glcan_fx.plans.plan import Plan
+    from glcan_fx.simulate.estimate import AnyLoss
+    from glcan_fx.tasks import TASKS
+
+    task = args.task or preset.task
+    if args.plan is not None:
+        try:
+            given = Plan.from_json(args.plan.read_text(encoding="utf-8"))
+        except (PlanError, UnicodeDecodeError) as error:
+            raise LoadError(f"{args.plan}: {error}") from error
+        if task is not None and task != given.task:
+            raise LoadError(f"--task {task}: the plan in {args.plan} is for task {given.task}")
+        return api.transform(model, plan=given, task=None if given.task in TASKS else AnyLoss()).plan
+    sizes = args.input or preset.inputs
+    dtype = getattr(torch, args.input_dtype or "float32", None)
+    if not isinstance(dtype, torch.dtype):
+        raise LoadError(f"--input-dtype {args.input_dtype}: no type of PyTorch's; float32 and int64 are")
+    examples = tuple(torch.empty(size, dtype=dtype, device="meta") for size in sizes)
+    return api.plan(
+        model, k=args.k or ("fewest" if args.memory_budget else preset.k), task=task or AnyLoss(),
+        example_inputs=(examples[0] if len(examples) == 1 else examples) if examples else None,
+        memory_budget=args.memory_budget, compute_budget=args.compute_budget,
+        optimizer=args.optimizer or preset.optimizer)
+
+
+def _output(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() not in ENDINGS:
+        raise argparse.ArgumentTypeError(f"'{text}': a file that ends in {', '.join(ENDINGS)}")
+    return path

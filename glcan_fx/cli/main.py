@@ -1,0 +1,60 @@
+"""The command line: ``glcan-fx inspect``, ``glcan-fx bench`` and ``glcan-fx demo``."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from io import TextIOWrapper
+
+from glcan_fx import __version__
+from glcan_fx.cli import bench, demo
+from glcan_fx.cli import inspect as inspection
+from glcan_fx.errors import GlcanFxError, LoadError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command. Exit codes: 0 done, 1 it cannot be done as asked (stderr says why), 2 usage or file error."""
+    parser = argparse.ArgumentParser(
+        prog="glcan-fx",
+        description="Train vision models in less memory: gradient-isolated local modules, built by a compiler.",
+        epilog="example: glcan-fx demo --data my-coco-folder --steps 500",
+    )
+    parser.add_argument("--version", action="version", version=f"glcan-fx {__version__}")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log what the compiler decides")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    part = commands.add_parser("demo", help="train a small detector by backpropagation and by glcan_fx, and compare")
+    demo.add_arguments(part)
+    part.set_defaults(run=demo.run)
+    part = commands.add_parser("inspect", help="show how a model would be cut, and what that costs",
+                               formatter_class=argparse.RawDescriptionHelpFormatter, epilog=inspection.EPILOG)
+    inspection.add_arguments(part)
+    part.set_defaults(run=inspection.run)
+    part = commands.add_parser("bench", help="compare memory and speed of training methods on your own model",
+                               formatter_class=argparse.RawDescriptionHelpFormatter, epilog=bench.EPILOG)
+    bench.add_arguments(part)
+    part.set_defaults(run=bench.run)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot print a sign still shows the rest
+    options = parser.parse_args(arguments)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO if options.verbose else logging.WARNING,
+                        format="%(name)s: %(message)s")
+    try:
+        return int(options.run(options))
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (OSError, LoadError) as error:
+        print(f"glcan-fx: {error}", file=sys.stderr)
+        return 2
+    except GlcanFxError as error:
+        print(f"glcan-fx: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("glcan-fx: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

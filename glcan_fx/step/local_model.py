@@ -1,0 +1,769 @@
+"""The result: a module that trains by local losses and evaluates as the original model."""
+
+import copy
+import inspect
+import linecache
+import math
+import sys
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._pytree import tree_leaves
+
+from glcan_fx.capture.replay import Surroundings
+from glcan_fx.capture.trace import only_asked, within
+from glcan_fx.errors import (
+    ModelChangedError,
+    ModelChangedWarning,
+    PlanError,
+    SmallExampleWarning,
+    TargetError,
+    UnsupportedError,
+    UnusedGradientsWarning,
+)
+from glcan_fx.fx_utils import Packed, Parts, pack, unpack
+from glcan_fx.pytree import tensors_in
+from glcan_fx.step.guards import Guards, Opened
+from glcan_fx.step.optimizer_in_forward import OptimizerInForward, refuse_distributed
+from glcan_fx.step.runtime import (
+    Draws,
+    LocalBackward,
+    LocalLoss,
+    LocalOutput,
+    LossScale,
+    ReadOnly,
+    Recomputed,
+    SizeCheck,
+    SlicedHead,
+    Whole,
+    collect,
+    parameters_of,
+    private_graph,
+    random_state,
+    reported,
+    shape_of,
+    total,
+)
+from glcan_fx.tasks.base import LossHead, Spec
+
+if TYPE_CHECKING:
+    from glcan_fx.plans.plan import Plan
+    from glcan_fx.tasks import Task
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _uncompiled(function: _F) -> _F:
+    """A frame that torch.compile leaves alone; what it calls is compiled."""
+    return torch.compiler.disable(function, recursive=False)
+
+
+class LocalModel(nn.Module):
+    """The user's model as gradient-isolated local modules; shares the model's parameters, buffers and sub-modules.
+
+    In training mode a call runs ``local.graph``, whose code ``local.code`` shows; in evaluation mode it calls the
+    original model, so predictions are the same bit for bit; with targets it returns their loss, too. What
+    is new (auxiliary networks) is registered under ``aux.``; every other key of ``state_dict`` is the original's.
+    """
+
+    plan: "Plan"
+    task: "Task"
+    aux: nn.Module
+    graph: fx.Graph
+
+    def __new__(cls, *_: Any, **__: Any) -> "LocalModel":
+        """Of a class of its own, whose ``forward`` has the signature of the model's."""
+        return super().__new__(type(cls.__name__, (cls,), {"__module__": cls.__module__}))
+
+    def __init__(
+        self, model: nn.Module, aux: nn.Module, graph: fx.Graph, plan: "Plan", task: "Task", parts: Parts,
+        opened: Opened,
+    ) -> None:
+        taken = [name for name in model._modules | model._parameters | model._buffers if name in _RESERVED]
+        if taken:
+            raise PlanError(
+                f"{type(model).__name__} has members called {', '.join(map(repr, taken))}, names that the compiled "
+                "module needs itself. Wrap the model in a module that holds it under another name."
+            )
+        super().__init__()
+        _share(self, model, aux)
+        called = frozenset(str(node.target) for node in graph.nodes if node.op == "call_module")
+        asks = not task.network_is_part and plan.report.asks_about_sizes(opened)
+        if "sizes" in aux._modules:
+            aux.get_submodule("sizes").bind(partial(_check_sizes, weakref.ref(self)))  # type: ignore[operator]
+        called |= {path for part in parts.values() for path in _called(part.nodes)}
+        self.__dict__.update(_original=model, plan=plan, task=task, graph=graph, _last_reached=[], _parts=parts,
+                             _opened=opened, _guards=Guards(model, opened, called), _optimizer=_no_optimizer,
+                             _compared=False, _steps={}, _asks=asks)
+        losses: list[Any] = [part for part in aux.children() if isinstance(part, LocalLoss)]
+        trained = [part.backward for part in losses if "backward" in part._modules]
+        self.__dict__.update(_draws=Draws(), _parts_that_train=trained)
+        for part in losses:
+            part.__dict__["draws"] = self.__dict__["_draws"]
+        self.__dict__["training"] = model.training
+        for name, part in aux.named_children():
+            if name != "task":
+                part.train(model.training)
+        aux.__dict__["training"] = model.training
+        self.register_load_state_dict_pre_hook(_accept_plain_checkpoint)
+        self.recompile()
+
+    @property
+    def original(self) -> nn.Module:
+        """The model that this one was compiled from; same parameters."""
+        model: nn.Module = self.__dict__["_original"]
+        return model
+
+    @property
+    def code(self) -> str:
+        """The training step, as Python."""
+        return self.graph.python_code("self").src
+
+    def recompile(self) -> None:
+        """Run ``graph`` as it is now, after it was edited."""
+        cls: Any = type(self)
+        cls._training_step = self._written(self.graph)
+
+        def forward(self: "LocalModel", *args: Any, **kwargs: Any) -> Any:
+            return self._train_step(args, kwargs) if self.training else self._evaluate(args, kwargs)
+
+        forward.__signature__ = _signature(self.original)  # type: ignore[attr-defined]
+        cls.forward = forward
+
+    def _written(self, graph: fx.Graph) -> Any:
+        """The function that a graph describes."""
+        made = graph.python_code("self")
+        name, space = f"<training step of {type(self.original).__name__} {id(graph):x}>", dict(made.globals)
+        linecache.cache[name] = (len(made.src), None, made.src.splitlines(keepends=True), name)  # for tracebacks
+        exec(compile(made.src, name, "exec"), space)
+        return space["forward"]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _step_for(self, given: dict[str, Any]) -> Any:
+        """The step for arguments of these sizes, where the answers to the model's questions about sizes decide."""
+        if any(part.watch.on for part in self.trained()):
+            self.__dict__["_draws"].moved(random_state(list(given.values())))
+        if not self.__dict__["_asks"]:
+            return self._training_step
+        key = tuple((tuple(t.shape[1:]), t.dtype) for name in self.names() if name != "targets"
+                    for t in tensors_in(given.get(name)))
+        steps = self.__dict__["_steps"]
+        if key not in steps:
+            from glcan_fx.step.variants import step_for  # as in _check_sizes
+
+            made = step_for(self, given)
+            steps[key] = self._training_step if made is None else partial(self._written(made.graph), self)
+            if made is not None:
+                self._train_also(made.graph)
+        return steps[key]
+
+    def _train_also(self, graph: fx.Graph) -> None:
+        """Let the local losses train what another step uses beside the parameters of the first one."""
+        for part in _backwards(self):
+            index = next(i for i, module in enumerate(self.plan.modules) if module.name == part.name)
+            more = [(self.original, path) for path in _targets(graph, index)]
+            part.__dict__["trains"] = (*part.__dict__["trains"], *more)
+
+    def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The original model's output; with targets, its loss beside it."""
+        if self.task.result() == "dict":
+            return self.original(*args, **kwargs)
+        targets = kwargs.get("targets")
+        inputs = self.names()[:-1]
+        if len(args) > len(inputs):
+            args, targets = args[:len(inputs)], args[len(inputs)]
+        output = self.original(*args, **{key: value for key, value in kwargs.items() if key != "targets"})
+        if targets is None:
+            return output
+        loss = LossHead(self.task)(output, targets)
+        return collect([reported(total(loss), loss)], output)
+
+    def names(self) -> list[str]:
+        """Of the arguments of a training step: the model's, and its targets."""
+        return [str(node.target) for node in self.graph.nodes if node.op == "placeholder"]
+
+    @_uncompiled
+    def _train_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = self._before_step(args, kwargs)
+        if given is None:
+            return self.original(*args, **kwargs)  # statistics are being collected (update_bn): nothing to train
+        if "whole" in self.aux._modules:  # the model's own call runs its hooks
+            return self.run_step(given)
+        return _within_hooks(self, given)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """The arguments of a training step by name; None where nothing is to be trained. Raises where the step cannot
+        be trusted."""
+        given = self._given(args, kwargs)
+        if given.get("targets") is None and not torch.is_grad_enabled():
+            return None
+        self.task.check(next(iter(given.values()), None), given.get("targets"))
+        _refuse_sharded(self)
+        self._sync()
+        self.__dict__["_guards"].check()
+        self._warn_of_unused()
+        if not self.__dict__["_compared"]:
+            self.__dict__["_compared"] = True
+            self._compare_sizes(next(iter(given.values()), None))
+        return given
+
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a training step by name. Raises ModelChangedError for those that the step was not written
+        for."""
+        names = self.names()
+        if len(args) > len(names):
+            raise TargetError(f"a training step of {self.plan.model} takes {', '.join(names)}, not {len(args)} "
+                              "arguments: example_inputs= say which arguments it has, and the targets are the last.")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if self.plan.network or self.plan.around is not None:
+            return given
+        known = inspect.signature(self.original.forward).parameters
+        for name in [name for name in given if name not in names]:
+            default = known[name].default if name in known else inspect.Parameter.empty
+            if given[name] is not default:
+                raise ModelChangedError(
+                    f"argument '{name}' of {self.plan.model} was not among example_inputs=, which the training step "
+                    "was written for. Compile again with an example that has it, as keyword arguments: "
+                    f"example_inputs={{..., '{name}': ...}}.")
+            del given[name]
+        examples = self.plan.inputs.items() if isinstance(self.plan.inputs, dict) else zip(
+            names, self.plan.inputs, strict=False)
+        for name, example in examples if self.plan.k > 1 else ():
+            if name in given and (what := _unlike(example, given[name])):
+                raise ModelChangedError(
+                    f"argument '{name}' of {self.plan.model} was {what[0]} in example_inputs=, which the training step "
+                    f"was written for, and is {what[1]} now. Compile again with such an example.")
+        return given
+
+    def trained(self) -> list[LocalBackward]:
+        """What differentiates the local losses."""
+        parts: list[LocalBackward] = self.__dict__["_parts_that_train"]
+        return parts
+
+    @_uncompiled
+    def run_step(self, given: dict[str, Any]) -> Any:
+        """Run the step's graph on arguments by name, unchecked and without the hooks on the model itself."""
+        step = self._step_for(given)
+        optimizer = self.__dict__["_optimizer"]()
+        stepping = optimizer is not None and torch.is_grad_enabled()
+        try:
+            with private_graph() if self.plan.k > 1 else nullcontext(), \
+                    optimizer.forward(_backwards(self)) if stepping else nullcontext():
+                result = step(**given)
+                if stepping:
+                    optimizer.refuse_used_again(list(tensors_in(result)))
+        except BaseException:
+            self._forget_step()
+            raise
+        self._after_step(result)
+        return result
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _after_step(self, result: Any) -> None:
+        self.aux.get_submodule("scale").update()  # type: ignore[operator]
+        self._watch_last(result)
+        self._compare_shapes(result)
+
+    def _compare_shapes(self, result: Any) -> None:
+        """Warn, once, where the model returns other shapes than its auxiliary networks: a layer of its head was
+        replaced."""
+        if not isinstance(result, LocalOutput):
+            return
+        now = shape_of(result.output)
+        for part in self.aux.children():
+            made = part.__dict__.get("made")
+            if isinstance(part, LocalLoss) and part.agrees and made is not None and made != now:
+                part.agrees = False
+                warnings.warn(
+                    f"{self.plan.model} returns {now} for each image, but auxiliary networks predict {made}, as it did "
+                    "when it was compiled: a layer of its head was replaced. Compile it again, so that local losses "
+                    "are those of the new head: glcan_fx.transform(local.original, ...).",
+                    ModelChangedWarning, stacklevel=4)
+                return
+
+    def _forget_step(self) -> None:
+        """After an exception there is no step whose losses could be minimised in part."""
+        self.__dict__["_last_reached"] = []
+        for part in self.trained():
+            part.delivered = []
+
+    def _compare_sizes(self, first: Any) -> None:
+        """Warn of a step much larger than the plan's example, which the choice of k and auxiliary networks rests on."""
+        spec = next((leaf for leaf in tree_leaves(self.plan.inputs) if hasattr(leaf, "shape")), None)
+        if spec is None or not spec.shape or not isinstance(first, Tensor | list | tuple):
+            return
+        if isinstance(first, Tensor) and first.dim() == 0:
+            return
+        planned, now = spec.shape[0], len(first)
+        if isinstance(first, Tensor) and not self.plan.network and self.plan.around is None:
+            planned, now = math.prod(spec.shape), first.numel()
+        if now > _MUCH * planned:
+            size = "x".join(map(str, first.shape)) if isinstance(first, Tensor) else f"{len(first)} images"
+            warnings.warn(
+                f"this training step ({size}) is {now / planned:.0f} times as large as the example that it was planned "
+                f"for ({'x'.join(map(str, spec.shape))}): k and auxiliary networks suit the smaller one, and so does "
+                "its memory. Give plan() or transform() example_inputs as large as your batches.",
+                SmallExampleWarning, stacklevel=4)
+
+    def _watch_last(self, result: Any) -> None:
+        """Note whether the last module's loss reaches backward, where it is an ordinary autograd graph."""
+        last = result.losses[-1] if isinstance(result, LocalOutput) else list(result.values())[-1]
+        ordinary = "backward" not in self.aux.get_submodule("last")._modules
+        reached = self.__dict__["_last_reached"] = [False] if ordinary and last.requires_grad else []
+        optimizer = self.__dict__["_optimizer"]()
+
+        def arrived(_: Any) -> None:
+            reached[:] = [True]
+            if optimizer is not None:
+                optimizer.in_backward()
+
+        if reached or optimizer is not None and last.requires_grad:
+            last.register_hook(arrived)
+
+    def _warn_of_unused(self) -> None:
+        """Warn, before its gradients are lost, of a step in which only a part of the losses was minimised."""
+        reached = {part.name: part.delivered for part in self.trained()}
+        reached.setdefault(self.plan.modules[-1].name, self.__dict__["_last_reached"])
+        flags = {name: step[0] for name, step in reached.items() if step}
+        if any(flags.values()) and not all(flags.values()):
+            missed = ", ".join(f"'{name}'" for name, flag in flags.items() if not flag)
+            warnings.warn(
+                f"only {sum(flags.values())} of {len(flags)} local losses of the last step reached backward(): the "
+                f"local modules {missed} were not trained. Minimise the sum: out.loss, or sum(losses.values()) of a "
+                "detector.",
+                UnusedGradientsWarning, stacklevel=4,
+            )
+
+    def train(self, mode: bool = True) -> "LocalModel":
+        self._sync_if_made()
+        kept = [(part, part.training) for module in self.task.modules().values() for part in module.modules()]
+        super().train(mode)
+        self.original.train(mode)  # also applies the model's own train(), which may keep parts in evaluation mode
+        for part, training in kept:  # a criterion's mode is the user's business
+            part.training = training
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "LocalModel":
+        move = self.original._apply  # the model's own way of moving, if it has one
+        move(fn) if recurse else move(fn, recurse)
+        self.aux._apply(fn, recurse)
+        self._sync()
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        model = self.__dict__.get("_original")
+        if model is not None and name in model._modules:
+            return model._modules[name]  # as it is now
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if model is None or name.startswith("__"):
+                raise
+            return getattr(model, name)  # the model's own methods and attributes
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        model = self.__dict__.get("_original")
+        own = model is None or name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
+        if own or name == "aux" or not (isinstance(value, nn.Module | nn.Parameter) or hasattr(model, name)):
+            super().__setattr__(name, value)
+            return
+        setattr(model, name, value)
+        self._sync()
+
+    def __delattr__(self, name: str) -> None:
+        if "_original" in self.__dict__ and name not in self.__dict__ and name != "aux":
+            delattr(self.original, name)
+            self._sync()
+        else:
+            super().__delattr__(name)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        if "_original" not in self.__dict__ or name == "aux":
+            super().add_module(name, module)
+            return
+        self.original.add_module(name, module)
+        self._sync()
+
+    def _sync(self) -> None:
+        """See the modules that the model has now: they may have been replaced in it."""
+        own, model = self._modules, self.original._modules
+        if len(own) != len(model) + 1 or any(own.get(name) is not part for name, part in model.items()):
+            aux = own["aux"]
+            own.clear()
+            own.update({**model, "aux": aux})
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        self._sync_if_made()
+        return super().named_modules(*args, **kwargs)
+
+    def named_children(self) -> Any:
+        self._sync_if_made()
+        return super().named_children()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._sync_if_made()
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._sync_if_made()
+        return super().load_state_dict(*args, **kwargs)
+
+    def _sync_if_made(self) -> None:
+        if "_original" in self.__dict__:
+            self._sync()
+
+    def __copy__(self) -> "LocalModel":
+        parts = self.__dict__["_parts"]
+        new = assemble(self.original, self.aux, copy.deepcopy(self.graph), self.plan, self.task, parts,
+                       self.__dict__["_opened"])
+        new.__dict__["training"] = self.training
+        return new
+
+    def parameter_groups(self, lr: float, aux_lr: float | None = None) -> list[dict[str, Any]]:
+        """Optimiser groups with the two learning rates of GLCAN's eq. 5 and 6: the model's, and the auxiliary's."""
+        own = {id(p) for p in self.original.parameters()}
+        return [
+            {"params": [p for p in self.parameters() if id(p) in own], "lr": lr},
+            {"params": [p for p in self.parameters() if id(p) not in own], "lr": lr if aux_lr is None else aux_lr},
+        ]
+
+    def parameters_by_module(self) -> dict[str, list[nn.Parameter]]:
+        """The original model's parameters by the local module that trains them first; names are the plan's. The last
+        module has the neck and head, and what no other trains."""
+        left = {id(p): p for p in self.original.parameters()}
+        found = {
+            info.name: [left.pop(id(p)) for p in parameters_of([(self.original, path) for path in _targets(
+                self.graph, index)]) if id(p) in left]
+            for index, info in enumerate(self.plan.modules[:-1])}
+        return {**found, self.plan.modules[-1].name: list(left.values())}
+
+    def optimizer_in_forward(
+        self, make: Callable[..., Optimizer], *, max_norm: float | None = None, **options: Any
+    ) -> OptimizerInForward:
+        """An optimiser that steps each local module inside the forward pass, and frees its gradients at once.
+
+            optimizer = local.optimizer_in_forward(torch.optim.Adam, lr=1e-3)
+
+        The loop stays as it is, and so do the numbers; learning-rate schedulers and state dicts are those of the
+        optimiser itself. Of the gradients, only those of the last local module, and of parameters that more than one
+        trains, wait for ``loss.backward()`` and ``optimizer.step()``. It steps as long as the optimiser exists; a later
+        call replaces it. After an exception in the forward pass, the modules before it have been stepped.
+
+        Args:
+            make: an optimiser's class, or a function of the parameters, which may return parameter groups of its own; a
+                rule per parameter, as all of torch.optim but LBFGS.
+            max_norm: clip the gradients of each local module to this norm, its own.
+            options: the class's own, ``lr`` and others.
+
+        Refused with UnsupportedError, here or while it trains: a loss that is scaled or weighted before backward
+        (GradScaler, accumulation), gradients that are changed before the step (clip_grad_norm_), gradient hooks,
+        several processes. Scaled losses are looked for in the first steps only.
+        """
+        refuse_distributed()
+        if isinstance(make, Optimizer):
+            raise UnsupportedError("optimizer_in_forward() makes the optimiser itself: pass its class and options, for "
+                                   "example optimizer_in_forward(torch.optim.SGD, lr=0.1)")
+        inner = make(list(self.parameters()), **options)
+        if isinstance(inner, torch.optim.LBFGS):
+            raise UnsupportedError("LBFGS evaluates the loss of all parameters together, several times a step: local "
+                                   "modules cannot be stepped one by one. Use another optimiser.")
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        optimizer = OptimizerInForward(inner, partial(_trained_alone, self), names, max_norm)
+        self.__dict__["_optimizer"] = weakref.ref(optimizer)
+        return optimizer
+
+    def original_state_dict(self) -> dict[str, Any]:
+        """The original model's state dict: what to ship."""
+        return self.original.state_dict()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LocalModel":
+        model = copy.deepcopy(self.original, memo)
+        task = copy.deepcopy(self.task, memo)  # may hold a criterion with parameters
+        aux = copy.deepcopy(self.aux, memo)
+        new = assemble(model, aux, copy.deepcopy(self.graph), self.plan, task, self.__dict__["_parts"],
+                       self.__dict__["_opened"])
+        memo[id(self)] = new
+        return _with_modes(new, _modes(self))
+
+    def __reduce__(self) -> Any:
+        parts = {name: pack(part) for name, part in self.__dict__["_parts"].items()}
+        return _rebuild, (self.original, self.aux, pack(self.graph), self.plan, self.task, _modes(self), parts,
+                          dict(self.__dict__["_opened"]))
+
+
+def _check_sizes(local: "weakref.ref[LocalModel]", values: tuple[Any, ...]) -> None:
+    from glcan_fx.step.variants import check_sizes  # it records again: the one import that points up
+
+    made = local()
+    assert made is not None
+    check_sizes(made, values)
+
+
+@_uncompiled
+def _within_hooks(local: LocalModel, given: dict[str, Any]) -> Any:
+    """A step, and around it the hooks on the model itself, whose forward is written out."""
+    model = local.original
+    if model._backward_hooks or model._backward_pre_hooks:
+        raise UnsupportedError(f"{type(model).__name__} itself has a backward hook, but no gradient passes through it "
+                               "as a whole. Put the hook on modules inside it.")
+    if not model._forward_hooks and not model._forward_pre_hooks:
+        return local.run_step(given)
+    names = [name for name in local.names() if name in given]
+    detector = local.task.result() == "dict"
+    seen = names if detector else [name for name in names if name != "targets"]
+    args = tuple(given[name] for name in seen)
+    for key, before in list(model._forward_pre_hooks.items()):
+        if key in model._forward_pre_hooks_with_kwargs:
+            args = (before(model, args, {}) or (args, {}))[0]
+        elif (changed := before(model, args)) is not None:
+            args = changed if isinstance(changed, tuple) else (changed,)
+    result = local.run_step({**given, **dict(zip(seen, args, strict=True))})
+    output = result if detector else result.output
+    for key, after in list(model._forward_hooks.items()):
+        with_kwargs = key in model._forward_hooks_with_kwargs
+        changed = after(model, args, {}, output) if with_kwargs else after(model, args, output)
+        if changed is not None and changed is not output:
+            raise UnsupportedError(
+                f"a forward hook on {type(model).__name__} itself changes its output, which the local losses do not "
+                "see. Compute it in a module at the end of the model, or in the criterion.")
+    return result
+
+
+def _signature(model: nn.Module) -> inspect.Signature | None:
+    """Of the model's forward, with the targets of a training step behind its positional arguments."""
+    try:
+        known = list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):
+        return None
+    if any(parameter.name == "targets" for parameter in known):
+        return inspect.Signature([_SELF, *known])
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    before = [parameter for parameter in known if parameter.kind in positional]
+    targets = inspect.Parameter("targets", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
+    return inspect.Signature([_SELF, *before, targets, *(p for p in known if p.kind not in positional)])
+
+
+_SELF = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+
+
+def _unlike(example: Any, value: Any) -> tuple[str, str] | None:
+    """Where an argument is another kind of value than in the example, or another value of what has no numbers."""
+    if isinstance(example, Spec):
+        return None if isinstance(value, Tensor) else ("a tensor", repr(value)[:60])
+    if isinstance(example, list | tuple):
+        if not isinstance(value, list | tuple) or len(value) != len(example):
+            return f"a list of {len(example)}", repr(value)[:60]
+        return next(filter(None, map(_unlike, example, value)), None)
+    if isinstance(example, dict):
+        if not isinstance(value, dict) or value.keys() != example.keys():
+            return f"a dict with {', '.join(map(str, example))}", repr(value)[:60]
+        return next(filter(None, (_unlike(example[key], value[key]) for key in example)), None)
+    if type(example) in (int, float):
+        return None if type(value) in (int, float) else (repr(example), repr(value)[:60])
+    if isinstance(value, Tensor) or type(example) is not type(value) or example != value:
+        return repr(example)[:60], "a tensor" if isinstance(value, Tensor) else repr(value)[:60]
+    return None
+
+
+_MUCH = 4  # times the values of the example
+_RESERVED = ("aux", "plan", "task", "original", "graph", "code", "meta")
+
+
+def assemble(
+    model: nn.Module, aux: nn.Module, graph: fx.Graph, plan: "Plan", task: "Task", parts: Parts | None = None,
+    opened: Opened | None = None,
+) -> LocalModel:
+    """Connect graph, model and auxiliary networks: resolve what each local loss trains, the last head, and the
+    ``parts`` of the model that the graph calls as modules of their own: its tail, blocks that run again in backward."""
+    head = task.last_head(model, plan.options.fused)
+    reports = task.result() == "output"
+    last = LocalLoss(None, head, last=True, reports=reports)
+    aux.add_module("last", last)
+    if any(node.target == "aux.sizes" for node in graph.nodes):
+        aux.add_module("sizes", SizeCheck())
+    if any(node.target == "aux.whole" for node in graph.nodes):
+        aux.add_module("whole", Whole(model))
+    for name, part in task.parts(model).items():
+        aux.add_module(name, part)
+    for module in aux.modules():
+        if isinstance(module, ReadOnly):
+            module.bind(model)
+    scale = aux._modules.get("scale") or LossScale()
+    aux.add_module("scale", scale)
+    for index, info in enumerate(plan.modules[:-1]):
+        part = aux.get_submodule(str(index))
+        trains = [(model, path) for path in _targets(graph, index)] + [(part, "network"), (part, "head")]
+        if "task" in aux._modules:
+            trains.append((aux, "task"))
+        part.add_module("backward", LocalBackward(
+            trains, scale, info.name, model, alone=plan.around is None))
+        part.__dict__["reports"] = reports
+    if plan.k > 1 and reports and plan.around is None:
+        trains = [(model, path) for path in _targets_of_last(model, graph, parts or {}, plan.k)]
+        if "task" in aux._modules:
+            trains.append((aux, "task"))
+        last.add_module("backward", LocalBackward(trains, scale, plan.modules[-1].name, model))
+    bound = {name: (partial(type(fx.GraphModule(model, part, "Part")).forward, model), _called(part.nodes))
+             for name, part in (parts or {}).items()}
+    if plan.options.slices > 1:
+        criterion = [(aux, "task")] if "task" in aux._modules else []
+        tail, behind = bound.pop("tail", (None, task.behind(model)))
+        last.add_module(
+            "head", SlicedHead(tail, head, plan.options.slices, task.part, model, behind, criterion, scale))
+    for name, (run, called) in bound.items():
+        aux.add_module(name, Recomputed(run, model, called))
+    return LocalModel(model, aux, graph, plan, task, parts or {}, opened or {})
+
+
+def _targets(graph: fx.Graph, index: int) -> list[str]:
+    """Paths of the modules and parameters that local module ``index`` uses."""
+    own = [node for node in graph.nodes if node.meta.get("local_module") == index]
+    named = [path for node in own for path in node.meta.get("trains", ())]
+    return list(dict.fromkeys([path for path in _called(own) if not path.startswith("aux.")] + named))
+
+
+def _targets_of_last(model: nn.Module, graph: fx.Graph, parts: Parts, k: int) -> list[str]:
+    """What the last local module trains: what it uses, and all that no other does."""
+    own = _targets(graph, k - 1) + (_called(parts["tail"].nodes) if "tail" in parts else [])
+    paths = own + [path for index in range(k - 1) for path in _targets(graph, index)]
+    known = {id(p) for p in parameters_of([(model, path) for path in paths])}
+    return own + [name for name, p in model.named_parameters() if id(p) not in known]
+
+
+def _called(nodes: Iterable[fx.Node]) -> list[str]:
+    return list(dict.fromkeys(str(node.target) for node in nodes if node.op == "call_module"
+                              or node.op == "get_attr" and not only_asked(node)))
+
+
+def _backwards(local: LocalModel) -> list[LocalBackward]:
+    parts: list[Any] = [local.aux.get_submodule(f"{index}.backward") for index in range(local.plan.k - 1)]
+    return parts
+
+
+def _trained_alone(local: LocalModel) -> dict[str, list[Tensor]]:
+    """The parameters that a local module trains and no other part of a step uses, by its name.
+
+    Others may: a criterion's, a layer that is called twice, what every module computes from parameters alone, and the
+    last module's, which also runs what lies outside the compiled part.
+    """
+    model, plan = local.original, local.plan
+    last = _targets(local.graph, plan.k - 1)
+    last += _called(local.__dict__["_parts"]["tail"].nodes) if "tail" in local.__dict__["_parts"] else []
+    last += plan.around.behind if isinstance(plan.around, Surroundings) else []
+    outside = [(model, name) for name, _ in model.named_parameters(remove_duplicate=False)
+               if plan.network and not within(name, plan.network)]
+    found = [(part.name, part.__dict__["trains"]) for part in _backwards(local)]
+    users: dict[int, set[str]] = {}
+    tensors: dict[int, Tensor] = {}
+    for name, trains in [*found, ("", [*((model, path) for path in last), *outside, (local.aux, "task")])]:
+        for parameter in parameters_of(trains):
+            tensors[id(parameter)] = parameter
+            users.setdefault(id(parameter), set()).add(name)
+    alone: dict[str, list[Tensor]] = {name: [] for name, _ in found}
+    for key, names in users.items():
+        if len(names) == 1 and "" not in names:
+            alone[next(iter(names))].append(tensors[key])
+    return alone
+
+
+_STEPS = 10  # of one optimiser: another may step the auxiliary networks, later or less often
+_watched: weakref.WeakKeyDictionary[LocalModel, Counter[int]] = weakref.WeakKeyDictionary()  # steps of the model alone
+
+
+def warn_of_unstepped(local: LocalModel) -> None:
+    """From now on, until it is known: warn where an optimiser steps the model and none its auxiliary networks, as one
+    that was made before them does."""
+    _watch_optimizers()
+    _watched[local] = Counter()
+
+
+@cache
+def _watch_optimizers() -> None:
+    """Once in a process: PyTorch has no way to drop such a hook from inside it."""
+    register_optimizer_step_post_hook(_stepped)
+
+
+def _stepped(optimizer: Optimizer, *_: Any) -> None:
+    for compiled in list(_watched):
+        networks = {id(p) for index in range(compiled.plan.k - 1)
+                    for p in compiled.aux.get_submodule(str(index)).parameters() if p.requires_grad}
+        taken = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not networks or networks & taken:
+            del _watched[compiled]
+            continue
+        _watched[compiled][id(optimizer)] += any(id(p) in taken for p in compiled.original.parameters())
+        if _watched[compiled][id(optimizer)] == _STEPS:
+            del _watched[compiled]
+            warnings.warn(
+                f"{_STEPS} optimiser steps changed parameters of {type(compiled.original).__name__}, and none those of "
+                "its auxiliary networks, which stay as they were initialised. Create the optimiser after transform(), "
+                "from local.parameters() or local.parameter_groups().", UnusedGradientsWarning, stacklevel=3)
+
+
+def _no_optimizer() -> None:
+    """Stands for the weak reference to an optimiser that steps in the forward pass, where there is none."""
+
+
+def _share(target: nn.Module, model: nn.Module, aux: nn.Module) -> None:
+    """Let ``target`` hold the model's own tensors and modules. The dicts of direct tensors are the same objects, so
+    that a conversion (``.to()``) of one is seen by the other."""
+    target.__dict__["_parameters"] = model._parameters
+    target.__dict__["_buffers"] = model._buffers
+    target.__dict__["_non_persistent_buffers_set"] = model._non_persistent_buffers_set
+    target.__dict__["_modules"] = {**model._modules, "aux": aux}
+
+
+def _accept_plain_checkpoint(module: LocalModel, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A checkpoint of the original model loads strictly: auxiliary networks keep their present values."""
+    if not any(key.startswith(f"{prefix}aux.") for key in state):
+        state.update({f"{prefix}aux.{key}": value for key, value in module.aux.state_dict().items()})
+
+
+def _rebuild(
+    model: nn.Module, aux: nn.Module, graph: Packed, plan: "Plan", task: "Task", modes: dict[str, bool],
+    parts: dict[str, Packed], opened: Opened,
+) -> LocalModel:
+    made = assemble(model, aux, unpack(graph), plan, task, {name: unpack(part) for name, part in parts.items()}, opened)
+    return _with_modes(made, modes)
+
+
+def _modes(local: LocalModel) -> dict[str, bool]:
+    """Which modules are in training mode: parts may be kept in evaluation mode."""
+    return {name: part.training for name, part in local.named_modules(remove_duplicate=False)}
+
+
+def _with_modes(local: LocalModel, modes: dict[str, bool]) -> LocalModel:
+    for name, part in local.named_modules(remove_duplicate=False):
+        part.__dict__["training"] = modes.get(name, local.training)
+    local.original.__dict__["training"] = local.training
+    return local
+
+
+def _refuse_sharded(local: LocalModel) -> None:
+    """FSDP2 on sub-modules hooks their forward, which the training graph does not call: gradients would be wrong."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return
+    from torch.distributed.tensor import DTensor
+
+    for name, parameter in local.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise UnsupportedError(
+                f"parameter '{name}' is sharded by fully_shard() on a sub-module, whose hooks the compiled training "
+                "step does not run. Shard the whole compiled module instead: fully_shard(local), and nothing inside."
+            )
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a model is, or holds, a compiled one."""
+    return any(isinstance(part, LocalModel) for part in model.modules())
