@@ -218,7 +218,7 @@ def test_a_detached_total_is_refused():
 
 def test_a_total_is_looked_at_in_the_first_steps_only(monkeypatch):
     calls, local = [], compiled(with_total)
-    monkeypatch.setattr(glcan_fx.criteria, "check_total", calls.append)
+    monkeypatch.setattr(glcan_fx.tasks.criteria, "check_total", calls.append)
     for _ in range(5):
         local(*batch())
     assert len(calls) == 3 * 3  # modules, steps

@@ -16,7 +16,10 @@ for package in ("sklearn", "pycocotools", "tqdm", "rich", "matplotlib", "graphvi
 from PIL import Image
 from pycocotools.coco import COCO
 
-from glcan_fx import demo, demo_digits, demo_report, demo_train
+from glcan_fx.cli import demo
+from glcan_fx.demo import digits as demo_digits
+from glcan_fx.demo import report as demo_report
+from glcan_fx.demo import train as demo_train
 from glcan_fx.demo.data import CocoFolder, DemoError, average_precision, training_batches
 from glcan_fx.demo.digits import MAX_OVERLAP, PHOTO_COLUMNS, DigitSettings, compose_digits, overlap
 

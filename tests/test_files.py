@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import glcan_fx
-from glcan_fx import cli
+from glcan_fx.cli import main as cli
 from glcan_fx.files import replacing, write
 
 OLD, NEW = "what was there", "x" * 200_000
@@ -212,9 +212,10 @@ def test_the_command_line_names_the_file(tmp_path, capsys):
 def test_records_and_pictures_on_a_full_disk(tmp_path):
     from matplotlib.figure import Figure
 
-    from glcan_fx import bench_report, demo_report
+    from glcan_fx.bench import report as bench_report
     from glcan_fx.bench.methods import Job
     from glcan_fx.cli.bench import Row
+    from glcan_fx.demo import report as demo_report
 
     job, rows = Job("x", {}, [[2, 3, 8, 8]]), [Row("bp", "BP", 100, 100, curve=[1, 2, 1])]
     written = {"results.json": lambda path: demo_report.write_results(path, [], {"a": "b" * 500}, {}),

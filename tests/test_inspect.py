@@ -21,8 +21,10 @@ from test_invariants import UNet
 from torch import Tensor, nn
 
 import glcan_fx
-from glcan_fx import PlanError, UnsupportedError, cli, targets
+from glcan_fx import PlanError, UnsupportedError
+from glcan_fx.cli import main as cli
 from glcan_fx.models import edsr, retinanet, yolo
+from glcan_fx.models import load as targets
 from glcan_fx.peak_memory import PeakMemory
 from glcan_fx.plans.plan import Plan
 

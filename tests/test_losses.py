@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.ops import sigmoid_focal_loss
 
-from glcan_fx import losses
 from glcan_fx.errors import UnsupportedError
 from glcan_fx.peak_memory import PeakMemory
+from glcan_fx.tasks import focal_loss as losses
 from glcan_fx.tasks.focal_loss import BACKGROUND, IGNORED, focal_loss
 
 B, N, C = 3, 40, 7

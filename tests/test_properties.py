@@ -689,7 +689,7 @@ def test_nothing_saved_for_backward_outlives_its_module(
     for index in range(local.plan.k - 1):
         local.aux.get_submodule(f"{index}.backward").register_forward_hook(boundary)
     hooks = saved_tensors_hooks(pack, lambda kept: kept.tensor)
-    monkeypatch.setattr("glcan_fx.local_model.private_graph", lambda: hooks)
+    monkeypatch.setattr("glcan_fx.step.local_model.private_graph", lambda: hooks)
     out = step(local, net)
     assert len(seen) == local.plan.k - 1
     assert all(saved > 3 and kept == 0 for saved, kept in seen), seen

@@ -14,7 +14,8 @@ import torch
 from torchvision.models import resnet18
 
 import glcan_fx
-from glcan_fx import cli, report
+from glcan_fx.cli import main as cli
+from glcan_fx.report import page as report
 
 STATIC = files("glcan_fx.report") / "static"
 MIB = 2**20
