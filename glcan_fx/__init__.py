@@ -1,8 +1,9 @@
 """glcan_fx: train vision models in less memory, by gradient-isolated local modules that a compiler builds."""
 
+from glcan_fx import methods
 from glcan_fx.api import estimate_memory, plan, transform
-from glcan_fx.auxiliary.features import Feature, Place, Rules
 from glcan_fx.capture.trace import Report
+from glcan_fx.config import Options
 from glcan_fx.errors import (
     BudgetError,
     CriterionError,
@@ -18,6 +19,8 @@ from glcan_fx.errors import (
     UnsupportedError,
     UnusedGradientsWarning,
 )
+from glcan_fx.methods import Feature, FeatureInfo, Rules
+from glcan_fx.planned import PlannedModel
 from glcan_fx.plans.plan import Block, LocalModule, Plan
 from glcan_fx.simulate.estimate import Estimate, Memory, Phase
 from glcan_fx.step.local_model import LocalModel
@@ -28,8 +31,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Block", "BudgetError", "Classification", "CriterionError", "CriterionTask", "Detection", "Estimate", "Feature",
-    "GlcanFxError", "LocalModel", "LocalModule", "LocalOutput", "Memory", "ModelChangedError",
-    "ModelChangedWarning", "NotLearningError", "Phase", "Place", "Plan", "PlanError", "Report", "Rules",
-    "Segmentation", "SmallExampleWarning", "StatefulCriterionWarning", "SuperResolution", "TargetError", "Task",
-    "TraceError", "UnsupportedError", "UnusedGradientsWarning", "estimate_memory", "plan", "transform",
+    "FeatureInfo", "GlcanFxError", "LocalModel", "LocalModule", "LocalOutput", "Memory", "ModelChangedError",
+    "ModelChangedWarning", "NotLearningError", "Options", "Phase", "Plan", "PlanError", "PlannedModel", "Report",
+    "Rules", "Segmentation", "SmallExampleWarning", "StatefulCriterionWarning", "SuperResolution", "TargetError",
+    "Task", "TraceError", "UnsupportedError", "UnusedGradientsWarning", "estimate_memory", "methods", "plan",
+    "transform",
 ]

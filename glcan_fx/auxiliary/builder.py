@@ -1,7 +1,7 @@
 """What an auxiliary network is made with: its options, and the graph under construction."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -10,37 +10,6 @@ from glcan_fx.capture.trace import hasattr_path, shadow
 from glcan_fx.fx_utils import Network
 from glcan_fx.layers import Cost, Moments, moments, unhooked_copy
 from glcan_fx.structure.analysis import Structure
-
-Head = Literal["full", "light", "lean"]
-Method = Literal["glcan", "dgl"]
-Predictors = Literal["own", "shared", "model"]
-Ending = Literal["mean", "decoder", "maps"]
-"""How a network ends: with the mean over all places of the trunk's last map, as classifiers do; with a decoder that
-joins maps of several sizes; or with maps otherwise."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How auxiliary networks are built.
-
-    depth: trunk blocks kept; hidden: layers in front of a mean over all places; width: relative channels; head: see
-    above; stride: output levels of smaller strides are left out, where there are others; predictors: "own" ones of each
-    auxiliary network; "shared": copies of the same layers of the tail, or of the head, that have the same shapes are
-    one module in all; "model": the layers that make the model's outputs are read, not copied, where shapes agree;
-    method: "dgl" makes those of decoupled greedy learning, of which depth, hidden, width and stride do not decide
-    anything. Of the last module: fused: it computes losses in the memory-saving way that the copies do; slices: its end
-    and its loss run in so many slices of the batch.
-    """
-
-    depth: int = 0
-    hidden: int = 0
-    width: float = 1.0
-    head: Head = "light"
-    stride: int = 1
-    fused: bool = False
-    slices: int = 1
-    predictors: Predictors = "own"
-    method: Method = "glcan"
 
 
 @dataclass(frozen=True)

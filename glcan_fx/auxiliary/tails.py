@@ -1,15 +1,18 @@
 """The tail of a network, which follows its trunk: neck, head, and how it ends."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
 
-from glcan_fx.auxiliary.builder import Ending
 from glcan_fx.capture.trace import is_float, quiet
 from glcan_fx.structure.analysis import Structure, ancestors, is_size, tensor_of
+
+Ending = Literal["mean", "decoder", "maps"]
+"""How a network ends: with global average pooling of the trunk's last map, as classifiers do; with a decoder that joins
+maps of several sizes; or with maps otherwise."""
 
 
 @dataclass(frozen=True)

@@ -29,15 +29,13 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from glcan_fx import api
+from glcan_fx.config import OPTIMIZERS, Options
 from glcan_fx.errors import GlcanFxError, UnusedGradientsWarning
 from glcan_fx.models.load import load
 from glcan_fx.peak_memory import PeakMemory
-from glcan_fx.plans.plan import Draft, Plan
+from glcan_fx.planned import PlannedModel
 from glcan_fx.pytree import map_tensors, tensors_in
-from glcan_fx.report.table import size
 from glcan_fx.simulate.estimate import (
-    OPTIMIZERS,
-    AnyLoss,
     Estimate,
     backpropagated,
     minimised,
@@ -46,8 +44,10 @@ from glcan_fx.simulate.estimate import (
     simulate_local,
     simulate_plain,
 )
+from glcan_fx.simulate.simulator import Simulator
 from glcan_fx.step.local_model import LocalModel
-from glcan_fx.tasks import Spec, Task, make_task, specs
+from glcan_fx.tasks import AnyLoss, Spec, Task, make_task, specs
+from glcan_fx.units import size
 
 WARM_UP_STEPS = 3  # neither timed nor measured: allocators, kernels and the optimiser's state settle
 COMPILE_BUDGET = 0.5  # of the activations that torch.compile keeps without a budget
@@ -91,7 +91,7 @@ class Job:
 
     def make_task(self) -> Task:
         """The task of that name; without one, a loss that stands for any."""
-        return AnyLoss() if self.task is None else make_task(self.task, None, None)
+        return AnyLoss() if self.task is None else make_task(self.task, None)
 
     def examples(self) -> Tensor | tuple[Tensor, ...]:
         """Inputs without data."""
@@ -223,14 +223,14 @@ def estimates(job: Job, methods: Sequence[str]) -> Iterator[dict[str, Any]]:
     model = load(job.target, job.kwargs)
     task = job.make_task()
     task.network(model)  # whether the task fits at all
-    plans: dict[str, Plan | Exception] = {}
+    plans: dict[str, PlannedModel | Exception] = {}
     for name in ("glcan", "budget"):
         if name in methods:
             plans[name] = _attempt(partial(_plan, job, model, name))
-    usable = [plan for plan in plans.values() if isinstance(plan, Plan)]
+    usable = [plan for plan in plans.values() if isinstance(plan, PlannedModel)]
     base = usable[0] if usable else _attempt(
         lambda: api.plan(model, k=1, task=job.make_task(), example_inputs=job.examples()))
-    yield {"blocks": _blocks(base, model)}
+    yield {"blocks": [] if isinstance(base, Exception) else base.blocks}
     for name in methods:
         yield _row(name, partial(_estimated, job, name, base, plans.get(name)))
 
@@ -255,38 +255,29 @@ def _given(value: Any) -> Any:
     return value
 
 
-def _blocks(plan: Plan | Exception, model: nn.Module) -> list[str]:
-    """Paths of the blocks that are one call of a sub-module with parts."""
-    if isinstance(plan, Exception):
-        return []
-    if plan.draft is not None:
-        return plan.draft.blocks[1]
-    paths = dict(model.named_modules())  # its local modules run as Python
-    return [block.name for module in plan.modules for block in module.blocks
-            if block.name in paths and any(True for _ in paths[block.name].children())]
-
-
-def _plan(job: Job, model: nn.Module, method: str) -> Plan:
+def _plan(job: Job, model: nn.Module, method: str) -> PlannedModel:
     return api.plan(model, **_options(job, method))
 
 
 def _options(job: Job, method: str) -> dict[str, Any]:
     """Keyword arguments of ``plan`` and ``transform``."""
     options: dict[str, Any] = {"k": job.k, "task": job.make_task(), "example_inputs": job.examples(),
-                               "compute_budget": job.compute_budget, "optimizer": job.optimizer}
+                               "compute_budget": job.compute_budget, "options": Options(optimizer=job.optimizer)}
     if method == "budget":
         options |= {"k": job.budget_k, "memory_budget": job.memory_budget}
     return options
 
 
-def _estimated(job: Job, method: str, base: Plan | Exception, plan: Plan | Exception | None) -> dict[str, Any]:
+def _estimated(
+    job: Job, method: str, base: PlannedModel | Exception, plan: PlannedModel | Exception | None
+) -> dict[str, Any]:
     """base: of the same model, whatever it is cut into; plan: of this method, where it has one."""
     if method == "compile":
         raise Skipped("not estimated: what torch.compile keeps is known only where it runs")
-    draft: Draft = _given(base).known
+    draft: Simulator = _given(base).simulator
     optimizer = job.optimizer
     if method in ("glcan", "budget"):
-        local = _given(plan).known.local(plan)
+        local = _given(plan).simulator.local(_given(plan).plan)
         _under_autocast(local, job, "cpu")
         return {**_message(simulate_local(local, draft.inputs, draft.targets, optimizer)), "k": local.plan.k}
     if method == "accumulate":
@@ -312,7 +303,7 @@ def _estimated(job: Job, method: str, base: Plan | Exception, plan: Plan | Excep
     return _message(simulate_plain(shadow, draft.inputs, losses, optimizer, units if method == "bp" else None))
 
 
-def _accumulated(job: Job, draft: Draft) -> dict[str, Any]:
+def _accumulated(job: Job, draft: Simulator) -> dict[str, Any]:
     """A micro-batch of one image, with the gradients of those before it."""
     model = draft.shadow().train()
     inputs, targets = at_batch(draft.inputs, job.batch, 1), at_batch(draft.targets, job.batch, 1)

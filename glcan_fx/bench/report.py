@@ -23,7 +23,7 @@ from glcan_fx.cli.bench import EXPLAINED, Row
 from glcan_fx.files import replacing, write
 from glcan_fx.models.presets import PRESETS
 from glcan_fx.report.page import page
-from glcan_fx.report.table import size
+from glcan_fx.units import size
 
 WIDTH = 100  # columns: of the table at most, and where the width is not known
 COLOURS = {"bp": "tab:blue", "checkpoint": "tab:green", "nested": "tab:olive", "selective": "tab:cyan",

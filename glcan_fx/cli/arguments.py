@@ -51,7 +51,7 @@ def sizes_of(text: str) -> tuple[int, ...]:
 
 def bytes_of(text: str) -> int:
     from glcan_fx.errors import PlanError
-    from glcan_fx.planner.search import in_bytes
+    from glcan_fx.units import in_bytes
 
     try:
         return in_bytes(text)

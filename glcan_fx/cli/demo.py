@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from glcan_fx.demo.data import CocoFolder
     from glcan_fx.demo.train import Outcome, Recipe
-    from glcan_fx.plans.plan import Plan
+    from glcan_fx.planned import PlannedModel
 
 METHODS = {"bp": "BP", "checkpoint": "BP + checkpointing", "glcan": "GLCAN"}
 PACKAGES = "torchvision, scikit-learn, pycocotools, tqdm, rich, matplotlib and graphviz"
@@ -121,7 +121,7 @@ def _run(args: argparse.Namespace) -> None:
     plan = hint = None
     if "glcan" in options["methods"]:  # first, so that an option the compiler refuses fails at once
         plan = _plan(build_model(recipe, len(train_set.classes)), options)
-        _note(str(plan))
+        _note(str(plan.simulated()))
         files, hint = report.write_partition(options["out"], plan.to_dot())
     outcomes = [_one(method, plan, train_set, val_set, recipe) for method in options["methods"]]
 
@@ -147,7 +147,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _one(
-    method: str, plan: Plan | None, train_set: CocoFolder, val_set: CocoFolder, recipe: Recipe
+    method: str, plan: PlannedModel | None, train_set: CocoFolder, val_set: CocoFolder, recipe: Recipe
 ) -> Outcome:
     """Train, or only measure, one method from the initial weights."""
     import torch
@@ -159,7 +159,7 @@ def _one(
     if method == "checkpoint":
         checkpoint_blocks(model)
     elif plan and method == "glcan":
-        model, title = plan.apply(model), f"{title}, k={plan.k}"
+        model, title = plan.build(), f"{title}, k={plan.k}"
     measure_only = method == "checkpoint"
     try:
         outcome = train(
@@ -178,17 +178,17 @@ def _one(
     return outcome
 
 
-def _plan(model: torch.nn.Module, options: dict[str, Any]) -> Plan:
+def _plan(model: torch.nn.Module, options: dict[str, Any]) -> PlannedModel:
     import torch
 
     import glcan_fx
 
     size, k = options["image_size"], options["k"]
-    chosen = {key: options[key] for key in ("head", "aux_width") if options[key] is not None}
+    method = glcan_fx.methods.GLCAN(head=options["head"], width=options["aux_width"])
     # Sizes only, so that the plan's byte counts are those of this run.
     images = torch.empty(max(options["batch_size"], 2), 3, size, size, device="meta")
     k = int(k) if k.isdecimal() else k
-    return glcan_fx.plan(model, k=k, task="detection", example_inputs=images, **chosen)
+    return glcan_fx.plan(model, k=k, task="detection", example_inputs=images, method=method)
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from glcan_fx.models.presets import PRESETS, Preset
 if TYPE_CHECKING:
     from torch import nn
 
-    from glcan_fx.plans.plan import Plan
+    from glcan_fx.planned import PlannedModel
 
 PICTURES = (".svg", ".png", ".pdf")
 ENDINGS = (".html", *PICTURES, ".dot", ".json", ".txt")
@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
     except TraceError as error:
         _print_reached(error)
         raise
-    for line in dict.fromkeys((*plan.report.lines(plan.model), *(n for n in plan.notes if n not in plan.report.lost))):
+    notes = (note for note in plan.notes if note not in plan.report.lost)
+    for line in dict.fromkeys((*plan.report.lines(plan.plan.model), *notes)):
         print(f"note: {line}", file=sys.stderr)
     if args.json:
         print(plan.to_json())
@@ -84,17 +85,23 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print(plan: Plan) -> None:
+def _print(plan: PlannedModel) -> None:
     """The table, in colour on a terminal that wants it (NO_COLOR is obeyed)."""
     from rich.console import Console
 
+    from glcan_fx.errors import PlanError
     from glcan_fx.report.table import plan_text, print_plan
 
     console = Console(highlight=False)
+    try:
+        memory = plan.memory
+    except PlanError as error:
+        memory = None
+        print(f"note: {error}", file=sys.stderr)
     if not console.is_terminal:
-        print(plan_text(plan, notes=False))
+        print(plan_text(plan.plan, memory, notes=False))
     else:
-        print_plan(plan, console)
+        print_plan(plan.plan, memory, console)
 
 
 def _print_reached(error: TraceError) -> None:
@@ -112,13 +119,13 @@ def _print_reached(error: TraceError) -> None:
         Console(stderr=True).print(table, markup=False, emoji=False)
 
 
-def _plan(args: argparse.Namespace, preset: Preset, model: nn.Module) -> Plan:
+def _plan(args: argparse.Namespace, preset: Preset, model: nn.Module) -> PlannedModel:
     import torch
 
     from glcan_fx import api
+    from glcan_fx.config import Options
     from glcan_fx.plans.plan import Plan
-    from glcan_fx.simulate.estimate import AnyLoss
-    from glcan_fx.tasks import TASKS
+    from glcan_fx.tasks import TASKS, AnyLoss
 
     task = args.task or preset.task
     if args.plan is not None:
@@ -128,7 +135,7 @@ def _plan(args: argparse.Namespace, preset: Preset, model: nn.Module) -> Plan:
             raise LoadError(f"{args.plan}: {error}") from error
         if task is not None and task != given.task:
             raise LoadError(f"--task {task}: the plan in {args.plan} is for task {given.task}")
-        return api.transform(model, plan=given, task=None if given.task in TASKS else AnyLoss()).plan
+        return api.plan(model, plan=given, task=None if given.task in TASKS else AnyLoss())
     sizes = args.input or preset.inputs
     dtype = getattr(torch, args.input_dtype or "float32", None)
     if not isinstance(dtype, torch.dtype):
@@ -138,7 +145,7 @@ def _plan(args: argparse.Namespace, preset: Preset, model: nn.Module) -> Plan:
         model, k=args.k or ("fewest" if args.memory_budget else preset.k), task=task or AnyLoss(),
         example_inputs=(examples[0] if len(examples) == 1 else examples) if examples else None,
         memory_budget=args.memory_budget, compute_budget=args.compute_budget,
-        optimizer=args.optimizer or preset.optimizer)
+        options=Options(optimizer=args.optimizer or preset.optimizer))
 
 
 def _output(text: str) -> Path:

@@ -2,16 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torch import fx
 
 from glcan_fx.capture.trace import hasattr_path
+from glcan_fx.config import K
 from glcan_fx.errors import PlanError
 from glcan_fx.pytree import tensors_in
 from glcan_fx.structure.analysis import Structure, Unit, is_size, unit_at
-
-K = int | Literal["fewest", "natural", "auto"] | Sequence[str]
 
 
 def partition(

@@ -7,17 +7,16 @@ blocks that run again in backward.
 
 import logging
 import math
-import re
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from glcan_fx.auxiliary.builder import Ending, Options
+from glcan_fx.auxiliary.method import Method
+from glcan_fx.auxiliary.tails import Ending
+from glcan_fx.config import K
 from glcan_fx.errors import BudgetError, PlanError
-from glcan_fx.planner.partition import K
 from glcan_fx.plans.plan import Plan
-from glcan_fx.report.table import size
 from glcan_fx.simulate.estimate import Estimate
+from glcan_fx.units import size
 
 log = logging.getLogger("glcan_fx")
 
@@ -33,68 +32,30 @@ _RECOMPUTATION = 1 / 3
 """What running every block again adds, and the narrowest decoder may: without one, a U-Net's early modules are linear
 classifiers of edges."""
 
-# From the richest to the leanest, by measured accuracy (docs/results.md). In front of a mean, depth pays more than
-# dense layers do; a decoder is worth having however narrow; elsewhere a narrower network costs less than fewer
-# predictions or fewer levels.
-_CHOICES: dict[Ending, Sequence[Options]] = {
-    "mean": (
-        *(Options(head=head, hidden=layers) for head in ("full", "light") for layers in (4, 3)),
-        *(Options(head="lean", hidden=layers) for layers in (4, 3, 2)),
-        *(Options(head="lean", width=width, hidden=layers) for width in (0.5, 0.25) for layers in (3, 2)),
-        Options(head="light"), *(Options(head="lean", width=width) for width in (1.0, 0.5, 0.25, 0.125)),
-    ),
-    "decoder": (
-        *(Options(head="light", width=width) for width in (1.0, 0.5, 0.25, 0.125)), Options(head="lean", width=0.25),
-    ),
-    "maps": (
-        *(Options(head="light", width=width) for width in (1.0, 0.5, 0.25)),
-        Options(head="lean", width=0.25), Options(head="lean", width=0.25, stride=16),
-        Options(head="lean", width=0.125, stride=16), Options(head="lean", width=0.125, stride=32),
-    ),
-}
-
-
-def candidates(ending: Ending = "maps", **given: Any) -> list[Options]:
-    """Options for auxiliary networks from the richest to the leanest; what is given, and not None, is decided."""
-    decided = {name: value for name, value in given.items() if value is not None}
-    if given.get("method") == "dgl":
-        return [replace(Options(head="light"), **decided)]
-    made = list(dict.fromkeys(replace(options, **decided) for options in _CHOICES[ending]))
-    if decided.get("predictors") == "model" and "width" not in decided:
-        made = [options for options in made if options.width == 1]  # narrower layers do not fit the model's last
-    return made
-
-
 def allowances(
-    choices: Sequence[Options], ending: Ending, compute_budget: float | None, memory_budget: int | None
-) -> dict[Options, float]:
-    """What each of ``choices`` may add to a training step's compute, relative to backpropagation's.
-
-    Raises PlanError for a compute budget that is no number above 0.
-    """
+    choices: Sequence[Method], ending: Ending, compute_budget: float | None, memory_budget: int | None
+) -> dict[Method, float]:
+    """What each of ``choices`` may add to a training step's compute, relative to backpropagation's."""
     if compute_budget is not None:
-        if isinstance(compute_budget, bool) or not isinstance(compute_budget, int | float) or not compute_budget > 0:
-            raise PlanError(f"compute_budget={compute_budget!r}: give a training step's compute relative to "
-                            "backpropagation's, such as 1.3")
         return dict.fromkeys(choices, compute_budget - 1)
     allowed = dict.fromkeys(choices, _EXTRA_COMPUTE[ending] if memory_budget is None else 0.0)
-    decoders = [options for options in choices if ending == "decoder" and options.head != "lean"]
+    decoders = [method for method in choices if ending == "decoder" and method.head != "lean"]
     return allowed | dict.fromkeys(decoders[-1:], _RECOMPUTATION)
 
 
-def richest(choices: Sequence[Options], excess: Callable[[Options], float]) -> Options:
-    """The first options that take no more than they may (``excess`` 0 or less), else those that take the least, the
-    leanest of them; the first of all where none can be built (infinity)."""
-    found: list[tuple[float, Options]] = []
-    for options in choices:
-        found.append((excess(options), options))
+def richest(choices: Sequence[Method], excess: Callable[[Method], float]) -> Method:
+    """The first method that takes no more than it may (``excess`` 0 or less), else the leanest of those that take the
+    least; the first of all where none can be built (infinity)."""
+    found: list[tuple[float, Method]] = []
+    for method in choices:
+        found.append((excess(method), method))
         if found[-1][0] <= 0:
-            return options
+            return method
     least, leanest = min(reversed(found), key=lambda one: one[0])
     return leanest if math.isfinite(least) else choices[0]
 
 
-def with_richest(choices: Sequence[Options], plan: Callable[[Sequence[Options]], Plan]) -> Plan:
+def with_richest(choices: Sequence[Method], plan: Callable[[Sequence[Method]], Plan]) -> Plan:
     """The plan that ``plan`` makes with all of ``choices``, a list from the richest on, else with its leaner half, its
     leanest quarter, or the leanest. Raises PlanError where none can be made."""
     try:
@@ -120,7 +81,7 @@ def with_richest(choices: Sequence[Options], plan: Callable[[Sequence[Options]],
 
 
 def within_compute(
-    budget: float, choices: Sequence[Options], plan: Callable[[Sequence[Options]], Plan],
+    budget: float, choices: Sequence[Method], plan: Callable[[Sequence[Method]], Plan],
     compute: Callable[[Plan], float],
 ) -> Plan:
     """The plan with the richest of ``choices``, a list from the richest on, whose simulated step takes no more compute,
@@ -137,39 +98,21 @@ def within_compute(
         found.append((compute(chosen), chosen.k))
         if found[-1][0] <= budget:
             return chosen
-        left = left[_place(chosen, left) + 1:]
+        left = left[left.index(chosen.method) + 1:]
     least, k = min(found)
     raise BudgetError(
         f"compute_budget={budget:g}: with k={k} a step takes {math.ceil(1000 * least) / 1000:.3f} of backpropagation's "
         "compute. Give at least that, choose another k, or leave auxiliary networks to the planner.")
 
 
-def _place(plan: Plan, choices: Sequence[Options]) -> int:
-    """Which of ``choices`` a plan was made with."""
-    return next(index for index, options in enumerate(choices)
-                if replace(plan.options, fused=options.fused, slices=options.slices) == options)
-
-
 @dataclass(frozen=True)
 class Savings:
-    """What changes no gradient. fused, slices: see ``Options``; recompute: local modules whose blocks run again."""
+    """What changes no gradient. fused, slices: see ``config.Options``; recompute: local modules whose blocks run
+    again."""
 
     fused: bool = False
     slices: int = 1
     recompute: Set[int] = frozenset()
-
-
-_UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-
-
-def in_bytes(budget: int | float | str) -> int:
-    """A memory budget in bytes, given as a number or as text ("6GiB", "500 MB"). Raises PlanError for anything else."""
-    if not isinstance(budget, bool) and isinstance(budget, int | float) and budget > 0:
-        return int(budget)
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", budget.lower()) if isinstance(budget, str) else None
-    if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
-        raise PlanError(f"memory_budget={budget!r}: give bytes, or text such as '6GiB'")
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def _hopeless(plan: Plan, most: float) -> bool:
@@ -313,7 +256,7 @@ def within_budget(
             low, high, found = (low, middle, better) if better else (middle + 1, high, found)
         for savings in kinds[:-1]:  # without what is not needed
             found = search.fits(found.k, savings) or found
-            if found.options.slices == 1:
+            if found.slices == 1:
                 break
     for number in dict.fromkeys(finest) if k is None else [k]:
         savings = best

@@ -9,16 +9,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import graphviz
 from torch import fx
 
 from glcan_fx.errors import PlanError, UnsupportedError
-from glcan_fx.report.table import common_prefix, heading, input_sizes, kept_bytes, size, span, taps
-
-if TYPE_CHECKING:
-    from glcan_fx.plans.plan import LocalModule, Plan
+from glcan_fx.plans.plan import LocalModule, Plan
+from glcan_fx.report.table import common_prefix, heading, input_sizes, saved_bytes, span, taps
+from glcan_fx.simulate.estimate import Memory
+from glcan_fx.structure.analysis import Structure, unit_at
+from glcan_fx.units import size
 
 PICTURES = (".svg", ".png", ".pdf")
 NO_DOT = ("a picture needs Graphviz's program `dot`, which was not found: apt-get install graphviz, or brew install "
@@ -38,7 +38,7 @@ class _Row:
     """Neighbouring local modules, drawn as one where there are several that are alike."""
 
     start: int
-    modules: tuple["LocalModule", ...]
+    modules: tuple[LocalModule, ...]
     kept: tuple[int, int | None]  # bytes for backward, of each: its own, its auxiliary network's
 
     @property
@@ -50,11 +50,13 @@ class _Row:
         return str(self.start) if self.stop == self.start else f"{self.start}-{self.stop}"
 
 
-def plan_dot(plan: "Plan", depth: str | None = None) -> str:
+def plan_dot(
+    plan: Plan, memory: Memory | None = None, depth: str | None = None, structure: Structure | None = None
+) -> str:
     """The partition graph in DOT. depth: "stages" (local modules that are alike as one), "modules", "blocks" (what each
     is made of), or "operators", which needs the model; None: stages for many modules, else modules.
 
-    Raises PlanError for another depth, and for operators of a plan that does not know its model.
+    Raises PlanError for another depth, and for operators without the model's ``structure``.
     """
     depth = depth or usual_depth(plan)
     if depth not in DEPTHS:
@@ -67,11 +69,11 @@ def plan_dot(plan: "Plan", depth: str | None = None) -> str:
         node_attr={"fontname": _FONT, "shape": "plain", "fontsize": "11"},
         edge_attr={"fontname": _FONT, "fontsize": "9", "color": "#444444", "arrowsize": "0.7"},
     )
-    rows = list(_rows(plan, depth))
+    rows = list(_rows(plan, depth, memory))
     colours = _colours([row.modules[-1].stride for row in rows])
     prefix = common_prefix(plan)
     live = _live(plan)
-    operators = _operators(plan) if depth == "operators" else {}
+    operators = _operators(plan, structure) if depth == "operators" else {}
     ends = {index: body.end for index, body in operators.items()}
     graph.node("input", f"input  {input_sizes(plan)}", shape="box", style="rounded", id="input")
     stride = 1
@@ -96,14 +98,14 @@ def plan_dot(plan: "Plan", depth: str | None = None) -> str:
     return str(graph.source)
 
 
-def usual_depth(plan: "Plan") -> str:
+def usual_depth(plan: Plan) -> str:
     """What is drawn where nothing is asked for: local modules, alike ones together where there are many."""
     return "stages" if plan.k > _MANY else "modules"
 
 
-def _rows(plan: "Plan", depth: str) -> Iterator[_Row]:
+def _rows(plan: Plan, depth: str, memory: Memory | None) -> Iterator[_Row]:
     """The local modules one by one, or neighbours that are alike together."""
-    start, modules, kept = 0, plan.modules, kept_bytes(plan)
+    start, modules, kept = 0, plan.modules, saved_bytes(plan, memory)
 
     def kind(index: int) -> tuple[object, ...]:
         """Modules of one kind are drawn as one."""
@@ -117,7 +119,7 @@ def _rows(plan: "Plan", depth: str) -> Iterator[_Row]:
             start = index
 
 
-def colours(plan: "Plan") -> list[str]:
+def colours(plan: Plan) -> list[str]:
     """Of every local module: one hue per resolution."""
     return _colours([module.stride for module in plan.modules])
 
@@ -130,12 +132,12 @@ def _colours(strides: Sequence[int]) -> list[str]:
     return found
 
 
-def _makers(plan: "Plan") -> dict[str, int]:
+def _makers(plan: Plan) -> dict[str, int]:
     """The local module that makes each tap; inputs of the network have none."""
     return {tap: index for index, module in enumerate(plan.modules) for tap in module.makes}
 
 
-def _live(plan: "Plan") -> list[list[str]]:
+def _live(plan: Plan) -> list[list[str]]:
     """The taps in the cache while each local module runs: written by an earlier one, read by it or by a later one."""
     made = _makers(plan)
     read: dict[str, int] = {}
@@ -145,10 +147,10 @@ def _live(plan: "Plan") -> list[list[str]]:
     return [[tap for tap, last in read.items() if made.get(tap, -1) < index <= last] for index in range(plan.k)]
 
 
-def picture(plan: "Plan", ending: str, depth: str | None = None) -> bytes:
-    """The partition graph as a picture, .svg, .png or .pdf. Raises UnsupportedError where it cannot be drawn."""
+def picture(dot: str, ending: str) -> bytes:
+    """A graph in DOT as a picture, .svg, .png or .pdf. Raises UnsupportedError where it cannot be drawn."""
     try:
-        made: bytes = graphviz.Source(plan_dot(plan, depth)).pipe(format=ending.removeprefix("."))
+        made: bytes = graphviz.Source(dot).pipe(format=ending.removeprefix("."))
     except graphviz.ExecutableNotFound as error:
         raise UnsupportedError(NO_DOT) from error
     except graphviz.CalledProcessError as error:
@@ -192,7 +194,7 @@ def _lane(graph: graphviz.Digraph, row: _Row, live: list[list[str]], prefix: str
         graph.edge(f"c{row.start}", f"c{after.start}", color=_CACHE, style="dashed", arrowhead="none", weight="30")
 
 
-def _writes(graph: graphviz.Digraph, plan: "Plan", rows: Sequence[_Row], live: list[list[str]]) -> None:
+def _writes(graph: graphviz.Digraph, plan: Plan, rows: Sequence[_Row], live: list[list[str]]) -> None:
     """From a module to the next row of the cache."""
     made = _makers(plan)
     if any(tap not in made for tap in live[rows[0].start]):  # inputs of the network
@@ -257,7 +259,7 @@ def _tail() -> str:
             "<B>the model's own neck and head</B><BR/>and its loss</TD></TR></TABLE>>")
 
 
-def _title(plan: "Plan") -> str:
+def _title(plan: Plan) -> str:
     """The title, and what colours and lines mean."""
     legend = [
         f'<TD><FONT COLOR="{_CUT}"><B>– –|</B> detach: no gradient passes</FONT></TD>',
@@ -285,9 +287,12 @@ class _Body:
     end: str
 
 
-def _operators(plan: "Plan") -> dict[int, _Body]:
+def _operators(plan: Plan, structure: Structure | None) -> dict[int, _Body]:
     """Of every local module the recorded operations, which decide where it can be cut."""
-    owner, ends = plan.known.operators(plan)
+    if structure is None:
+        raise PlanError("depth='operators' needs the model: use glcan_fx.plan(model, plan=plan).")
+    ends = [unit.end for name in plan.cuts if (unit := unit_at(structure, name)) is not None]
+    owner = {node: index for node, index in structure.assign(ends).items() if node.op != "placeholder"}
     made = {}
     for index in range(plan.k):
         own = [node for node, module in owner.items() if module == index]

@@ -6,66 +6,70 @@ import re
 import textwrap
 from collections.abc import Mapping
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from glcan_fx.errors import PlanError, UnsupportedError
+from glcan_fx.errors import UnsupportedError
+from glcan_fx.plans.plan import Plan
 from glcan_fx.report.dot import colours, picture, plan_dot, usual_depth
 from glcan_fx.report.table import (
     RIGHT,
     common_prefix,
     features,
     heading,
-    kept_bytes,
-    known_memory,
     legend,
     memory_text,
+    saved_bytes,
     settings,
-    size,
     span,
     step_title,
     table_rows,
 )
-
-if TYPE_CHECKING:
-    from glcan_fx.plans.plan import Plan
+from glcan_fx.simulate.estimate import Memory
+from glcan_fx.step.local_model import LocalModel
+from glcan_fx.structure.analysis import Structure
+from glcan_fx.units import size
 
 _GRAPHS = {"stages": "modules that are alike as one", "modules": "local modules", "blocks": "blocks"}
 
 
-def plan_report(plan: "Plan", depth: str | None = None) -> str:
+def plan_report(
+    plan: Plan, memory: Memory | None = None, depth: str | None = None, structure: Structure | None = None,
+    local: LocalModel | None = None,
+) -> str:
     """The HTML of a plan's report. depth: the graph to begin with, one of ``draw.DEPTHS``.
 
-    A plan that does not know its model (read from JSON) is shown without generated code and without the curves of
-    memory. Raises PlanError for ``depth="operators"`` of such a plan.
+    memory: the plan's simulated steps, for the curves; structure: the model's, for ``depth="operators"``; local: the
+    plan compiled, for the generated code. What is None is not shown. Raises PlanError for operators without structure.
     """
     shown = depth or usual_depth(plan)
-    dots = {name: plan_dot(plan, name) for name in sorted({*_GRAPHS, shown}, key=lambda name: (name != shown, name))}
+    names = sorted({*_GRAPHS, shown}, key=lambda name: (name != shown, name))
+    dots = {name: plan_dot(plan, memory, name, structure) for name in names}
     if shown != "stages" and dots["stages"] == dots["modules"]:  # no two are alike
         del dots["stages"]
-    columns, rows, totals = table_rows(plan)
+    columns, rows, totals = table_rows(plan, memory)
     return page({
         "title": plan.model, "subtitle": heading(plan).removeprefix(f"{plan.model}, "),
         "graphs": [{"label": _GRAPHS.get(name, name), "dot": dot} for name, dot in dots.items()],
         "table": {"columns": [{"name": name, "align": "right" if i in RIGHT else "left"}
                               for i, name in enumerate(columns)], "rows": rows, "totals": totals},
-        "modules": _modules(plan), "memory": _memory(plan),
+        "modules": _modules(plan, memory, local), "memory": _memory(plan, memory),
         "notes": [legend(plan), *settings(plan), *plan.notes], "report": plan.report.lines(plan.model),
     })
 
 
-def plan_fragment(plan: "Plan") -> str:
+def plan_fragment(plan: Plan, memory: Memory | None = None) -> str:
     """A plan as HTML that a notebook shows: the table, what a step takes, and the picture where it can be drawn."""
-    columns, rows, totals = table_rows(plan)
+    columns, rows, totals = table_rows(plan, memory)
 
     def line(cells: list[str], tag: str) -> str:
         aligned = (f'<{tag} style="text-align:{"right" if i in RIGHT else "left"}">{html.escape(cell)}</{tag}>'
                    for i, cell in enumerate(cells))
         return f"<tr>{''.join(aligned)}</tr>"
 
-    notes = "".join(f"<div>{html.escape(text)}</div>" for text in [legend(plan), *settings(plan), *memory_text(plan),
-                                                                   *plan.notes])
+    lines = memory_text(plan, memory) if memory else []
+    notes = "".join(f"<div>{html.escape(text)}</div>" for text in [legend(plan), *settings(plan), *lines, *plan.notes])
     try:
-        drawn = picture(plan, ".svg").decode()
+        drawn = picture(plan_dot(plan, memory), ".svg").decode()
         drawn = f"<details><summary>graph</summary>{drawn[drawn.index('<svg'):]}</details>"
     except UnsupportedError:
         drawn = "<div>plan.save('plan.html') writes the graph.</div>"
@@ -73,9 +77,9 @@ def plan_fragment(plan: "Plan") -> str:
             f"{''.join(line(row, 'td') for row in rows)}{line(totals, 'th')}</tbody></table>{notes}{drawn}")
 
 
-def _modules(plan: "Plan") -> list[dict[str, Any]]:
-    memory, prefix, kept = known_memory(plan), common_prefix(plan), kept_bytes(plan)
-    code = _code(plan)
+def _modules(plan: Plan, memory: Memory | None, local: LocalModel | None) -> list[dict[str, Any]]:
+    prefix, kept = common_prefix(plan), saved_bytes(plan, memory)
+    code = _code(plan, local) if local else []
     found = []
     for index, (module, colour) in enumerate(zip(plan.modules, colours(plan), strict=True)):
         facts = [
@@ -108,12 +112,8 @@ def _known(count: int | None) -> str:
     return "not known" if count is None else size(count)
 
 
-def _code(plan: "Plan") -> list[tuple[str, str | None]]:
-    """The generated code of every local module and of its auxiliary network; none where the model is not known."""
-    try:
-        local = plan.known.local(plan)
-    except PlanError:
-        return []
+def _code(plan: Plan, local: LocalModel) -> list[tuple[str, str | None]]:
+    """The generated code of every local module and of its auxiliary network."""
     parts = re.split(r"^(?= *# local module \d+: )", local.code, flags=re.MULTILINE)[1:]
     networks: list[Any] = [local.aux.get_submodule(f"{index}.network") for index in range(plan.k - 1)]
     return [(_dedented(part), network and _dedented(network.code))
@@ -125,8 +125,7 @@ def _dedented(code: str) -> str:
     return textwrap.dedent(re.sub(r"; +\w+ = .*None$", "", code, flags=re.MULTILINE)).strip()
 
 
-def _memory(plan: "Plan") -> dict[str, Any] | None:
-    memory = known_memory(plan)
+def _memory(plan: Plan, memory: Memory | None) -> dict[str, Any] | None:
     if memory is None:
         return None
     plain = memory.backpropagation

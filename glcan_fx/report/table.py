@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from io import StringIO
-from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -10,11 +9,9 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from glcan_fx.errors import GlcanFxError
-
-if TYPE_CHECKING:
-    from glcan_fx.plans.plan import LocalModule, Plan
-    from glcan_fx.simulate.estimate import Memory
+from glcan_fx.plans.plan import LocalModule, Plan
+from glcan_fx.simulate.estimate import Memory
+from glcan_fx.units import size
 
 _WIDTH = 120  # characters, where there is no terminal
 _NAME = 44  # characters of a local module's name; a longer one is folded
@@ -23,50 +20,50 @@ _DISPENSABLE = ("channels", "blocks", "parameters", "auxiliary")  # columns, on 
 _SOURCES = {"cache": ("P", "cyan"), "own": ("own", "green"), "synthesised": ("S", "yellow")}
 
 
-def plan_text(plan: "Plan", *, notes: bool = True) -> str:
+def plan_text(plan: Plan, memory: Memory | None = None, *, notes: bool = True) -> str:
     """The plan as plain text: its table, what a step takes, its notes. Sizes are those of the example inputs."""
     text = StringIO()
     console = Console(file=text, width=_WIDTH, color_system=None)
-    console.width = max(_WIDTH, _least_width(console, plan, _table(plan)))
-    print_plan(plan, console)
+    console.width = max(_WIDTH, _least_width(console, plan, _table(plan, memory)))
+    print_plan(plan, memory, console)
     for note in plan.notes if notes else ():
         console.print(f"note: {note}", markup=False, emoji=False)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
-def print_plan(plan: "Plan", console: Console) -> None:
+def print_plan(plan: Plan, memory: Memory | None, console: Console) -> None:
     """Print the plan, without its notes; in a table of fewer columns where the console is narrow, which becomes as wide
     as the narrowest table needs."""
     for count in range(len(_DISPENSABLE) + 1):
         left_out = _DISPENSABLE[:count]
-        table = _table(plan, left_out)
+        table = _table(plan, memory, left_out)
         least = _least_width(console, plan, table)
         if least <= console.width:
             break
     console.width = max(console.width, least)
     wider = f" A wider terminal also shows {', '.join(left_out)}." if left_out else ""
     for part in (Text(heading(plan), "bold"), table, Text(legend(plan) + wider, "dim"), *settings(plan),
-                 *memory_text(plan)):
+                 *(memory_text(plan, memory) if memory else ())):
         console.print(part, markup=False, emoji=False)
 
 
-def heading(plan: "Plan") -> str:
+def heading(plan: Plan) -> str:
     """What was planned, in a line."""
     modules = "1 local module" if plan.k == 1 else f"{plan.k} local modules"
     return (f"{plan.model}, task {plan.task}: {modules} of {len(plan.natural) + 1} possible, planned for "
             f"{input_sizes(plan)}")
 
 
-def input_sizes(plan: "Plan") -> str:
+def input_sizes(plan: Plan) -> str:
     """Sizes of the compiled part's inputs."""
     values = plan.inputs.values() if isinstance(plan.inputs, dict) else plan.inputs
     return ", ".join("x".join(map(str, value.shape)) if hasattr(value, "shape") else "…" for value in values)
 
 
-def table_rows(plan: "Plan") -> tuple[list[str], list[list[str]], list[str]]:
+def table_rows(plan: Plan, memory: Memory | None) -> tuple[list[str], list[list[str]], list[str]]:
     """Columns, a row per local module, and totals: the sums of the rows. Of bytes: the module's own + its auxiliary
     network's."""
-    modules, prefix, memory, kept = plan.modules, common_prefix(plan), known_memory(plan), kept_bytes(plan)
+    modules, prefix, kept = plan.modules, common_prefix(plan), saved_bytes(plan, memory)
     unit = "MiB" if max(map(sum, ((own, other or 0) for own, other in kept))) >= 2**20 else "KiB"
     columns = ["", "local module", "stride", "channels", "blocks", "parameters",
                "auxiliary", f"kept, {unit}", "compute", "features"]
@@ -89,16 +86,15 @@ def table_rows(plan: "Plan") -> tuple[list[str], list[list[str]], list[str]]:
 RIGHT = (0, *range(2, 9))  # columns of numbers
 
 
-def kept_bytes(plan: "Plan") -> list[tuple[int, int | None]]:
+def saved_bytes(plan: Plan, memory: Memory | None) -> list[tuple[int, int | None]]:
     """What each local module and its auxiliary network keep for backward: of the simulated step where there is one,
     otherwise as planned. None: not known."""
-    memory = known_memory(plan)
     if memory is not None:
         return list(memory.plan.kept)
     return [(m.saved, m.aux_saved or None if m.cut else 0) for m in plan.modules]
 
 
-def legend(plan: "Plan") -> str:
+def legend(plan: Plan) -> str:
     """What the table's columns mean."""
     prefix = common_prefix(plan)
     paths = f"Module paths begin with {prefix}; kept" if prefix else "Kept"
@@ -106,8 +102,8 @@ def legend(plan: "Plan") -> str:
             "still to come.")
 
 
-def _table(plan: "Plan", left_out: Sequence[str] = ()) -> Table:
-    columns, rows, totals = table_rows(plan)
+def _table(plan: Plan, memory: Memory | None, left_out: Sequence[str] = ()) -> Table:
+    columns, rows, totals = table_rows(plan, memory)
     shown = [index for index, name in enumerate(columns) if name not in left_out]
     table = Table(box=box.SIMPLE_HEAD, show_footer=True, collapse_padding=True, pad_edge=False, header_style="bold",
                   footer_style="bold")
@@ -125,7 +121,7 @@ def _table(plan: "Plan", left_out: Sequence[str] = ()) -> Table:
     return table
 
 
-def _least_width(console: Console, plan: "Plan", table: Table) -> int:
+def _least_width(console: Console, plan: Plan, table: Table) -> int:
     """The width at which no number is cut off, and no name broken."""
     prefix = common_prefix(plan)
     longest = 4 + max((len(f.tap.removeprefix(prefix)) for m in plan.modules for f in m.features), default=0)
@@ -133,19 +129,10 @@ def _least_width(console: Console, plan: "Plan", table: Table) -> int:
     return least + max(_READ, min(longest, _NAME))
 
 
-def settings(plan: "Plan") -> list[str]:
+def settings(plan: Plan) -> list[str]:
     """How auxiliary networks are made, and what is done to save memory, in sentences."""
-    options, lines = plan.options, []
-    if plan.k > 1 and options.method == "dgl":
-        lines.append("Auxiliary networks: decoupled greedy learning's, on each module's own output.")
-    elif plan.k > 1:
-        kept = f", {options.depth} blocks" if options.depth else ""
-        kept += f", {options.hidden} hidden layer{'s' * (options.hidden > 1)}" if options.hidden else ""
-        fewer = options.stride > 1 and plan.modules[0].levels
-        levels = f", levels of stride {options.stride} and more" if fewer else ""
-        predictors = {"shared": ", shared predictors", "model": ", the model's predictors"}.get(options.predictors, "")
-        lines.append(f"Auxiliary networks: head {options.head}, width {options.width:g}{kept}{levels}{predictors}.")
-    savings = ["losses from class ids"] * options.fused + [f"{options.slices} slices"] * (options.slices > 1)
+    lines = [plan.method.description(plan.modules[0].levels)] if plan.k > 1 else []
+    savings = ["losses from class ids"] * plan.fused_loss + [f"{plan.slices} slices"] * (plan.slices > 1)
     if savings:
         lines.append(f"Last module: {', '.join(savings)}.")
     again = [str(index) for index, module in enumerate(plan.modules) if module.recompute]
@@ -157,25 +144,13 @@ def settings(plan: "Plan") -> list[str]:
 _OPTIMIZERS = {"sgd": " with SGD and momentum", "adam": " with Adam"}
 
 
-def step_title(plan: "Plan") -> str:
+def step_title(plan: Plan) -> str:
     """What the figures of memory are of."""
     return f"Peak memory of a training step{_OPTIMIZERS.get(plan.optimizer or '', '')}, simulated"
 
 
-def known_memory(plan: "Plan") -> "Memory | None":
-    """The plan's simulated memory, where it can be simulated."""
-    try:
-        return plan.memory
-    except GlcanFxError:
-        return None
-
-
-def memory_text(plan: "Plan") -> list[str]:
+def memory_text(plan: Plan, memory: Memory) -> list[str]:
     """What a training step takes, beside backpropagation."""
-    try:
-        memory = plan.memory
-    except GlcanFxError as error:
-        return [f"note: {error}"]
     plain = memory.backpropagation
     lines = [f"{step_title(plan)}; compute relative to backpropagation's:"]
     lines += [f"  {name}: {size(e.peak)} ({e.peak / plain.peak:.2f}), compute {e.flops / max(plain.flops, 1):.2f}"
@@ -188,7 +163,7 @@ def memory_text(plan: "Plan") -> list[str]:
     return lines
 
 
-def common_prefix(plan: "Plan") -> str:
+def common_prefix(plan: Plan) -> str:
     """The module path, with its final dot, that all blocks begin with."""
     parts = [block.name.split(".")[:-1] for module in plan.modules for block in module.blocks]
     levels = [set(level) for level in zip(*parts, strict=False)]
@@ -196,20 +171,20 @@ def common_prefix(plan: "Plan") -> str:
     return "".join(f"{part}." for part in (parts[0][:same] if parts else ()))
 
 
-def span(module: "LocalModule", prefix: str = "") -> str:
+def span(module: LocalModule, prefix: str = "") -> str:
     """The first and the last block of a local module."""
     names = [block.name.removeprefix(prefix) for block in module.blocks] or [module.name]
     return " … ".join(dict.fromkeys((names[0], names[-1])))
 
 
-def features(module: "LocalModule", prefix: str = "") -> str:
+def features(module: LocalModule, prefix: str = "") -> str:
     """What a local loss is computed from."""
     parts = [f"{label} {', '.join(names)}" for source, (label, _) in _SOURCES.items()
              if (names := taps(module, source, prefix))]
     return "; ".join(parts + ["neck and head"] * (module.cut is None)) or "its output alone"
 
 
-def taps(module: "LocalModule", source: str, prefix: str = "") -> Sequence[str]:
+def taps(module: LocalModule, source: str, prefix: str = "") -> Sequence[str]:
     """The features of one source that a local module reads."""
     return [feature.tap.removeprefix(prefix) for feature in module.features if feature.source == source]
 
@@ -218,8 +193,3 @@ def _sum(parts: tuple[int, int | None], unit: str) -> str:
     own, other = (None if part is None else f"{part / {'MiB': 2**20, 'KiB': 2**10}[unit]:.1f}" for part in parts)
     return f"{own} + {'–' if other is None else other}"
 
-
-def size(count: int) -> str:
-    """Bytes for people."""
-    return (f"{count / 2**10:.1f} KiB" if count < 2**20 else f"{count / 2**20:.1f} MiB" if count < 2**30 else
-            f"{count / 2**30:.2f} GiB")

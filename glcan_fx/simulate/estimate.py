@@ -5,7 +5,7 @@ arithmetic, so it needs no GPU and a second or two. It is the second step: the o
 not (``zero_grad(set_to_none=True)``).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, pairwise
@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from glcan_fx.capture.shadow import kept_python_random
 from glcan_fx.capture.trace import quiet
+from glcan_fx.config import OPTIMIZERS, OptimizerLike, check_optimizer
 from glcan_fx.errors import GlcanFxError, PlanError
 from glcan_fx.peak_memory import Log, PeakMemory
 from glcan_fx.pytree import tensors_in
@@ -26,14 +26,6 @@ from glcan_fx.step.runtime import LocalOutput, SlicedHead, total
 from glcan_fx.tasks import Task
 
 _POINTS = 400
-
-OptimizerLike = str | Callable[[Iterable[nn.Parameter]], Optimizer] | None
-
-OPTIMIZERS: Mapping[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
-    "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
-    "adam": partial(torch.optim.Adam, lr=0.1),
-}
-
 
 class Phase(NamedTuple):
     """A part of a training step: what ran, for which local module (None: for all, or there are none), the most bytes
@@ -89,13 +81,6 @@ class Memory:
         rows = [("backpropagation", self.backpropagation), ("with every block recomputed", self.checkpointing),
                 ("this plan", self.plan)]
         return [(name, estimate) for name, estimate in rows if estimate is not None]
-
-
-def check_optimizer(optimizer: OptimizerLike) -> None:
-    """Raise PlanError for a name that is none of an optimiser."""
-    if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
-        raise PlanError(f"optimizer={optimizer!r}: choose {' or '.join(map(repr, OPTIMIZERS))}, or pass a function of "
-                        "the parameters")
 
 
 def simulate(
@@ -215,17 +200,6 @@ def backpropagated(task: Task, model: nn.Module, inputs: Any, targets: Any) -> A
         return model(inputs[0], targets)
     outputs = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
     return task.loss(outputs, targets)
-
-
-class AnyLoss(Task):
-    """Stands for a loss that is not known, or whose targets are not: the mean square of the outputs."""
-
-    def loss(self, outputs: Any, targets: Any) -> Tensor:
-        values = [value for value in tensors_in(outputs) if value.is_floating_point()]
-        return torch.stack([value.float().square().mean() for value in values]).sum()
-
-    def check(self, inputs: Any, targets: Any) -> None:
-        """Anything goes."""
 
 
 def minimised(result: Any) -> Tensor:

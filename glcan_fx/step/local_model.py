@@ -586,7 +586,7 @@ def assemble(
 ) -> LocalModel:
     """Connect graph, model and auxiliary networks: resolve what each local loss trains, the last head, and the
     ``parts`` of the model that the graph calls as modules of their own: its tail, blocks that run again in backward."""
-    head = task.last_head(model, plan.options.fused)
+    head = task.last_head(model, plan.fused_loss)
     reports = task.result() == "output"
     last = LocalLoss(None, head, last=True, reports=reports)
     aux.add_module("last", last)
@@ -616,11 +616,11 @@ def assemble(
         last.add_module("backward", LocalBackward(trains, scale, plan.modules[-1].name, model))
     bound = {name: (partial(type(fx.GraphModule(model, part, "Part")).forward, model), _called(part.nodes))
              for name, part in (parts or {}).items()}
-    if plan.options.slices > 1:
+    if plan.slices > 1:
         criterion = [(aux, "task")] if "task" in aux._modules else []
         tail, behind = bound.pop("tail", (None, task.behind(model)))
         last.add_module(
-            "head", SlicedHead(tail, head, plan.options.slices, task.part, model, behind, criterion, scale))
+            "head", SlicedHead(tail, head, plan.slices, task.part, model, behind, criterion, scale))
     for name, (run, called) in bound.items():
         aux.add_module(name, Recomputed(run, model, called))
     return LocalModel(model, aux, graph, plan, task, parts or {}, opened or {})

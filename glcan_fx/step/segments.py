@@ -6,34 +6,29 @@ keep their input's shape are left out and calls that change it leave one convolu
 record of all calls' results is kept until the step ends.
 """
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain, pairwise
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from glcan_fx.auxiliary.builder import Options
 from glcan_fx.capture.replay import Absent, Call, Record, Segments, detach_record, empty_stand_ins, substituted
 from glcan_fx.capture.shadow import cuda_devices
-from glcan_fx.capture.trace import Report, within
-from glcan_fx.errors import PlanError, TraceError
+from glcan_fx.capture.trace import within
+from glcan_fx.errors import PlanError
 from glcan_fx.fx_utils import with_headlines
 from glcan_fx.layers import freshen, inner_activation, is_norm, moments, set_width, unhooked_copy, weights_in
-from glcan_fx.planner.partition import K, ModuleCost, merge
-from glcan_fx.plans.plan import Block, LocalModule, Plan
-from glcan_fx.pytree import map_tensors, tensors_in
+from glcan_fx.plans.plan import Plan
+from glcan_fx.pytree import map_tensors
 from glcan_fx.step.emit import register_task
 from glcan_fx.step.local_model import LocalModel, assemble, warn_of_unstepped
 from glcan_fx.step.runtime import LocalLoss, collect
-from glcan_fx.tasks import Task
 from glcan_fx.tasks.around import InSegments
 from glcan_fx.tasks.base import LossHead
-
-log = logging.getLogger("glcan_fx")
+from glcan_fx.tasks.captured import Uncaptured
 
 
 @dataclass(frozen=True)
@@ -83,33 +78,6 @@ def _has_weights(module: nn.Module) -> bool:
     return any(p.requires_grad and p.dim() >= 2 for p in module.parameters())
 
 
-def ends_of(units: Sequence[CallUnit]) -> list[int]:
-    """Which units may end a local module: those with weights that return a map; the last one stands for the tail."""
-    ends = [index for index, unit in enumerate(units) if unit.splits]
-    maps = [index for index in ends if any(t.dim() > 2 for t in tensors_in(units[index].calls[-1].result))]
-    return maps if len(maps) > 1 else ends
-
-
-def partition_calls(units: Sequence[CallUnit], k: Any) -> list[list[CallUnit]]:
-    """Groups of neighbouring units, one per local module. Raises PlanError for a k that the model does not offer."""
-    ends = ends_of(units)
-    names = [units[index].path for index in ends[:-1]]
-    if isinstance(k, str) and k == "natural":
-        cuts = ends[:-1]
-    elif isinstance(k, int) and not isinstance(k, bool) and 1 <= k <= len(ends):
-        firsts = [0, *(end + 1 for end in ends)]
-        saved = [0, *accumulate(sum(u.saved for u in units[a:b]) for a, b in pairwise(firsts))]
-        costs = [[ModuleCost(last - first, last - first) for last in saved] for first in saved[:-1]]
-        cuts = [ends[end - 1] for end in merge(costs, k)]
-    elif isinstance(k, Sequence) and not isinstance(k, str) and all(name in names for name in k):
-        cuts = sorted(ends[names.index(name)] for name in k)
-    else:
-        raise PlanError(f"k={k!r} is not possible: this model offers 1 to {len(ends)} local modules, split at calls of "
-                        f"sub-modules: {', '.join(names) or 'none'}.")
-    starts = [0, *(cut + 1 for cut in cuts)]
-    return [list(units[a:b]) for a, b in zip(starts, [*starts[1:], len(units)], strict=True)]
-
-
 def calls_within(groups: Groups, start: int, stop: int | None = None) -> dict[str, CallUnit]:
     """The units that local modules ``start`` up to ``stop`` call, by path, with their calls there: a unit may be called
     again later. A local module ends before the first call of the first unit of the next one."""
@@ -120,29 +88,6 @@ def calls_within(groups: Groups, start: int, stop: int | None = None) -> dict[st
         if calls := tuple(call for call in unit.calls if first <= call.first < end):
             found[unit.path] = replace(unit, calls=calls)
     return found
-
-
-def local_modules(model: nn.Module, inputs: tuple[str, ...], groups: Groups) -> tuple[LocalModule, ...]:
-    """What a plan says of each group."""
-    modules = []
-    for index, group in enumerate(groups):
-        last = ([unit for unit in group if unit.splits] or list(group))[-1]
-        last_module = index == len(groups) - 1
-        blocks = tuple(_block(unit) for unit in group if unit.splits) or (_block(last),)
-        names = [block.name for block in blocks]
-        aux = 0 if last_module else weights_in(Remainder(model, inputs, groups, index))
-        modules.append(LocalModule(
-            name=names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}", cut=None if last_module else last.path,
-            blocks=blocks, shape=blocks[-1].shape, stride=0, channels=blocks[-1].channels, makes=(),
-            parameters=sum(u.weights for u in group), aux_parameters=aux, saved=sum(u.saved for u in group),
-            aux_saved=0, aux_flops=0, features=(), levels=(), sigma=()))
-    return tuple(modules)
-
-
-def _block(unit: CallUnit) -> Block:
-    out = next(tensors_in(unit.calls[-1].result), None)
-    shape = () if out is None else tuple(out.shape)
-    return Block(unit.path, shape, 0, shape[1] if len(shape) > 1 else 0, unit.weights, unit.saved)
 
 
 def emit_segments(segments: Segments, comments: Sequence[str], trains: Sequence[Sequence[str]]) -> fx.Graph:
@@ -169,34 +114,15 @@ def emit_segments(segments: Segments, comments: Sequence[str], trains: Sequence[
     return graph
 
 
-def plan_segments(
-    model: nn.Module, k: K, task: Task, inputs: Any, names: tuple[str, ...], calls: Sequence[Call], options: Options,
-    error: TraceError,
-) -> Plan:
-    """Plan local modules as runs of sub-module calls; raises ``error`` where there are fewer than two to run."""
-    units = units_of(model, calls)
-    if len(ends_of(units)) < 2:
-        raise error
-    groups = partition_calls(units, k)
-    report = Report(5, lost=(f"the model runs as Python, cut at calls of sub-modules: {error.reason}",))
-    log.warning("%s cannot be captured: it is cut at calls of sub-modules, since %s. What a step then takes cannot be "
-                "simulated, and may be more than by backpropagation: measure both before you train.",
-                type(model).__name__, error.reason)
-    with torch.random.fork_rng(devices=cuda_devices(model)):
-        modules = local_modules(model, names, groups)
-    return Plan(
-        model=type(model).__name__, task=task.name, network="", modules=modules,
-        natural=tuple(units[end].path for end in ends_of(units)[:-1]), inputs=inputs, options=options,
-        notes=report.lost, report=report, task_object=task,
-        around=Segments(names, tuple(tuple(unit.path for unit in group) for group in groups)),
-    )
+def build_segments(chosen: Plan, uncaptured: Uncaptured) -> LocalModel:
+    """Build what ``plan_segments`` planned, on a model that made these calls.
 
-
-def build_segments(chosen: Plan, model: nn.Module, task: Task, calls: Sequence[Call]) -> LocalModel:
-    """Build what ``plan_segments`` planned, on a model that made these calls."""
-    segments = chosen.around
+    Raises PlanError where it does not fit."""
+    segments, model, task = chosen.around, uncaptured.model, uncaptured.task
     assert isinstance(segments, Segments)
-    units = {unit.path: unit for unit in units_of(model, calls)}
+    if any(module.recompute for module in chosen.modules):
+        raise PlanError("recompute: this model runs as Python, so its blocks cannot run again. Remove it.")
+    units = {unit.path: unit for unit in units_of(model, uncaptured.calls)}
     missing = [path for group in segments.paths for path in group if path not in units]
     if missing:
         raise PlanError(f"the plan cuts at calls of '{missing[0]}', which this {type(model).__name__} did not make: "

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from glcan_fx.capture.trace import trace
 from glcan_fx.errors import GlcanFxError, ModelChangedError
 from glcan_fx.pytree import tensors_in
-from glcan_fx.step.build import connect_again
+from glcan_fx.step.build import build_again
 from glcan_fx.step.emit import Emitted
 from glcan_fx.step.local_model import LocalModel
 from glcan_fx.structure.analysis import analyze
@@ -44,7 +44,7 @@ def _written_for(local: LocalModel, values: Any) -> Emitted | None:
     try:
         trace_of = trace(local.original, example if isinstance(example, dict) else list(example),
                          path=local.plan.network)
-        made = connect_again(local, analyze(trace_of))
+        made = build_again(local, analyze(trace_of))
     except GlcanFxError as error:
         raise _refused(local, values, str(error)) from error
     if made.graph.python_code("self").src == local.code:

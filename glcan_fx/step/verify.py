@@ -12,12 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from glcan_fx.capture.shadow import kept_python_random, replicate
 from glcan_fx.errors import ModelChangedError, NotLearningError, TraceError
 from glcan_fx.pytree import map_tensors, tensors_in
-from glcan_fx.simulate.estimate import AnyLoss
 from glcan_fx.step import runtime
 from glcan_fx.step.emit import Emitted
 from glcan_fx.step.local_model import LocalModel, assemble
 from glcan_fx.structure.analysis import Structure, multiply_adds
-from glcan_fx.tasks import Spec
+from glcan_fx.tasks import AnyLoss, Spec
 from glcan_fx.tasks.base import LossHead
 
 log = logging.getLogger("glcan_fx")

@@ -1,10 +1,8 @@
 """Task adapters: with glcan_fx.models the only places that know a library's classes."""
 
-import copy
-
-from glcan_fx.auxiliary.features import Rules
 from glcan_fx.errors import PlanError
 from glcan_fx.tasks.base import (
+    AnyLoss,
     Classification,
     Criterion,
     CriterionTask,
@@ -21,10 +19,8 @@ TASKS: dict[str, type[Task]] = {
 }
 
 
-def make_task(task: "str | Task | None", criterion: Criterion | None, rules: Rules | None) -> Task:
+def make_task(task: "str | Task | None", criterion: Criterion | None) -> Task:
     """The task object for ``task=`` and ``criterion=``. Raises PlanError for an unknown name or neither."""
-    if rules is not None and not isinstance(rules, Rules):
-        raise PlanError(f"rules= must be an instance of glcan_fx.Rules, not {type(rules).__name__}")
     unknown = not isinstance(task, str | Task | None) or (isinstance(task, str) and task not in TASKS)
     if isinstance(task, type) and issubclass(task, Task):
         raise PlanError(f"task= must be an instance, not the class: {task.__name__}()")
@@ -36,20 +32,16 @@ def make_task(task: "str | Task | None", criterion: Criterion | None, rules: Rul
     if isinstance(task, Task):
         if criterion is not None:
             raise PlanError("pass either a Task object or criterion=, not both: the Task's loss() is its criterion")
-        made = task
-    elif criterion is not None:
-        made = CriterionTask(criterion, task or CriterionTask.name)
-    elif task is None:
-        raise PlanError(f"what to train for? Pass task= ({', '.join(sorted(TASKS))}) or criterion=(outputs, targets)")
-    else:
-        made = TASKS[task]()
-    if rules is not None:
-        made = copy.copy(made)  # the caller's object keeps its own
-        made.rules = rules
-    return made
+        return task
+    if criterion is not None:
+        return CriterionTask(criterion, task or CriterionTask.name)
+    if task is None:
+        raise PlanError(f"task= or criterion= is required: task= one of {', '.join(sorted(TASKS))}, or "
+                        "criterion=(outputs, targets) -> loss")
+    return TASKS[task]()
 
 
 __all__ = [
-    "TASKS", "Classification", "CriterionTask", "Detection", "Segmentation", "Spec", "SuperResolution", "Task",
-    "make_task", "specs",
+    "TASKS", "AnyLoss", "Classification", "CriterionTask", "Detection", "Segmentation", "Spec", "SuperResolution",
+    "Task", "make_task", "specs",
 ]

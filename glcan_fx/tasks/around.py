@@ -16,7 +16,7 @@ class _Wrapped(Task):
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.name, self.rules = task.name, task.rules
+        self.name = task.name
         self._counted = vars(task).setdefault("_counted", {})  # one memory of which of its losses are minimised
 
     def begin(self, model: nn.Module) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map_only
 
-from glcan_fx.auxiliary.features import Rules
 from glcan_fx.errors import CriterionError, PlanError, TargetError
 from glcan_fx.layers import Cost
 from glcan_fx.pytree import map_tensors, tensors_in
@@ -36,7 +35,6 @@ class Task(ABC):
     """
 
     name: str = "custom"
-    rules: Rules = Rules()
     network_is_part = False  # whether the compiled part is a sub-module
     outputs_are_levels = False  # whether the compiled part returns feature maps that a head reads
 
@@ -103,7 +101,8 @@ class Task(ABC):
         """The module (outputs, *context) -> loss of a local module.
 
         outputs, source: fake example values of the auxiliary network's outputs and of the compiled part's own, both
-        restricted to ``levels``; style, width: as in ``Options``; image: height and width of the example in pixels.
+        restricted to ``levels``; style, width: a method's ``head`` and ``width``; image: height and width of the
+        example in pixels.
         """
         return LossHead(self, repeated=True)
 
@@ -253,14 +252,13 @@ class CriterionTask(Task):
 
     name = "criterion"
 
-    def __init__(self, criterion: Criterion, name: str = "criterion", rules: Rules | None = None) -> None:
+    def __init__(self, criterion: Criterion, name: str = "criterion") -> None:
         if isinstance(criterion, type):
             raise PlanError(f"criterion= must be an instance, not the class: {criterion.__name__}()")
         if not callable(criterion):
             raise PlanError(f"criterion= must be callable (outputs, targets) -> loss, not {type(criterion).__name__}")
         self.criterion = criterion
         self.name = name
-        self.rules = rules or Rules()
 
     def loss(self, outputs: Any, targets: Any) -> Tensor | dict[str, Tensor]:
         return self.criterion(outputs, targets)
@@ -334,6 +332,17 @@ class SuperResolution(Task):
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         return F.l1_loss(outputs, targets)
+
+
+class AnyLoss(Task):
+    """Stands for a loss that is not known, or whose targets are not: the mean square of the outputs."""
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        values = [value for value in tensors_in(outputs) if value.is_floating_point()]
+        return torch.stack([value.float().square().mean() for value in values]).sum()
+
+    def check(self, inputs: Any, targets: Any) -> None:
+        """Anything goes."""
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,54 @@
-"""Pass 5 by another method: the auxiliary networks of decoupled greedy learning, to compare with."""
+"""Decoupled greedy learning: auxiliary networks on each module's own output alone, to compare with."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from glcan_fx.auxiliary.builder import Builder
+from glcan_fx.auxiliary.features import Feature, FeatureInfo
+from glcan_fx.auxiliary.method import OPEN, Method
+from glcan_fx.auxiliary.remainder import Remainder
+from glcan_fx.auxiliary.tails import Ending
 from glcan_fx.errors import PlanError
 from glcan_fx.structure.analysis import tensor_of
 
 
-def decoupled(build: Builder, cut: fx.Node, value: fx.Node, end: fx.Node, name: str) -> fx.Node:
+@dataclass(frozen=True, kw_only=True)
+class DGL(Method):
+    """Decoupled greedy learning (Belilovsky et al. 2020, arXiv 1901.08164), to compare with."""
+
+    name: ClassVar[str] = "dgl"
+
+    def choices(self, ending: Ending) -> list[Self]:
+        return [replace(self, head="light" if self.head is OPEN else self.head,
+                        width=1.0 if self.width is OPEN else self.width)]
+
+    def levels(self, module: FeatureInfo, levels: Sequence[FeatureInfo]) -> Sequence[int]:
+        """One level: the first that is no finer than the module's own output."""
+        chosen = super().levels(module, levels)
+        coarse = tuple(index for index in chosen if levels[index].reduction >= module.reduction)
+        return coarse[:1] or chosen[-1:]
+
+    def features(self, remainder: Remainder) -> tuple[Feature, ...]:
+        """None but the module's own output."""
+        return ()
+
+    def predict(self, build: Builder, remainder: Remainder, features: Sequence[Feature]) -> None:
+        own = build.input(remainder.end)
+        nodes = [node for node in tree_leaves(remainder.outputs) if isinstance(node, fx.Node)]
+        for index, node in enumerate(nodes):
+            build.values[node] = _predicted(build, remainder.end, own, node, f"local{index}")
+
+    def description(self, levels: Sequence[int]) -> str:
+        return "Auxiliary networks: decoupled greedy learning's, on each module's own output."
+
+
+def _predicted(build: Builder, cut: fx.Node, value: fx.Node, end: fx.Node, name: str) -> fx.Node:
     """A value of the shape of ``end`` from the module's own output alone: decoupled greedy learning's auxiliary network
     (Belilovsky et al. 2020, arXiv 1901.08164, section 4.1, "MLP-SR-aux").
 
@@ -23,7 +60,7 @@ def decoupled(build: Builder, cut: fx.Node, value: fx.Node, end: fx.Node, name: 
     structure, channels, dtype = build.structure, build.structure.channels(cut), tensor_of(cut).dtype
     small = structure.spatial(cut)
     if len(small) != 2 or cut in structure.channels_last:
-        raise PlanError(f"method='dgl' is for maps (N, C, H, W), but '{cut.name}' hands on "
+        raise PlanError(f"method='dgl' is for maps (N, C, H, W), but '{cut.name}' outputs "
                         f"{'x'.join(map(str, structure.shape(cut)))}")
     large = structure.spatial(end)
     classifies = structure.positions(end) <= 1

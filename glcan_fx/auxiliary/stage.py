@@ -1,0 +1,288 @@
+"""Layers of an auxiliary network that stand for a region of the trunk: one convolution with norm and activation."""
+
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.utils import skip_init
+
+from glcan_fx.auxiliary.builder import Builder
+from glcan_fx.auxiliary.tails import fixed_sizes, is_map, name_of, takes_any_size
+from glcan_fx.layers import (
+    ACTIVATIONS,
+    Moments,
+    channel_axis,
+    fits,
+    inner_activation,
+    is_activation,
+    is_norm,
+    moments,
+    narrowed,
+    set_width,
+)
+from glcan_fx.structure.analysis import Structure, ancestors, is_size, tensor_of
+
+if TYPE_CHECKING:
+    pass
+
+
+def stage(
+    build: Builder, start: fx.Node, end: fx.Node, value: fx.Node, present: fx.Node, name: str, width: float, lean: bool
+) -> fx.Node:
+    """One convolution (+ norm + activation) that takes the shape of ``start`` to that of ``end``.
+
+    The geometry (kernel, stride, padding) is that of the source's own down-sampling layers, so that odd sizes round
+    as they do in the source. ``lean``: depthwise and pointwise (Howard et al. 2017, arXiv 1704.04861, section 3.1).
+    """
+    structure = build.structure
+    build.full.add(name)  # made at its final width
+    region = set(region_between(structure, start, end))
+    path = _heaviest_path(structure, region, start, end)
+    rank = len(structure.spatial(end))
+    last_in, last_out = present in structure.channels_last, end in structure.channels_last
+    channels = structure.channels(present)
+    target = narrowed(structure.channels(end), width)
+    if last_in:
+        value = _move_axis(build, value, rank, to_last=False)
+    norm, activation = _kinds(structure, region, path, end)
+    dtype = tensor_of(end).dtype
+    if dtype != tensor_of(present).dtype:
+        value = build.graph.call_method("to", (value, dtype))
+    conv = partial(convolution, build, rank, dtype, norm is None)
+    made = False
+    for before, node in pairwise([start, *path]):
+        if fixes_size_of_all(structure, region, start, node, end) and node not in structure.channels_last:
+            value = repeat(build, node, value, f"{name}.{node.name}")
+            continue
+        if not _shrinks(structure, before, node, start, end):
+            continue
+        module = build.structure.trace.module(node)
+        if made or _is_pool(module):
+            value = _reduce(build, node, module, value, f"{name}.pool")
+            continue
+        geometry = _geometry(module, structure, before, node)
+        if lean:
+            spatial = convolution(build, rank, dtype, False, channels, channels, groups=channels, **geometry)
+            value = build.add(f"{name}.depthwise", spatial, value, fresh=True)
+            geometry = {"kernel_size": 1}
+        value = build.add(f"{name}.conv", conv(channels, target, **geometry), value, fresh=True)
+        made = True
+    pooled = any(_shrinks(structure, a, b, start, end) for a, b in pairwise([start, *path])) and not made
+    if not made and not (pooled and structure.channels(start) == structure.channels(end)):
+        kernel = 3 if pooled and not lean else 1
+        value = build.add(f"{name}.conv", conv(channels, target, kernel_size=kernel, padding=kernel // 2), value,
+                          fresh=True)
+    if last_out:
+        value = _move_axis(build, value, rank, to_last=True)
+    return _normalised(build, value, name, target, norm, activation)
+
+
+def _normalised(
+    build: Builder, value: fx.Node, name: str, channels: int, norm: fx.Node | None, activation: fx.Node | str | None
+) -> fx.Node:
+    """Copies of a norm layer, at another width, and of an activation."""
+    if norm is not None:
+        new = build.clone(str(norm.target))
+        own: Moments = {} if build.draft else moments(new)  # those of the source, whatever its width
+        if not fits(new, channels):
+            set_width(new, channels)
+        value = build.add(f"{name}.norm", new, value)
+        build.moments.update({f"{name}.norm.{k}": v for k, v in own.items()})
+    if activation is not None:
+        value = _activate(build, activation, value, f"{name}.activation")
+    return value
+
+
+_AVERAGE: dict[int, Any] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+
+
+GRID = 3
+"""Places on a side of the map that a hidden perceptron begins with: batch statistics need some behind it, too."""
+
+
+def hidden_layers(build: Builder, tap: fx.Node, value: fx.Node, layers: int, half: bool) -> fx.Node:
+    """Layers of a convolution and the trunk's kinds of norm and activation on ``value``, which stands for ``tap`` and
+    whose mean is taken next: 3x3, on half the size if ``half``, the last two a perceptron on a few places.
+
+    On so small a map they cost little (as in Belilovsky et al. 2020, arXiv 1901.08164, section 4.1), and the mean alone
+    would hide from the module where its features are.
+    """
+    structure, channels, dtype = build.structure, build.structure.channels(tap), tensor_of(tap).dtype
+    sides, last = structure.spatial(tap), tap in build.structure.channels_last
+    rank, start, name = len(sides), structure.chain[0], f"hidden_{tap.name}"
+    region = set(region_between(structure, start, tap))
+    norm, activation = _kinds(structure, region, _heaviest_path(structure, region, start, tap), tap)
+    if norm is not None and len(structure.spatial(norm)) != rank:
+        norm = None
+    few = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}[rank]
+    half = half and min(sides) >= 2 * GRID
+    for index in range(layers):
+        if last:
+            value = _move_axis(build, value, rank, to_last=False)
+        kernel = 3 if index < layers - 2 else 1
+        if index == 0 and kernel == 3 and half:
+            value = build.add(f"{name}.reduced", _AVERAGE[rank](2, ceil_mode=True), value)
+        if index == max(layers - 2, 0) and min(sides) >= GRID:
+            value, kernel = build.add(f"{name}.few", few(GRID), value), 2
+        conv = convolution(build, rank, dtype, norm is None, channels, channels, kernel_size=kernel,
+                           padding=int(kernel == 3))
+        value = build.add(f"{name}.layer{index}.conv", conv, value, fresh=True)
+        if last:
+            value = _move_axis(build, value, rank, to_last=True)
+        value = _normalised(build, value, f"{name}.layer{index}", channels, norm, activation)
+    if not last and not takes_any_size(structure, tap):  # a pooling layer that expects this many places
+        value = build.graph.call_function(F.interpolate, (value,), {"size": sides})
+    return value
+
+
+def repeat(build: Builder, node: fx.Node, value: fx.Node, name: str) -> fx.Node:
+    """An operation without weights, applied to ``value``."""
+    if node.op == "call_module":
+        return build.add(name, build.clone(str(node.target)), value)
+    copied = build.graph.node_copy(node, lambda _: value)
+    copied.meta = {}
+    return copied
+
+
+def fixes_size_of_all(
+    structure: Structure, region: set[fx.Node], start: fx.Node, node: fx.Node, end: fx.Node
+) -> bool:
+    """Whether a node fixes the number of places, and all of the region's values pass it: no branch beside it."""
+    if node not in fixed_sizes(structure):
+        return False
+    reached, stack = {node}, [start]
+    while stack:
+        found = {user for user in stack.pop().users if user in region and not is_size(user)} - reached
+        reached |= found
+        stack += found
+    return node is end or end not in reached
+
+
+def region_between(structure: Structure, start: fx.Node, end: fx.Node) -> list[fx.Node]:
+    """Nodes between two values of the trunk (start excluded, end included), in graph order."""
+    behind, before = ancestors([end]), ancestors([start])
+    return [node for node in structure.trace.graph.nodes if node in behind and node not in before]
+
+
+def _heaviest_path(structure: Structure, region: set[fx.Node], start: fx.Node, end: fx.Node) -> list[fx.Node]:
+    """The path from start (excluded) to end through the region with the most weights and values.
+
+    What has fewer places than the end is beside it (a squeeze-excitation's pooled branch).
+    """
+    places = structure.positions(end)
+    best: dict[fx.Node, tuple[int, fx.Node | None]] = {start: (0, None)}
+    for node in structure.trace.graph.nodes:
+        same_rank = is_map(node) and len(structure.shape(node)) == len(structure.shape(end))
+        if node in region and is_map(node) and not (same_rank and structure.positions(node) < places):
+            above = [(best[source][0], source) for source in node.all_input_nodes if source in best]
+            if above:
+                score, source = max(above, key=lambda pair: pair[0])
+                size = sum(p.numel() for p in structure.trace.parameters(node)) + tensor_of(node).numel()
+                best[node] = score + size, source
+    path: list[fx.Node] = []
+    step = end if end in best else None
+    while step is not None and step is not start:
+        path.append(step)
+        step = best[step][1]
+    return path[::-1]
+
+
+def _shrinks(structure: Structure, before: fx.Node, node: fx.Node, start: fx.Node, end: fx.Node) -> bool:
+    """Whether places are lost on the way from ``start`` to ``end``; attention's heads and scores have none to lose."""
+    a, b, first, last = (structure.spatial(value) for value in (before, node, start, end))
+    swapped = node.op != "call_module" and sorted(structure.shape(before)) == sorted(structure.shape(node))
+    if swapped or not len(a) == len(b) == len(last):
+        return False
+    between = all(y >= z for y, z in zip(b, last, strict=True)) and (
+        len(first) != len(b) or all(y <= x for x, y in zip(first, b, strict=True)))
+    return between and a != b and all(y <= x for x, y in zip(a, b, strict=True))
+
+
+def _is_pool(module: nn.Module | None) -> bool:
+    return module is not None and not any(True for _ in module.parameters())
+
+
+def _reduce(build: Builder, node: fx.Node, module: nn.Module | None, value: fx.Node, name: str) -> fx.Node:
+    """A further reduction of the places: the source's own pooling, or its ratio."""
+    if module is not None and _is_pool(module):
+        return build.add(name, build.clone(str(node.target)), value)
+    before = next(source for source in node.all_input_nodes if is_map(source))
+    scale = [a // b for a, b in zip(build.structure.spatial(before), build.structure.spatial(node), strict=True)]
+    return build.add(name, _AVERAGE[len(scale)](scale[0] if len(scale) == 1 else tuple(scale), ceil_mode=True), value)
+
+
+def _geometry(module: nn.Module | None, structure: Structure, before: fx.Node, node: fx.Node) -> dict[str, Any]:
+    """Kernel, stride, padding and dilation of a down-sampling layer, or some that give the same size."""
+    if module is not None and hasattr(module, "kernel_size") and hasattr(module, "stride"):
+        return {key: getattr(module, key) for key in ("kernel_size", "stride", "padding", "dilation")}
+    a, b = structure.spatial(before), structure.spatial(node)
+    stride = tuple(max(1, round(x / y)) for x, y in zip(a, b, strict=True))
+    if all(y == x // s for x, y, s in zip(a, b, stride, strict=True)) and any(
+            x % s for x, s in zip(a, stride, strict=True)):
+        return {"kernel_size": stride, "stride": stride, "padding": 0, "dilation": 1}
+    kernel = tuple(2 * (s // 2) + 1 for s in stride)
+    return {"kernel_size": kernel, "stride": stride, "padding": tuple(k // 2 for k in kernel), "dilation": 1}
+
+
+def convolution(
+    build: Builder, rank: int, dtype: torch.dtype, bias: bool, channels: int, target: int, **geometry: Any
+) -> nn.Module:
+    """A convolution of the trunk's type; without bias in front of a norm, which would take it away."""
+    kind = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[rank]
+    if build.draft:
+        with build.structure.trace.mode:
+            return kind(channels, target, bias=bias, dtype=dtype, **geometry)
+    conv: nn.Module = skip_init(kind, channels, target, bias=bias, dtype=dtype, **geometry)
+    return conv
+
+
+def initialize(conv: Any) -> None:
+    nn.init.kaiming_uniform_(conv.weight, nonlinearity="relu")
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+
+
+def _move_axis(build: Builder, value: fx.Node, rank: int, *, to_last: bool) -> fx.Node:
+    order = (0, *range(2, rank + 2), 1) if to_last else (0, rank + 1, *range(1, rank + 1))
+    return build.graph.call_function(torch.permute, (value, order))
+
+
+def _kinds(
+    structure: Structure, region: set[fx.Node], path: list[fx.Node], end: fx.Node
+) -> tuple[fx.Node | None, fx.Node | str | None]:
+    """The last norm layer and activation (a module's path, or the node of a function) on the way, or beside it: the
+    source's own kinds. No activation where the norm layer holds one."""
+    norm: fx.Node | None = None
+    activation: fx.Node | str | None = None
+    beside = [node for node in structure.trace.graph.nodes if node in region and node not in path]
+    for node in [*beside, *path]:
+        module = structure.trace.module(node)
+        if module is not None and is_norm(module) and is_map(node):
+            last = channel_axis(module, tensor_of(node)) == -1
+            norm = node if last == (end in structure.channels_last) else norm
+            inner = inner_activation(module)
+            activation = f"{node.target}.{inner}" if inner else activation
+        elif is_map(node) and _is_activation(structure, node, module):
+            activation = str(node.target) if module is not None else node
+    if norm is not None and inner_activation(structure.trace.shadow.get_submodule(str(norm.target))):
+        activation = None
+    return norm, activation
+
+
+def _is_activation(structure: Structure, node: fx.Node, module: nn.Module | None) -> bool:
+    """A torch.nn activation that keeps the shape, called as a module, a function or a method; gates do not count."""
+    found = name_of(structure, node) in ACTIVATIONS if module is None else is_activation(module)
+    sources = [source for source in node.all_input_nodes if is_map(source)]
+    return found and len(sources) == 1 and tensor_of(sources[0]).shape == tensor_of(node).shape
+
+
+def _activate(build: Builder, node: fx.Node | str, value: fx.Node, name: str) -> fx.Node:
+    """The activation of ``node``, with its own arguments, or the module at that path, applied to ``value``."""
+    if isinstance(node, str):
+        return build.add(name, build.clone(node), value)
+    if node.meta["mutates"]:
+        value = build.graph.call_function(torch.clone, (value,))
+    return build.graph.node_copy(node, lambda _: value)

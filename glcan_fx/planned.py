@@ -1,0 +1,178 @@
+"""A plan and the model that it is for."""
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+from torch import nn
+
+from glcan_fx.capture.trace import Report
+from glcan_fx.config import OptimizerLike, Options
+from glcan_fx.errors import PlanError
+from glcan_fx.files import write
+from glcan_fx.plans.plan import LocalModule, Plan
+from glcan_fx.report.dot import PICTURES, picture, plan_dot
+from glcan_fx.report.page import plan_fragment, plan_report
+from glcan_fx.report.table import plan_text
+from glcan_fx.simulate.estimate import Estimate, Memory
+from glcan_fx.simulate.simulator import Simulator
+from glcan_fx.step.build import build
+from glcan_fx.step.local_model import LocalModel, warn_of_unstepped
+from glcan_fx.step.segments import build_segments
+from glcan_fx.step.verify import verify as verify_step
+from glcan_fx.tasks.captured import Captured, Uncaptured
+
+
+class PlannedModel:
+    """A plan and the model that it is for: what it costs, what it looks like, and the model that it builds.
+
+    Prints as a table; with the memory of a training step after ``simulated()``, as printing simulates nothing.
+    """
+
+    def __init__(
+        self, plan: Plan, captured: Captured | Uncaptured, options: Options, simulator: Simulator | None = None
+    ) -> None:
+        self.plan = plan
+        self._captured, self._options = captured, options
+        if simulator is None and isinstance(captured, Captured):
+            simulator = Simulator(captured, options.example_targets)
+        self._simulator = simulator
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, as it was given; planning does not change it."""
+        return self._captured.model
+
+    @property
+    def k(self) -> int:
+        """Number of local modules."""
+        return self.plan.k
+
+    @property
+    def cuts(self) -> tuple[str, ...]:
+        """The split points, in order."""
+        return self.plan.cuts
+
+    @property
+    def modules(self) -> tuple[LocalModule, ...]:
+        """The local modules, in order."""
+        return self.plan.modules
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the planner noticed and tried."""
+        return self.plan.notes
+
+    @property
+    def report(self) -> Report:
+        """How the model was captured."""
+        return self.plan.report
+
+    @cached_property
+    def memory(self) -> Memory:
+        """Simulated memory and compute of a training step with the options' optimizer: of this plan, of
+        backpropagation, and of activation checkpointing on every block. Takes seconds, once.
+
+        Raises PlanError where a step cannot be simulated (for a model that runs as Python, on rung 5).
+        """
+        return self.estimate(self._options.optimizer)
+
+    def estimate(self, optimizer: OptimizerLike = "sgd", *, in_forward: bool = False) -> Memory:
+        """As ``memory``, with another optimizer: "sgd", "adam", a function of the parameters, or None; in_forward: the
+        plan's step with ``optimizer_in_forward``."""
+        return self.simulator.memory(self.plan, optimizer, in_forward)
+
+    def simulated(self) -> "PlannedModel":
+        """The same, after its memory was simulated, so that it prints: ``print(plan.simulated())``."""
+        self._simulated()
+        return self
+
+    def simulate(self, optimizer: OptimizerLike = "sgd", *, in_forward: bool = False) -> Estimate:
+        """The plan's own step alone."""
+        return self.simulator.simulate(self.plan, optimizer, in_forward)
+
+    def backpropagation(self, optimizer: OptimizerLike = "sgd", *, recompute: bool = False) -> Estimate:
+        """A step of the model as it is; recompute: with activation checkpointing on every block."""
+        return self.simulator.backpropagation(optimizer, recompute=recompute)
+
+    @property
+    def simulator(self) -> Simulator:
+        """What simulates training steps of this model. Raises PlanError for a model that runs as Python."""
+        if self._simulator is None:
+            raise PlanError("the memory of a step cannot be simulated: this model's local modules run as Python.")
+        return self._simulator
+
+    def build(self, *, verify: bool | None = None) -> LocalModel:
+        """Build the compiled module; it shares the model's parameters, and the model itself is not changed.
+
+        verify: see ``Options``, whose value is taken where this is None. Raises PlanError where the plan does not fit
+        the model, TraceError where the compiled step computes something else than the model, NotLearningError where a
+        local module gets no gradient.
+        """
+        if isinstance(self._captured, Uncaptured):
+            return build_segments(self.plan, self._captured)
+        local, emitted = build(self.plan, self._captured)
+        if self._options.verify if verify is None else verify:
+            verify_step(local, emitted, self._captured.structure, self._options.example_targets)
+        warn_of_unstepped(local)
+        return local
+
+    def __str__(self) -> str:
+        return plan_text(self.plan, self.__dict__.get("memory"))
+
+    def __repr__(self) -> str:
+        return f"<PlannedModel: {self.plan.model}, {self.k} local modules>"
+
+    @property
+    def blocks(self) -> list[str]:
+        """Paths of the blocks that one would put under activation checkpointing."""
+        if self._simulator is not None:
+            return self._simulator.blocks[1]
+        paths = dict(self.model.named_modules())
+        return [block.name for module in self.modules for block in module.blocks
+                if block.name in paths and any(True for _ in paths[block.name].children())]
+
+    def to_json(self) -> str:
+        """The plan as JSON text; ``Plan.from_json`` reads it back."""
+        return self.plan.to_json()
+
+    def to_dot(self, depth: str | None = None) -> str:
+        """The partition graph in Graphviz's DOT language. depth: "stages" (local modules that are alike as one),
+        "modules", "blocks" or "operators"; None: stages for more than 20 local modules, else modules."""
+        structure = self._captured.structure if isinstance(self._captured, Captured) else None
+        return plan_dot(self.plan, self._simulated(), depth, structure)
+
+    def to_html(self, depth: str | None = None) -> str:
+        """A report as one HTML page, which needs nothing else: the graph, memory over a step, the table, the code."""
+        structure = self._captured.structure if isinstance(self._captured, Captured) else None
+        local = self._simulator.local(self.plan) if self._simulator else None
+        return plan_report(self.plan, self._simulated(), depth, structure, local)
+
+    def save(self, path: str | Path, *, depth: str | None = None) -> None:
+        """Write the plan, as the file's ending says: .html (``to_html``), .json (``to_json``), .txt (the table), .dot,
+        or a picture, .svg, .png or .pdf, for which Graphviz's program ``dot`` must be installed.
+
+        Raises PlanError for another ending, UnsupportedError where ``dot`` is missing. A file that was there stays
+        as it was where writing fails.
+        """
+        path = Path(path)
+        texts: dict[str, Callable[[], str]] = {
+            ".html": lambda: self.to_html(depth), ".json": self.to_json,
+            ".txt": lambda: f"{plan_text(self.plan, self._simulated())}\n", ".dot": lambda: self.to_dot(depth)}
+        ending = path.suffix.lower()
+        if ending not in (*texts, *PICTURES):
+            raise PlanError(f"'{path}': a file that ends in {', '.join((*texts, *PICTURES))}")
+        content = picture(self.to_dot(depth), ending) if ending in PICTURES else texts[ending]().encode()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, content)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the table, and the picture where Graphviz's program ``dot`` is installed."""
+        return plan_fragment(self.plan, self.__dict__.get("memory"))
+
+    def _simulated(self) -> Memory | None:
+        """The simulated memory, where it can be simulated."""
+        try:
+            return self.memory
+        except PlanError:
+            return None

@@ -1,0 +1,78 @@
+"""Plans as JSON text."""
+
+import dataclasses
+import json
+from typing import Any, TypeVar
+
+import cattrs
+from cattrs.preconf.json import make_converter
+
+from glcan_fx.auxiliary.method import Method
+from glcan_fx.errors import PlanError
+from glcan_fx.methods import METHODS
+from glcan_fx.tasks import Spec
+
+_FORMAT, _VERSION = "glcan_fx.plan", 5
+
+_P = TypeVar("_P")
+
+
+def plan_to_json(plan: Any) -> str:
+    """A plan as JSON text."""
+    data = _CONVERTER.unstructure(plan)
+    del data["reads"]  # of a compiled model
+    return json.dumps({"format": _FORMAT, "version": _VERSION, **data}, indent=1)
+
+
+def plan_from_json(text: str, kind: type[_P]) -> _P:
+    """Read ``plan_to_json``'s text. Raises PlanError for text that is not a plan, with what is wrong and where."""
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise PlanError(f"this is not a plan in JSON: {error}") from error
+    if not isinstance(data, dict) or data.pop("format", None) != _FORMAT:
+        raise PlanError(f"this is not a plan in JSON: it has no \"format\": \"{_FORMAT}\"")
+    if data.pop("version", None) != _VERSION:
+        raise PlanError(f"this is not a plan of format version {_VERSION}: make it again with glcan_fx.plan()")
+    try:
+        return _CONVERTER.structure(data, kind)
+    except cattrs.BaseValidationError as error:
+        raise PlanError(f"this is not a plan in JSON, or was edited wrongly: {'; '.join(cattrs.transform_error(error))}"
+                        ) from error
+
+
+def _method_to_data(method: Method) -> dict[str, Any]:
+    options = {field.name: getattr(method, field.name) for field in dataclasses.fields(method) if field.name != "rules"}
+    return {"name": method.name, **options}
+
+
+def _method_from_data(data: dict[str, Any], _: Any) -> Method:
+    options = dict(data)
+    name = options.pop("name", None)
+    if name not in METHODS:
+        raise ValueError(f"method {name!r}: known are {', '.join(METHODS)}")
+    return METHODS[name](**options)
+
+
+def _inputs_from_data(value: Any) -> Any:
+    if isinstance(value, dict) and set(value) == {"shape", "dtype"}:
+        return Spec(tuple(value["shape"]), value["dtype"])
+    if isinstance(value, dict):
+        return {key: _inputs_from_data(part) for key, part in value.items()}
+    return tuple(_inputs_from_data(part) for part in value) if isinstance(value, list) else value
+
+
+def _inputs(value: Any, _: Any) -> Any:
+    if not isinstance(value, list | dict):
+        raise ValueError("inputs are neither a list nor named")
+    return _inputs_from_data(value)
+
+
+def _is_method(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Method)
+
+
+_CONVERTER = make_converter(forbid_extra_keys=True)
+_CONVERTER.register_unstructure_hook_func(_is_method, _method_to_data)
+_CONVERTER.register_structure_hook_func(_is_method, _method_from_data)
+_CONVERTER.register_structure_hook_func(lambda kind: kind is Any, _inputs)

@@ -1,0 +1,24 @@
+"""Amounts of memory, for people and from them."""
+
+import re
+
+from glcan_fx.errors import PlanError
+
+_UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    if count < 2**20:
+        return f"{count / 2**10:.1f} KiB"
+    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
+
+
+def in_bytes(budget: int | float | str) -> int:
+    """A memory budget in bytes, given as a number or as text ("6GiB", "500 MB"). Raises PlanError for anything else."""
+    if not isinstance(budget, bool) and isinstance(budget, int | float) and budget > 0:
+        return int(budget)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", budget.lower()) if isinstance(budget, str) else None
+    if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
+        raise PlanError(f"memory_budget={budget!r}: give bytes, or text such as '6GiB'")
+    return int(float(match[1]) * _UNITS[match[2]])
