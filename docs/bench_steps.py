@@ -34,6 +34,7 @@ def work() -> None:
     import torchvision
 
     import glcan_fx
+from glcan_fx.methods import GLCAN
     from glcan_fx.models import edsr, retinanet, yolo
 
     torch.set_num_threads(1)
@@ -57,7 +58,7 @@ def work() -> None:
             given = x, torch.randn(size[0], 3, size[2] * 2, size[3] * 2)
         else:
             model = getattr(torchvision.models, name)(num_classes=10)
-            local = glcan_fx.transform(model, k=k, criterion=F.cross_entropy, example_inputs=x, aux_hidden=2, **fixed)
+            local = glcan_fx.transform(model, k=k, criterion=F.cross_entropy, example_inputs=x, **fixed, method=GLCAN(hidden=2))
             given = x, torch.arange(size[0]) % 10
         local.train()
         return local, torch.optim.SGD(local.parameters(), 1e-4), given

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 
 import glcan_fx
+from glcan_fx import Options
 from glcan_fx.models import retinanet
 from glcan_fx.models.load import load
 from glcan_fx.models.presets import PRESETS
@@ -157,7 +158,7 @@ def stepping() -> list[dict[str, Any]]:
     for name in ("retinanet-r50", "retinanet-r152", "edsr-full", "resnet34"):
         preset, (k, budget) = PRESETS[name], BUDGETS[name]
         plan = glcan_fx.plan(load(preset.target, preset.kwargs), k=k, task=preset.task, memory_budget=f"{budget}GiB",
-                             example_inputs=torch.empty(preset.inputs[0], device="meta"), optimizer=preset.optimizer)
+                             example_inputs=torch.empty(preset.inputs[0], device="meta"), options=Options(optimizer=preset.optimizer))
         for optimizer in ("sgd", "adam"):
             ordinary, inside = (plan.estimate(optimizer, in_forward=inside).plan for inside in (False, True))
             rows.append({"preset": name, "k": plan.k, "optimizer": optimizer, "ordinary": ordinary.peak,

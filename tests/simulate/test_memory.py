@@ -20,7 +20,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import RetinaNetClassificationHead
 
 import glcan_fx
-from glcan_fx import PlanError, UnsupportedError
+from glcan_fx import Options, PlanError, UnsupportedError
+from glcan_fx.methods import GLCAN
 from glcan_fx.models import edsr, retinanet, yolo
 from glcan_fx.peak_memory import PeakMemory
 from glcan_fx.planner.search import in_bytes
@@ -152,7 +153,7 @@ def test_estimates_for_models_plans_and_compiled_models() -> None:
                             (glcan_fx.estimate_memory(plan.apply(model)), plan.memory.plan)):
         assert expected is not None and found.flops == expected.flops
         assert found.peak == pytest.approx(expected.peak, abs=4096)  # labels may have been seen before
-    adam = glcan_fx.estimate_memory(model, x, task="classification", optimizer="adam")
+    adam = glcan_fx.estimate_memory(model, x, task="classification", options=Options(optimizer="adam"))
     assert adam.parts["optimiser state"] == pytest.approx(2 * whole.parts["optimiser state"], rel=0.01)
     assert adam.peak > whole.peak
     again = glcan_fx.Plan.from_json(plan.to_json())
@@ -180,7 +181,7 @@ def test_simulating_leaves_a_criterions_state_alone() -> None:
 
     model, given, x, y = classifier()
     criterion, before = Scaled(), [p.clone() for p in model.parameters()]
-    local = glcan_fx.transform(model, criterion=criterion, example_inputs=x, example_targets=y).train()
+    local = glcan_fx.transform(model, criterion=criterion, example_inputs=x, options=Options(example_targets=y)).train()
     assert type(criterion.mean) is Tensor and criterion.mean == 1
     optimizer = torch.optim.SGD(local.parameters(), lr=0.1)
     local(x, y).loss.backward()
@@ -192,7 +193,7 @@ def test_simulating_leaves_a_criterions_state_alone() -> None:
 def test_an_optimizer_that_is_none() -> None:
     model, given, _, _ = classifier()
     with pytest.raises(PlanError, match="optimizer='sdg': choose 'sgd' or 'adam'"):
-        glcan_fx.plan(model, optimizer="sdg", **given)
+        glcan_fx.plan(model, **given, options=Options(optimizer="sdg"))
 
 
 def test_blocks_that_change_their_inputs() -> None:
@@ -230,7 +231,7 @@ class Picky(nn.Module):
 
 def test_a_criterion_of_ones_own_is_simulated_on_example_targets() -> None:
     model, given, x, y = classifier()
-    plan = glcan_fx.plan(model, k="natural", criterion=Picky(), example_inputs=x, example_targets=y)
+    plan = glcan_fx.plan(model, k="natural", criterion=Picky(), example_inputs=x, options=Options(example_targets=y))
     assert plan.memory.plan.peak > 0
 
 
@@ -276,7 +277,7 @@ def test_slices_have_the_whole_batchs_gradients(case: str, slices: int) -> None:
     if case == "RetinaNet":
         targets = [boxes(count) for count in (0, 1, 2, 5)]
     plan = glcan_fx.plan(model, k=2, **given)
-    same(plan, glcan_fx.plan(model, k=2, slices=slices, **given), model, inputs, targets, 1e-4)
+    same(plan, glcan_fx.plan(model, k=2, **given, options=Options(slices=slices)), model, inputs, targets, 1e-4)
 
 
 def test_slices_need_less_memory() -> None:
@@ -315,7 +316,7 @@ def test_the_last_modules_loss_from_class_ids(case: str) -> None:
     model, given, inputs, _ = CASES[case]()
     targets = [boxes(count) for count in (0, 1, 2, 5)]
     plan = glcan_fx.plan(model, k=1, **given)
-    fused = glcan_fx.plan(model, k=1, fused_loss=True, **given)
+    fused = glcan_fx.plan(model, k=1, **given, options=Options(fused_loss=True))
     same(plan, fused, model, inputs, targets, 1e-4)
 
 
@@ -365,7 +366,7 @@ def test_auxiliary_networks_stay_within_their_compute(model: nn.Module, task: st
     given = {"task": task, "example_inputs": torch.empty(4, 3, size, size, device="meta")}
     plan = glcan_fx.plan(model, k="natural", **given)
     assert plan.memory.plan.flops <= 1.05 * plan.memory.backpropagation.flops
-    full = glcan_fx.plan(model, k="natural", aux_width=1.0, head="full", **given)
+    full = glcan_fx.plan(model, k="natural", **given, method=GLCAN(width=1.0, head="full"))
     assert full.memory.plan.flops > plan.memory.plan.flops
 
 
@@ -374,7 +375,7 @@ def test_a_budget_that_only_leaner_networks_meet() -> None:
     given = {"task": "classification", "example_inputs": torch.empty(64, 3, 64, 64, device="meta")}
     rich = glcan_fx.plan(model, k="natural", **given)
     k = list(rich.natural)
-    lean = glcan_fx.plan(model, k=k, head="lean", aux_width=0.125, aux_hidden=0, **given)
+    lean = glcan_fx.plan(model, k=k, **given, method=GLCAN(head="lean", width=0.125, hidden=0))
     assert lean.memory.plan.peak < 0.98 * rich.memory.plan.peak
     budget = lean.memory.plan.peak + 1
     plan = glcan_fx.plan(model, k=k, memory_budget=budget, **given)
@@ -383,7 +384,7 @@ def test_a_budget_that_only_leaner_networks_meet() -> None:
 
 def test_a_lean_super_resolution_network_predicts_from_its_own_output() -> None:
     model, given, x, y = super_resolution()
-    local = glcan_fx.transform(model, k="natural", head="lean", **given).train()
+    local = glcan_fx.transform(model, k="natural", **given, method=GLCAN(head="lean")).train()
     network = local.aux.get_submodule("1.network")
     weights = [part for part in network.modules() if isinstance(part, nn.Conv2d)]
     assert len(weights) == 1 and weights[0].out_channels == 12
@@ -394,7 +395,7 @@ def test_a_lean_super_resolution_network_predicts_from_its_own_output() -> None:
 
 def test_a_lean_detector_has_one_anchor_at_each_place_of_coarse_levels() -> None:
     model, given, inputs, targets = CASES["RetinaNet"]()
-    local = glcan_fx.transform(model, k=3, head="lean", aux_stride=16, **given).train()
+    local = glcan_fx.transform(model, k=3, **given, method=GLCAN(head="lean", stride=16)).train()
     assert all(module.levels == (1, 2, 3, 4) for module in local.plan.modules[:-1])
     detector = local.aux.get_submodule("0.head.detector")
     assert detector.anchor_generator.num_anchors_per_location() == [1, 1, 1, 1]
@@ -490,7 +491,7 @@ class Learned(nn.Module):
 def test_simulating_leaves_a_criterion_alone() -> None:
     model, _, x, y = classifier()
     learned = Learned()
-    plan = glcan_fx.plan(model, k=2, criterion=learned, example_inputs=x, example_targets=y)
+    plan = glcan_fx.plan(model, k=2, criterion=learned, example_inputs=x, options=Options(example_targets=y))
     plan.estimate(lambda parameters: torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.5))
     assert type(learned.mean) is Tensor and learned.mean == 0
     assert learned.scale.grad is None and learned.scale == 1
@@ -503,7 +504,7 @@ def test_slices_train_a_criterion() -> None:
     for slices in (1, 2):
         torch.manual_seed(0)
         learned = Learned()
-        local = glcan_fx.transform(copy.deepcopy(model), criterion=learned, slices=slices, **given).train()
+        local = glcan_fx.transform(copy.deepcopy(model), criterion=learned, **given, options=Options(slices=slices)).train()
         local(x, y).loss.backward()
         grads.append(learned.scale.grad)
     torch.testing.assert_close(grads[1], grads[0])
@@ -532,7 +533,7 @@ def test_slices_of_shared_gradients_and_of_dataclasses() -> None:
     found = []
     for slices in (1, 2):
         torch.manual_seed(0)
-        local = glcan_fx.transform(copy.deepcopy(model), slices=slices, **given).train()
+        local = glcan_fx.transform(copy.deepcopy(model), **given, options=Options(slices=slices)).train()
         out = local(x, y)
         out.loss.backward()
         found.append((local.p.grad, local.q.grad, out.output.logits))
@@ -562,7 +563,7 @@ def test_a_loss_of_ones_own_is_not_replaced() -> None:
     model, given, inputs, targets = CASES["RetinaNet"]()
     model.head.classification_head.__class__ = Tenfold
     plain = sum(model.train()(inputs, targets).values())
-    local = glcan_fx.transform(model, k=1, fused_loss=True, **given).train()
+    local = glcan_fx.transform(model, k=1, **given, options=Options(fused_loss=True)).train()
     torch.testing.assert_close(loss_of(local(inputs, targets)), plain)
     assert not glcan_fx.Detection().fuses_losses(model)
 
@@ -630,7 +631,7 @@ def test_a_budget_promises_no_slices_that_a_step_refuses() -> None:
     x, y = torch.rand(4, 3, 32, 32), torch.rand(4, 3, 64, 64)
     model, given = NormInTail(), {"task": "super_resolution", "example_inputs": x}
     with pytest.raises(PlanError, match=r"slices=2: 'up.2' keeps statistics"):
-        glcan_fx.transform(model, k="natural", slices=2, **given)
+        glcan_fx.transform(model, k="natural", **given, options=Options(slices=2))
     budget = int(0.9 * glcan_fx.estimate_memory(model, x, task="super_resolution").peak)
     plan = glcan_fx.plan(model, memory_budget=budget, **given)
     assert plan.options.slices == 1
@@ -663,12 +664,12 @@ def test_what_cannot_be_simulated_can_still_be_printed_and_saved() -> None:
         return F.cross_entropy(outputs, targets) * float(outputs.detach().numpy().max())
 
     model, _, x, y = classifier()
-    plan = glcan_fx.plan(model, k=2, criterion=numpys, example_inputs=x, example_targets=y)
+    plan = glcan_fx.plan(model, k=2, criterion=numpys, example_inputs=x, options=Options(example_targets=y))
     assert "cannot be simulated" in str(plan)
     assert glcan_fx.Plan.from_json(plan.to_json()) == plan
     with pytest.raises(PlanError, match="cannot be simulated"):
         glcan_fx.estimate_memory(plan)
-    meta = glcan_fx.plan(model, k=2, criterion=F.cross_entropy, example_inputs=x, example_targets=y.to("meta"))
+    meta = glcan_fx.plan(model, k=2, criterion=F.cross_entropy, example_inputs=x, options=Options(example_targets=y.to("meta")))
     assert meta.memory.plan.peak > 0
 
 

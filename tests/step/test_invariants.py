@@ -22,6 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import glcan_fx
 from glcan_fx import LocalModel, LocalOutput
+from glcan_fx.methods import GLCAN
 from glcan_fx.models import edsr, retinanet
 
 
@@ -275,7 +276,7 @@ class PlainUNet(nn.Module):
 
 def test_5_values_of_one_shared_activation_are_different_taps():
     case = CASES[-1]
-    local = glcan_fx.transform(PlainUNet(), k="natural", task=case.task, example_inputs=case.example, head="light")
+    local = glcan_fx.transform(PlainUNet(), k="natural", task=case.task, example_inputs=case.example, method=GLCAN(head="light"))
     assert built(local, case) == local.plan.k == 3
     for index, module in enumerate(local.plan.modules[:-1]):
         assert len({feature.tap for feature in module.features}) == 3

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import glcan_fx
+from glcan_fx.methods import GLCAN
 
 
 class LongSkip(nn.Module):
@@ -61,7 +62,7 @@ def test_training_output_is_the_models(model, head):
     reference = copy.deepcopy(net).train()
     local = glcan_fx.transform(
         net, criterion=lambda out, y: sum(o.square().mean() for o in (out if isinstance(out, tuple) else (out,))),
-        k="natural", example_inputs=torch.empty(2, 3, 8, 8), head=head,
+        k="natural", example_inputs=torch.empty(2, 3, 8, 8), method=GLCAN(head=head),
     )
     assert local.plan.k > 1
     x = torch.randn(2, 3, 8, 8)
@@ -80,7 +81,7 @@ def test_features_are_what_the_auxiliary_network_reads() -> None:
     for model, task, size in ((UNet(), "segmentation", (2, 3, 64, 64)),
                               (edsr(blocks=3, channels=16), "super_resolution", (2, 3, 16, 16))):
         for head in ("lean", "light"):
-            plan = glcan_fx.plan(model, k="natural", task=task, example_inputs=torch.empty(size), head=head)
+            plan = glcan_fx.plan(model, k="natural", task=task, example_inputs=torch.empty(size), method=GLCAN(head=head))
             local = plan.apply(model)
             for index, module in enumerate(plan.modules[:-1]):
                 network = local.aux.get_submodule(f"{index}.network")

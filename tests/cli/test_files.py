@@ -237,7 +237,7 @@ def test_records_and_pictures_on_a_full_disk(tmp_path):
 
 
 def test_a_training_program_keeps_its_last_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
     import training
 
     net = torch.nn.Linear(100, 100)

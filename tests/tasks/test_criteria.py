@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import glcan_fx
-from glcan_fx import CriterionError, StatefulCriterionWarning
+from glcan_fx import CriterionError, Options, StatefulCriterionWarning
 from glcan_fx.tasks.criteria import NamedLoss
 
 
@@ -199,7 +199,7 @@ def test_dataclasses_and_named_tuples_are_named_values():
 
 
 def test_slices_know_metrics():
-    local = compiled(with_total, k=2, slices=2)
+    local = compiled(with_total, k=2, options=Options(slices=2))
     out = local(*batch())
     assert set(out.losses[-1]) == NAMED[with_total]
     torch.testing.assert_close(out.loss, compiled(plain, k=2)(*batch()).loss)

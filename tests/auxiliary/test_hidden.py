@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import glcan_fx
 from glcan_fx import PlanError
+from glcan_fx.methods import GLCAN
 from glcan_fx.models import edsr
 from glcan_fx.plans.plan import Plan
 
@@ -96,8 +97,7 @@ def test_hidden_layers_are_trained(name: str, batch: int) -> None:
     make, size = MODELS[name]
     model = make()
     x, y = torch.randn(batch, *size), torch.randint(5, (batch,))
-    plan = glcan_fx.plan(model, k="natural", task="classification", example_inputs=x, aux_hidden=3, aux_width=0.5,
-                         head="lean")
+    plan = glcan_fx.plan(model, k="natural", task="classification", example_inputs=x, method=GLCAN(hidden=3, width=0.5, head="lean"))
     assert plan.options.hidden == 3 and "3 hidden layers" in str(plan) and Plan.from_json(plan.to_json()) == plan
     local = plan.apply(model).train()
     hidden = {n: p for n, p in local.named_parameters() if ".hidden_" in n and n.endswith("conv.weight")}
@@ -112,7 +112,7 @@ def test_hidden_layers_are_trained(name: str, batch: int) -> None:
 def test_what_they_are() -> None:
     """3x3 on half the size, then a perceptron that begins with a few places; of the auxiliary network's width."""
     x = torch.empty(2, 3, 24, 24, device="meta")
-    local = glcan_fx.transform(Net(), k=2, task="classification", example_inputs=x, aux_hidden=3, aux_width=0.5)
+    local = glcan_fx.transform(Net(), k=2, task="classification", example_inputs=x, method=GLCAN(hidden=3, width=0.5))
     shapes = []
     network = local.aux.get_submodule("0.network").train()
     for name, part in network.named_modules():
@@ -134,7 +134,7 @@ def test_without_a_mean_there_are_none(model: nn.Module, size: int, task: str) -
     given = {"task": task, "example_inputs": torch.empty(2, 3, size, size, device="meta")}
     assert glcan_fx.plan(model, k="natural", **given).options.hidden == 0
     with pytest.raises(PlanError, match="aux_hidden=2.*no mean over all places"):
-        glcan_fx.plan(model, k="natural", aux_hidden=2, **given)
+        glcan_fx.plan(model, k="natural", **given, method=GLCAN(hidden=2))
 
 
 @pytest.mark.parametrize("make", [Slopes, Flat, Window, Net])
@@ -145,7 +145,7 @@ def test_a_plan_takes_what_can_be_built(make: Callable[[], nn.Module]) -> None:
     assert plan.k > 2
     if make is not Flat:  # flattened maps cost more to make than such a small network has
         assert plan.memory.plan.flops <= 1.05 * plan.memory.backpropagation.flops
-    narrow = glcan_fx.plan(make(), k="natural", task="classification", example_inputs=x, aux_width=0.5)
+    narrow = glcan_fx.plan(make(), k="natural", task="classification", example_inputs=x, method=GLCAN(width=0.5))
     assert narrow.options.width == 0.5
 
 

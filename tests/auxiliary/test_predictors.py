@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import glcan_fx
 from glcan_fx import LocalModel, Plan, PlanError
 from glcan_fx.layers import weights_in
+from glcan_fx.methods import GLCAN
 from glcan_fx.models import edsr, retinanet
 
 BOXES = {"boxes": torch.tensor([[10.0, 12.0, 50.0, 40.0]]), "labels": torch.tensor([1])}
@@ -48,7 +49,7 @@ def case(request) -> tuple[str, nn.Module, Plan, Plan, tuple[Any, ...]]:
     """Name, model, a plan that shares, one that does not, a batch."""
     torch.manual_seed(0)
     model, given, inputs = CASES[request.param]()
-    plan = glcan_fx.plan(model, predictors="shared", **given)
+    plan = glcan_fx.plan(model, **given, method=GLCAN(predictors="shared"))
     return request.param, model, plan, glcan_fx.plan(model, **given), inputs
 
 
@@ -98,8 +99,7 @@ def test_parameters_are_fewer_and_counted_once(case):
 
 def test_other_shapes_are_not_shared():
     """A narrower network behind the first modules; the third predicts from its own channels."""
-    plan = glcan_fx.plan(Net(), k="natural", task="classification", example_inputs=EXAMPLE, aux_width=0.5,
-                         predictors="shared")
+    plan = glcan_fx.plan(Net(), k="natural", task="classification", example_inputs=EXAMPLE, method=GLCAN(width=0.5, predictors="shared"))
     local = plan.apply(Net()).train()
     assert shared(local) == [[f"{index}.network.tail.fc.{name}" for index in (0, 1)] for name in ("weight", "bias")]
     local(*batch()).loss.backward()
@@ -166,12 +166,12 @@ def test_where_it_cannot_be_had():
 
     given: dict[str, Any] = {"task": "classification", "example_inputs": EXAMPLE}
     with pytest.raises(PlanError, match="predictors.*need a model that can be captured"):
-        glcan_fx.plan(Branches(), k="natural", predictors="shared", **given)
+        glcan_fx.plan(Branches(), k="natural", **given, method=GLCAN(predictors="shared"))
     plan = glcan_fx.plan(Branches(), k="natural", **given)
     with pytest.raises(PlanError, match="runs as Python"):
         replace(plan, options=replace(plan.options, predictors="shared")).apply(Branches())
     with pytest.raises(PlanError, match="predictors='yes': choose 'own', 'shared' or 'model'"):
-        glcan_fx.plan(Net(), k="natural", predictors="yes", **given)
+        glcan_fx.plan(Net(), k="natural", **given, method=GLCAN(predictors="yes"))
 
 
 # ---------------------------------------------------------------------------------------------- the model's own
@@ -191,7 +191,7 @@ def reading(request) -> tuple[nn.Module, Plan, tuple[Any, ...], str, str]:
     torch.manual_seed(0)
     make, path, source = READ[request.param]
     model, given, inputs = make()
-    return model, glcan_fx.plan(model, predictors="model", **given), inputs, path, source
+    return model, glcan_fx.plan(model, **given, method=GLCAN(predictors="model")), inputs, path, source
 
 
 def step_by_hand(local: LocalModel, inputs: tuple[Any, ...], path: str, source: str) -> dict[str, Tensor]:
@@ -252,8 +252,7 @@ def test_copies_read_their_own_model(reading):
 
 def test_a_predictor_that_is_replaced_is_read():
     """Another number of classes: the auxiliary networks follow."""
-    local = glcan_fx.transform(Net(), k="natural", task="classification", example_inputs=EXAMPLE, aux_width=1.0,
-                               predictors="model")
+    local = glcan_fx.transform(Net(), k="natural", task="classification", example_inputs=EXAMPLE, method=GLCAN(width=1.0, predictors="model"))
     local.fc = nn.Linear(local.original.fc.in_features, 3)
     out = local.train()(EXAMPLE, torch.zeros(len(EXAMPLE), dtype=torch.int64))
     out.loss.backward()
@@ -286,11 +285,11 @@ def test_what_is_left_out_suits_the_models_predictor():
     given = {"task": "classification", "example_inputs": torch.empty(8, 3, 64, 64, device="meta"), "k": 3}
     model = torchvision.models.resnet50(num_classes=10)
     assert glcan_fx.plan(model, **given).options.width < 1
-    plan = glcan_fx.plan(model, predictors="model", **given)
+    plan = glcan_fx.plan(model, **given, method=GLCAN(predictors="model"))
     assert plan.options.width == 1 and "the model's predictors" in str(plan)
 
 
 def test_where_no_network_has_the_models_predictor():
     model, given, _ = detector()
     with pytest.raises(PlanError, match="predictors='model': no auxiliary network ends with a layer of the shape"):
-        glcan_fx.plan(model, predictors="model", **given)
+        glcan_fx.plan(model, **given, method=GLCAN(predictors="model"))

@@ -14,7 +14,7 @@ from torchvision.models import get_model, get_model_builder
 
 import glcan_fx
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "docs"))
 from make_models import flow_criterion, kind_of, names  # noqa: E402
 
 SMALL = (  # but for maxvit, mvit and s3d, which take large inputs only, and detectors that other tests have

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import glcan_fx
 from glcan_fx import GlcanFxError, LocalModel, Plan, PlanError, TargetError, TraceError
 from glcan_fx.capture.trace import trace
+from glcan_fx.methods import GLCAN
 from glcan_fx.models import retinanet
 
 EMPTY = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
@@ -383,7 +384,7 @@ def test_plan_for_a_model_that_needs_a_criterion():
 def test_plan_and_other_options():
     model, plan = Net(), made()
     with untouched(model), pytest.raises(PlanError, match="already decides k, head"):
-        glcan_fx.transform(model, plan=plan, k=2, head="full")
+        glcan_fx.transform(model, plan=plan, k=2, method=GLCAN(head="full"))
 
 
 def test_plan_that_is_none():

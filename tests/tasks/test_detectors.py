@@ -13,6 +13,7 @@ from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, Keypoi
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 import glcan_fx
+from glcan_fx.methods import GLCAN
 from glcan_fx.models import retinanet, yolo
 
 
@@ -63,7 +64,7 @@ def test_detector_trains_and_evaluates_as_before(name: str, head: str) -> None:
     model = DETECTORS[name]()
     original = copy.deepcopy(model).eval()
     natural = glcan_fx.plan(model, k="natural", task="detection").natural
-    local = glcan_fx.transform(model, k=[natural[len(natural) // 2]], task="detection", head=head)
+    local = glcan_fx.transform(model, k=[natural[len(natural) // 2]], task="detection", method=GLCAN(head=head))
     images, targets = batch(name)
 
     with torch.no_grad():
@@ -134,7 +135,7 @@ class TwoLevels(glcan_fx.Rules):
 def test_rules_choose_levels_and_weights(name: str) -> None:
     model = DETECTORS[name]()
     natural = glcan_fx.plan(model, k="natural", task="detection").natural
-    local = glcan_fx.transform(model, k=[natural[2]], task="detection", rules=TwoLevels())
+    local = glcan_fx.transform(model, k=[natural[2]], task="detection", method=GLCAN(rules=TwoLevels()))
     assert local.plan.modules[0].levels == (1, 2)
     assert 2.0 in local.plan.modules[0].sigma
     losses = local.train()(*batch(name))
@@ -153,8 +154,8 @@ def test_sigma_scales_what_the_module_sees_and_not_the_loss() -> None:
         torch.manual_seed(0)
         model = retinanet(18, num_classes=3, fpn_channels=32, extra_levels=False, min_size=64, max_size=64,
                           anchor_sizes=((8,), (16,), (32,)))
-        local = glcan_fx.transform(model, k=["backbone.body.layer2"], task="detection", rules=rules,
-                                   example_inputs=torch.empty(2, 3, 64, 64)).train()
+        local = glcan_fx.transform(model, k=["backbone.body.layer2"], task="detection",
+                                   example_inputs=torch.empty(2, 3, 64, 64), method=GLCAN(rules=rules)).train()
         torch.manual_seed(1)
         loss = local(*batch("RetinaNet"))["loss_local_0"]
         loss.backward()

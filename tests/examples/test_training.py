@@ -15,8 +15,8 @@ from PIL import Image
 
 from glcan_fx import LocalModel
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 METHODS = ("bp", "checkpoint", "dgl", "glcan")
 real = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not here")
 

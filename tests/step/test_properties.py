@@ -1,6 +1,6 @@
 """What must hold for any network: semantics, isolation, gradients, structure, round trips, memory.
 
-Architectures are drawn by hypothesis (architectures.py); references are plain autograd (reference.py).
+Architectures are drawn by hypothesis (zoo.py); references are plain autograd (reference.py).
 """
 
 import copy
@@ -17,7 +17,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from architectures import CLASSES, FAMILIES, Architecture, ConvNormAct, architectures, criterion
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from reference import gradients, hooked_gradients, isolation, raw_losses, scalar, summed_loss_gradients
@@ -29,8 +28,10 @@ from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+from zoo import CLASSES, FAMILIES, Architecture, ConvNormAct, architectures, criterion
 
 import glcan_fx
+from glcan_fx.methods import GLCAN
 from glcan_fx.peak_memory import PeakMemory
 
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -624,8 +625,7 @@ def natural_partition(name: str, pixels: int) -> int:
     with torch.device("meta"):
         model = getattr(torchvision.models, name)(num_classes=4)
     example = torch.empty(2, 3, pixels, pixels)
-    plan = glcan_fx.plan(model, k="natural", task="classification", example_inputs=example, head="lean", aux_width=0.25,
-                         aux_hidden=0)
+    plan = glcan_fx.plan(model, k="natural", task="classification", example_inputs=example, method=GLCAN(head="lean", width=0.25, hidden=0))
     blocks = [f"layer{i}.{j}" for i in range(1, 5) for j in range(len(model.get_submodule(f"layer{i}")))]
     assert plan.cuts == ("maxpool", *blocks[:-1])
     return plan.k
@@ -669,7 +669,7 @@ def test_nothing_saved_for_backward_outlives_its_module(
     family: str, head: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = four_blocks(family, norm="layer", act="functional")
-    local = compiled(net, head=head)
+    local = compiled(net, method=GLCAN(head=head))
     alive: weakref.WeakSet[Kept] = weakref.WeakSet()
     seen: list[tuple[int, int]] = []  # at each boundary: saved in this module, still kept
     count = 0
@@ -899,7 +899,7 @@ def test_attention_is_no_hourglass(tokens: int) -> None:
 @pytest.mark.parametrize("act", ["inplace", "functional_inplace", "method_inplace", "silu_inplace"])
 def test_copied_blocks_may_begin_in_place(act: str) -> None:
     net = Architecture("preactivation", 8, ((8, 1),) * 4, norm="none", act=act)
-    local, plain = compiled(net, aux_depth=2), net.build()
+    local, plain = compiled(net, method=GLCAN(depth=2)), net.build()
     images, targets = net.batch()
     expected = summed_loss_gradients(local, images, targets)
     out = local(images, targets)
@@ -927,7 +927,7 @@ class Embedding(Small):
 def test_narrow_networks_predict_in_full_width(family: str, width: float) -> None:
     net = Architecture(family, 8, ((8, 1),) * 2)
     model = Embedding() if family == "embedding" else net.build()
-    local = glcan_fx.transform(model, k="natural", criterion=criterion, example_inputs=net.example(), aux_width=width)
+    local = glcan_fx.transform(model, k="natural", criterion=criterion, example_inputs=net.example(), method=GLCAN(width=width))
     with predictions(local) as predicted:
         out = step(local, net)
     assert [found.shape for found in predicted] == [out.output.shape] * (local.plan.k - 1)

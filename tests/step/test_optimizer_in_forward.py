@@ -17,7 +17,8 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import glcan_fx
-from glcan_fx import LocalModel, PlanError, UnsupportedError
+from glcan_fx import LocalModel, Options, PlanError, UnsupportedError
+from glcan_fx.methods import GLCAN
 from glcan_fx.models import retinanet
 from glcan_fx.peak_memory import PeakMemory
 from glcan_fx.simulate.estimate import OPTIMIZERS
@@ -39,8 +40,7 @@ def compiled_detector() -> LocalModel:
     torch.manual_seed(0)
     model = retinanet(depth=18, num_classes=3, fpn_channels=32, extra_levels=False, anchor_sizes=((8,), (16,), (32,)),
                       min_size=64, max_size=64)
-    return glcan_fx.transform(model, task="detection", k=4, example_inputs=torch.empty(2, 3, 64, 64), head="light",
-                              aux_width=0.25)
+    return glcan_fx.transform(model, task="detection", k=4, example_inputs=torch.empty(2, 3, 64, 64), method=GLCAN(head="light", width=0.25))
 
 
 def detector() -> LocalModel:
@@ -108,8 +108,7 @@ def test_savings_go_together(options):
     def make() -> LocalModel:
         torch.manual_seed(0)
         model = Net(norm=lambda channels: nn.GroupNorm(2, channels))
-        plan = glcan_fx.plan(model, k="natural", task="classification", example_inputs=EXAMPLE,
-                             slices=options.get("slices", 1))
+        plan = glcan_fx.plan(model, k="natural", task="classification", example_inputs=EXAMPLE, options=Options(slices=options.get("slices", 1)))
         if "recompute" in options:
             plan = replace(plan, modules=tuple(replace(module, recompute=True) for module in plan.modules))
         return plan.apply(model)
@@ -537,7 +536,7 @@ def test_simulated_and_real_peaks(name):
             loss.backward()
             optimizer.step()
         peaks[in_forward] = memory.bytes
-        simulated = glcan_fx.estimate_memory(plan, optimizer=name, in_forward=in_forward)
+        simulated = glcan_fx.estimate_memory(plan, in_forward=in_forward, options=Options(optimizer=name))
         assert simulated.peak == pytest.approx(memory.bytes, rel=0.02)
         assert sum(simulated.parts.values()) == simulated.peak
     assert peaks[True] < 0.85 * peaks[False]
@@ -547,6 +546,6 @@ def test_simulated_and_real_peaks(name):
 def test_estimates_that_make_no_sense():
     plan = glcan_fx.plan(Net(), k="natural", task="classification", example_inputs=EXAMPLE)
     with pytest.raises(PlanError, match="in_forward=True"):
-        glcan_fx.estimate_memory(plan, optimizer=None, in_forward=True)
+        glcan_fx.estimate_memory(plan, in_forward=True, options=Options(optimizer=None))
     with pytest.raises(PlanError, match="only local modules"):
         glcan_fx.estimate_memory(Net(), EXAMPLE, task="classification", in_forward=True)

@@ -18,16 +18,17 @@ from torch import Tensor, nn
 from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large, fcn_resnet50, lraspp_mobilenet_v3_large
 
 import glcan_fx
-from glcan_fx import BudgetError, PlanError
+from glcan_fx import BudgetError, Options, PlanError
 from glcan_fx.auxiliary.builder import Ending, Options
 from glcan_fx.auxiliary.tails import ending_of
+from glcan_fx.methods import GLCAN
 from glcan_fx.models import edsr, retinanet
 from glcan_fx.planner.costs import Drafts
 from glcan_fx.planner.partition import ModuleCost, carried, costs_of, merge
 from glcan_fx.planner.search import candidates, richest, with_richest
 from glcan_fx.structure.analysis import multiply_adds
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from train_classification import CifarResNet
 from unet import UNet
 
@@ -83,7 +84,7 @@ class Scale(nn.Module):
 def test_a_memory_budget_where_narrow_networks_cannot_be_built() -> None:
     model, given = cifar()
     model.fc = nn.Sequential(nn.Linear(64, 64), Scale(64), nn.ReLU(), nn.Linear(64, 10))
-    natural = glcan_fx.plan(model, k="natural", head="lean", aux_width=1.0, aux_hidden=0, **given)
+    natural = glcan_fx.plan(model, k="natural", **given, method=GLCAN(head="lean", width=1.0, hidden=0))
     budget = int(1.001 * natural.memory.plan.peak)
     plan = glcan_fx.plan(model, memory_budget=budget, **given)
     assert plan.memory.plan.peak <= budget and plan.options.width == 1.0
@@ -111,10 +112,10 @@ def test_a_compute_budget_that_nothing_keeps() -> None:
     with pytest.raises(PlanError, match=r"compute_budget=0.5: with k=4 a step takes 0.9\d+ of"):
         glcan_fx.plan(model, k=4, compute_budget=0.5, **given)
     with pytest.raises(PlanError, match=r"compute_budget=1.01: .*another k"):
-        glcan_fx.plan(model, k=4, head="full", aux_hidden=4, aux_width=1.0, compute_budget=1.01, **given)
+        glcan_fx.plan(model, k=4, compute_budget=1.01, **given, method=GLCAN(head="full", hidden=4, width=1.0))
     assert glcan_fx.plan(model, k=1, compute_budget=1.0, **given).k == 1
     with pytest.raises(BudgetError, match=r"with k=2 a step takes 1\.\d+ of"):  # a cut inside a block
-        glcan_fx.plan(model, k=["stem.0"], head="full", aux_hidden=4, aux_width=1.0, compute_budget=1.0, **given)
+        glcan_fx.plan(model, k=["stem.0"], compute_budget=1.0, **given, method=GLCAN(head="full", hidden=4, width=1.0))
 
 
 class Transposed(nn.Module):
@@ -287,7 +288,7 @@ def test_the_fewest_where_nothing_is_saved(caplog: pytest.LogCaptureFixture) -> 
     plan = glcan_fx.plan(model, **given)
     assert plan.k == 1 and plan.memory.plan.peak <= 1.02 * plan.memory.backpropagation.peak
     assert "ResNet is not cut: on batches like the example inputs" in caplog.text
-    assert glcan_fx.plan(model, method="dgl", **given).k == glcan_fx.plan(model, aux_depth=1, **given).k == 2
+    assert glcan_fx.plan(model, method="dgl", **given).k == glcan_fx.plan(model, **given, method=GLCAN(depth=1)).k == 2
 
 
 def test_the_fewest_within_a_compute_budget_that_many_modules_keep() -> None:
@@ -317,7 +318,7 @@ def test_a_step_that_cannot_be_simulated() -> None:
         return F.cross_entropy(outputs, targets) * float(outputs.detach().numpy().std())
 
     x, y = torch.randn(4, 3, 32, 32), torch.arange(4)
-    plan = glcan_fx.plan(CifarResNet(20), criterion=criterion, example_inputs=x, example_targets=y)
+    plan = glcan_fx.plan(CifarResNet(20), criterion=criterion, example_inputs=x, options=Options(example_targets=y))
     assert plan.k == len(plan.natural) + 1 == 10
     assert any(note.startswith("k=10, one local module per block: the memory of a step cannot be simulated: ")
                for note in plan.notes)

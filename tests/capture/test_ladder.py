@@ -11,7 +11,9 @@ from test_users_models import IMAGES, LABELS, Block, NormAct, NormsAct
 from torch import Tensor, nn
 
 import glcan_fx
+from glcan_fx import Options
 from glcan_fx.capture.trace import trace
+from glcan_fx.methods import GLCAN
 
 
 class Body(nn.Module):
@@ -226,7 +228,7 @@ def test_verification_finds_what_is_not_in_the_graph() -> None:
 
     with pytest.raises(glcan_fx.TraceError, match="does not compute what the model does.*verify=False"):
         compiled(Tells())
-    assert compiled(Tells(), verify=False).plan.k == 4
+    assert compiled(Tells(), options=Options(verify=False)).plan.k == 4
 
 
 class Casts(Block):
@@ -275,7 +277,7 @@ def test_what_leaves_a_narrow_trunk_has_all_its_channels(k: object, width: float
             return self.out(self.body(x).mean((2, 3)))
 
     x, y = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
-    local = glcan_fx.transform(Decides(), k=k, criterion=F.cross_entropy, example_inputs=x, aux_width=width)
+    local = glcan_fx.transform(Decides(), k=k, criterion=F.cross_entropy, example_inputs=x, method=GLCAN(width=width))
     assert local.plan.report.rung == 4 and local.plan.memory.plan.peak > 0
     local.train()(x, y).loss.backward()
     assert all(p.grad is not None for p in local.aux.parameters() if p.requires_grad)
