@@ -52,8 +52,9 @@ def plan(
     memory_budget: int | str | None = None,
     compute_budget: float | None = None,
     method: str | Method = "glcan",
-    plan: Plan | None = None,
+    plan: Plan | PlannedModel | None = None,
     options: Options = Options(),
+    **method_options: Any,
 ) -> PlannedModel:
     """Decide how ``model`` is cut into local modules and what their auxiliary networks are; changes nothing.
 
@@ -78,7 +79,8 @@ def plan(
             simulation: instead of the above. 1.3 lets a few local modules come closest to backpropagation's accuracy.
             Blocks that run again for a ``memory_budget`` come on top.
         method: the auxiliary networks' method, "glcan" or "dgl", or an object of ``glcan_fx.methods`` with options of
-            its own, such as ``GLCAN(width=0.5, head="light")``.
+            its own, such as ``GLCAN(width=0.5, head="light")``. Options of a method that is given by name may be
+            passed as keywords: ``method="glcan", width=0.5, head="light"``.
         plan: a plan that was made before, to look at on this model; only ``task``, ``criterion`` and ``options`` may be
             given beside it.
         options: how plans are simulated and verified, and savings that change no gradient.
@@ -87,10 +89,12 @@ def plan(
     where nothing keeps a budget).
     """
     _check_model(model)
+    if isinstance(plan, PlannedModel):
+        plan = plan.plan
     if plan is not None:
-        _check_alone(plan, k, example_inputs, memory_budget, compute_budget, method)
+        _check_alone(plan, k, example_inputs, memory_budget, compute_budget, method, *method_options)
         return _planned_before(model, plan, task, criterion, options)
-    request = request_for(model, k, method_of(method), memory_budget, compute_budget, options)
+    request = request_for(model, k, method_of(method, **method_options), memory_budget, compute_budget, options)
     made = make_task(task, criterion)
     made.begin(model)
     made.network(model)  # first: whether the task fits the model at all
@@ -125,8 +129,9 @@ def transform(
     memory_budget: int | str | None = None,
     compute_budget: float | None = None,
     method: str | Method = "glcan",
-    plan: Plan | None = None,
+    plan: Plan | PlannedModel | None = None,
     options: Options = Options(),
+    **method_options: Any,
 ) -> LocalModel:
     """Compile ``model`` into gradient-isolated local modules that train in a standard loop.
 
@@ -143,7 +148,8 @@ def transform(
             positional arguments, or a dict of keyword arguments. Detection: images, two of 320 x 320 by default.
         memory_budget: bytes, or text ("6GiB"), that a training step may take at most.
         compute_budget: compute that a training step may take, relative to backpropagation's.
-        method: the auxiliary networks' method, "glcan" or "dgl", or an object of ``glcan_fx.methods``.
+        method: the auxiliary networks' method, "glcan" or "dgl", or an object of ``glcan_fx.methods``; options of a
+            method that is given by name are keywords: ``method="glcan", width=0.5``.
         plan: build this plan, which decides all but ``task``, ``criterion`` and ``options``.
         options: how plans are simulated and verified, and savings that change no gradient.
 
@@ -154,7 +160,7 @@ def transform(
     """
     planned = _plan(model, k=k, task=task, criterion=criterion, example_inputs=example_inputs,
                     memory_budget=memory_budget, compute_budget=compute_budget, method=method, plan=plan,
-                    options=options)
+                    options=options, **method_options)
     local = planned.build()
     log.info("compiled %s; create the optimizer after this call, from its parameters()", planned.plan.model)
     return local
@@ -189,7 +195,9 @@ def estimate_memory(
     Raises TraceError, PlanError.
     """
     if isinstance(model, LocalModel):
-        model = _planned_before(model.original, model.plan, model.task, None, options)
+        known: Plan | PlannedModel = model.plan
+        model = known if isinstance(known, PlannedModel) else _planned_before(
+            model.original, known, model.task, None, options)
     if isinstance(model, PlannedModel):
         return model.simulate(options.optimizer, in_forward=in_forward)
     if in_forward:
@@ -222,12 +230,10 @@ def _planned_before(
 
 def _check_alone(plan: Any, *others: Any) -> None:
     """Raise PlanError where a given plan is not one, or decides what is given beside it."""
-    if isinstance(plan, PlannedModel):
-        raise PlanError("plan= is data: pass planned.plan, or call planned.build()")
     if not isinstance(plan, Plan):
         raise PlanError(f"plan= must be a glcan_fx.Plan, not {type(plan).__name__}: Plan.from_json() reads text")
-    names = ("k", "example_inputs", "memory_budget", "compute_budget", "method")
-    usual = ("fewest", None, None, None, "glcan")
+    names = ("k", "example_inputs", "memory_budget", "compute_budget", "method", *others[5:])
+    usual = ("fewest", None, None, None, "glcan", *[None] * len(others[5:]))
     given = [name for name, value, default in zip(names, others, usual, strict=True)
              if not (value is default or isinstance(value, str) and value == default)]
     if given:

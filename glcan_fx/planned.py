@@ -3,14 +3,12 @@
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from torch import nn
-
-from glcan_fx.capture.trace import Report
 from glcan_fx.config import OptimizerLike, Options
 from glcan_fx.errors import PlanError
 from glcan_fx.files import write
-from glcan_fx.plans.plan import LocalModule, Plan
+from glcan_fx.plans.plan import Plan
 from glcan_fx.report.dot import PICTURES, picture, plan_dot
 from glcan_fx.report.page import plan_fragment, plan_report
 from glcan_fx.report.table import plan_text
@@ -26,6 +24,8 @@ from glcan_fx.tasks.captured import Captured, Uncaptured
 class PlannedModel:
     """A plan and the model that it is for: what it costs, what it looks like, and the model that it builds.
 
+    plan: the decisions, as plain data; its attributes are also attributes of this object.
+
     Prints as a table; with the memory of a training step after ``simulated()``, as printing simulates nothing.
     """
 
@@ -38,35 +38,21 @@ class PlannedModel:
             simulator = Simulator(captured, options.example_targets)
         self._simulator = simulator
 
-    @property
-    def model(self) -> nn.Module:
-        """The model, as it was given; planning does not change it."""
-        return self._captured.model
+    def __getattr__(self, name: str) -> Any:
+        """What the plan says: ``k``, ``cuts``, ``modules``, ``notes``, ``report`` and so on."""
+        if name.startswith("_") or name == "plan":
+            raise AttributeError(name)
+        return getattr(self.plan, name)
 
-    @property
-    def k(self) -> int:
-        """Number of local modules."""
-        return self.plan.k
+    def __eq__(self, other: object) -> bool:
+        return self.plan == (other.plan if isinstance(other, PlannedModel) else other)
 
-    @property
-    def cuts(self) -> tuple[str, ...]:
-        """The split points, in order."""
-        return self.plan.cuts
+    def __hash__(self) -> int:
+        return id(self)
 
-    @property
-    def modules(self) -> tuple[LocalModule, ...]:
-        """The local modules, in order."""
-        return self.plan.modules
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What the planner noticed and tried."""
-        return self.plan.notes
-
-    @property
-    def report(self) -> Report:
-        """How the model was captured."""
-        return self.plan.report
+    def __reduce__(self) -> Any:
+        """A copy, or what is read from a file, is the plan alone: it no longer knows the model."""
+        return _plan_alone, (self.plan,)
 
     @cached_property
     def memory(self) -> Memory:
@@ -110,8 +96,11 @@ class PlannedModel:
         local module gets no gradient.
         """
         if isinstance(self._captured, Uncaptured):
-            return build_segments(self.plan, self._captured)
+            local = build_segments(self.plan, self._captured)
+            local.__dict__["plan"] = self
+            return local
         local, emitted = build(self.plan, self._captured)
+        local.__dict__["plan"] = self
         if self._options.verify if verify is None else verify:
             verify_step(local, emitted, self._captured.structure, self._options.example_targets)
         warn_of_unstepped(local)
@@ -121,15 +110,15 @@ class PlannedModel:
         return plan_text(self.plan, self.__dict__.get("memory"))
 
     def __repr__(self) -> str:
-        return f"<PlannedModel: {self.plan.model}, {self.k} local modules>"
+        return f"<PlannedModel: {self.plan.model}, {self.plan.k} local modules>"
 
     @property
     def blocks(self) -> list[str]:
         """Paths of the blocks that one would put under activation checkpointing."""
         if self._simulator is not None:
             return self._simulator.blocks[1]
-        paths = dict(self.model.named_modules())
-        return [block.name for module in self.modules for block in module.blocks
+        paths = dict(self._captured.model.named_modules())
+        return [block.name for module in self.plan.modules for block in module.blocks
                 if block.name in paths and any(True for _ in paths[block.name].children())]
 
     def to_json(self) -> str:
@@ -176,3 +165,7 @@ class PlannedModel:
             return self.memory
         except PlanError:
             return None
+
+
+def _plan_alone(plan: Plan) -> Plan:
+    return plan
