@@ -84,6 +84,8 @@ def direct_layers(structure: Structure, cut: fx.Node, tail: Tail) -> tuple[list[
     rank = len(structure.shape(cut))
     if not made or cut in structure.channels_last or rank < 3 or structure.positions(cut) <= 1:
         return None
+    if any(tap in structure.trace.output.all_input_nodes for tap in tail.taps):  # no layer of the tail makes that map
+        return None
     if any(not is_map(node) or len(structure.shape(node)) != rank or structure.positions(node) <= 1 for node in made):
         return None
     needed = _behind(tail, made)

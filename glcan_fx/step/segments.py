@@ -194,28 +194,48 @@ class Remainder(nn.Module):
         return substituted(self.model, answer).forward(**dict(zip(self.inputs, own(inputs), strict=True)))
 
 
-class _Kept(nn.Module):
-    """Stands for a sub-module that is left out. It returns a tensor of its own, as that did: what follows may overwrite
-    it."""
+class _Simplified(nn.Module):
+    """Stands for a call of a sub-module: ``layers`` on its main argument, the others are ignored; without layers a copy
+    of that argument, as what follows may overwrite it. key: the argument's position or name."""
 
-    def forward(self, value: Tensor) -> Tensor:
-        return value.clone()
+    def __init__(self, key: int | str, layers: nn.Module | None) -> None:
+        super().__init__()
+        self.key = key
+        self.layers = layers
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        value = args[self.key] if isinstance(self.key, int) else kwargs[self.key]
+        return value.clone() if self.layers is None else self.layers(value)
 
 
 def _lean(module: nn.Module, unit: CallUnit, final: bool) -> nn.Module:
     """What stands for a later sub-module: nothing, where it keeps the shape; one convolution, where it changes it."""
     call = unit.calls[0]
-    values = [value for value in (*call.args, *call.kwargs.values()) if value is not None]
-    source, result = values[0] if len(values) == 1 else None, call.result
-    if isinstance(source, Tensor) and isinstance(result, Tensor) and not final and unit.weights:
+    key, source = _main_argument(call)
+    result = call.result
+    if key is not None and not final and unit.weights:
         if source.shape == result.shape:
-            return _Kept()
+            return _Simplified(key, None)
         if source.dim() == result.dim() > 2 and all(
                 b <= a for a, b in zip(source.shape[2:], result.shape[2:], strict=True)):
-            return _stage(module, source, result)
+            return _Simplified(key, _stage(module, source, result))
     new = unhooked_copy(module)
     freshen(new, moments(module))
     return new
+
+
+def _main_argument(call: Call) -> tuple[int | str | None, Any]:
+    """The argument that a call transforms, by position or name: the only tensor, or the only one of the result's shape.
+    None where there is none, or the result is not a tensor."""
+    result = call.result
+    given = [*enumerate(call.args), *call.kwargs.items()]
+    tensors = [(key, value) for key, value in given if isinstance(value, Tensor)]
+    if isinstance(result, Tensor):
+        alike = [(key, value) for key, value in tensors if value.shape == result.shape]
+        for found in (tensors, alike):
+            if len(found) == 1:
+                return found[0]
+    return None, None
 
 
 def _stage(module: nn.Module, source: Tensor, result: Tensor) -> nn.Module:
