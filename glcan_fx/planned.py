@@ -97,14 +97,20 @@ class PlannedModel:
         """
         if isinstance(self._captured, Uncaptured):
             local = build_segments(self.plan, self._captured)
-            local.__dict__["plan"] = self
+            self._attach(local)
             return local
         local, emitted = build(self.plan, self._captured)
-        local.__dict__["plan"] = self
+        self._attach(local)
         if self._options.verify if verify is None else verify:
             verify_step(local, emitted, self._captured.structure, self._options.example_targets)
         warn_of_unstepped(local)
         return local
+
+    def _attach(self, local: LocalModel) -> None:
+        """Let a compiled model's plan know the model, too."""
+        known = PlannedModel(local.plan, self._captured, self._options, self._simulator)
+        known.__dict__.update({key: value for key, value in vars(self).items() if key == "memory"})
+        local.__dict__["plan"] = known
 
     def __str__(self) -> str:
         return plan_text(self.plan, self.__dict__.get("memory"))

@@ -113,23 +113,30 @@ def _copy_region(
     build: Builder, cut: fx.Node, start: fx.Node, end: fx.Node, value: fx.Node, prefix: str
 ) -> fx.Node:
     """A fresh copy of a trunk region, applied to ``value``."""
-    known, dependent = build.structure.known_by(cut), build.structure.dependent
+    structure = build.structure
+    known, dependent, context = structure.known_by(cut), structure.dependent, structure.context
     region = [node for node in region_between(build.structure, start, end) if node not in known]
     saved = dict(build.values)
     build.values[start] = value
     for node in region:
+        if node.op == "placeholder":
+            build.input(node)
+            continue
         for source in node.all_input_nodes:
             if source not in build.values and source not in region:
-                if source in dependent and not is_float(source.meta["value"]) and source in known:
-                    build.input(source)  # a size that is known by then
+                beside = source in context or not is_float(source.meta["value"])
+                if source in dependent and source in known and beside:
+                    build.input(source)  # context, or a size, that is known by then
                     continue
-                if source in dependent:
+                if source in dependent and source not in context:
                     raise PlanError(
                         f"the region up to '{end.name}' also reads '{source.name}', which the auxiliary network does "
                         "not have: use GLCAN(depth=0), or other split points."
                     )
-                for extra in [n for n in build.structure.trace.graph.nodes if n in ancestors([source])]:
-                    if extra not in build.values:
+                for extra in [n for n in structure.trace.graph.nodes if n in ancestors([source])]:
+                    if extra.op == "placeholder":
+                        build.input(extra)
+                    elif extra not in build.values:
                         build.copy(extra, prefix)
         build.copy(node, prefix)
     result = build.values[end]

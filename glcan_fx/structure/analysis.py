@@ -9,7 +9,7 @@ first grows, where the positions are pooled away, or where a bypass comes back f
 
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from types import MappingProxyType
@@ -26,6 +26,7 @@ from glcan_fx.layers import channel_axis, predictors
 from glcan_fx.pytree import tensors_in
 
 _START: Any = "start"  # a virtual node before all inputs
+_FEW = 0.25  # of the layers: what is computed from context alone at most
 _GROWS = 1.5  # fewer positions than this factor more are padding or an extra token, not up-sampling
 
 
@@ -61,13 +62,15 @@ class Used(NamedTuple):
 
 @dataclass(frozen=True)
 class Structure:
-    """Where one can cut. ``chain`` is the trunk's chain of values from the input on; ``units`` partition it."""
+    """Where one can cut. ``chain`` is the trunk's chain of values from the input on; ``units`` partition it; ``data``
+    are the inputs that it begins with, all others are context."""
 
     trace: Trace
     chain: list[fx.Node]
     units: list[Unit]
     taps: list[Tap]
     channels_last: frozenset[fx.Node]
+    data: frozenset[fx.Node]
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         return tuple(tensor_of(node).shape)
@@ -123,6 +126,15 @@ class Structure:
     def interface(self) -> frozenset[nn.Module]:
         """The layers that make the network's outputs."""
         return frozenset(predictors(self.trace.shadow, self.trace.output.meta["value"]))
+
+    @cached_property
+    def context(self) -> frozenset[fx.Node]:
+        """Nodes that are computed from inputs that are not the data (labels, masks, prompts), and from nothing else."""
+        data = {*self.data}
+        for node in self.trace.graph.nodes:
+            if any(source in data for source in node.all_input_nodes):
+                data.add(node)
+        return self.dependent - data
 
     @cached_property
     def _sizes(self) -> list[fx.Node]:
@@ -201,15 +213,21 @@ class Structure:
 
 def analyze(trace: Trace) -> Structure:
     """Find the structure of a traced network. Raises PlanError where there is no differentiable path."""
-    graph = _dataflow(trace)
     layouts = _channels_last(trace)
+    found = [_structure(trace, data, layouts) for data in _data_inputs(trace)]
+    return max(found, key=lambda structure: len(structure.units))
+
+
+def _structure(trace: Trace, data: frozenset[fx.Node], layouts: frozenset[fx.Node]) -> Structure:
+    """The structure with these inputs as the data."""
+    graph = _dataflow(trace, data)
     positions = {n: _positions(tuple(tensor_of(n).shape), n in layouts) for n in trace.graph.nodes if _is_tensor(n)}
     graph, chain, bypassed = _chain(trace, graph, positions)
     chain = _until_tail(trace, graph, chain, bypassed, positions)
     units = _units(trace, graph, chain)
     chain = chain[: chain.index(units[-1].end) + 1] if units else chain
-    structure = Structure(trace, chain, units, [], layouts)
-    return Structure(trace, chain, units, _taps(trace, structure.trunk, [u.end for u in units]), layouts)
+    structure = Structure(trace, chain, units, [], layouts, data)
+    return replace(structure, taps=_taps(trace, structure.trunk - structure.context, [unit.end for unit in units]))
 
 
 # ---------------------------------------------------------------------------------------------- values
@@ -236,13 +254,13 @@ def ancestors(nodes: Iterable[fx.Node], known: Set[fx.Node] = frozenset()) -> se
     return found
 
 
-def _behind(node: fx.Node) -> set[fx.Node]:
-    """What is computed from a value."""
+def _behind(node: fx.Node, *, values: bool = False) -> set[fx.Node]:
+    """What is computed from a value; values: and not from its sizes alone."""
     found: set[fx.Node] = set()
     stack = [node]
     while stack:
         for user in stack.pop().users:
-            if user not in found:
+            if user not in found and not (values and is_size(user)):
                 found.add(user)
                 stack.append(user)
     return found
@@ -265,12 +283,38 @@ def input_dependent(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _dataflow(trace: Trace) -> nx.DiGraph:
-    """Edges along which gradients flow from the inputs to the outputs; sizes and masks carry none."""
+def _data_inputs(trace: Trace) -> list[frozenset[fx.Node]]:
+    """Which inputs may be the data: those from which most layers are reached; where there are several, all together,
+    or one of them. All others are context (labels, masks, prompts, edges), which may join anywhere."""
+    def is_layer(node: fx.Node) -> bool:
+        used = (node, *(source for source in node.all_input_nodes if source.op == "get_attr"))
+        return any(p.dim() >= 2 for part in used for p in trace.parameters(part))
+
+    layers = [node for node in trace.graph.nodes if node.op not in ("placeholder", "get_attr") and is_layer(node)]
+    inputs = trace.graph.find_nodes(op="placeholder")
+    reached = {}
+    for source in inputs:
+        behind = _behind(source, values=True)
+        reached[source] = sum(node in behind for node in layers)
+    most = max(reached.values(), default=0)
+    data = [source for source in inputs if reached[source] == most]
+    floating = [source for source in data if any(map(is_float, tensors_in(source.meta["value"])))]
+    all_together = frozenset(data)
+    if most == 0 or len(data) == 1:
+        return [all_together]
+    # a second network beside the first (siamese, two streams) is no context: auxiliary networks would copy it
+    few = [source for source in floating if len(layers) - reached[source] <= _FEW * len(layers)]
+    return [all_together, *(frozenset([source]) for source in few)]
+
+
+def _dataflow(trace: Trace, data: frozenset[fx.Node]) -> nx.DiGraph:
+    """Edges along which gradients flow from the data to the outputs; sizes and masks carry none, context is not data."""
     graph = nx.DiGraph()
     dependent = input_dependent(trace.graph)
     whole: set[fx.Node] = set()  # integer inputs (pixels in uint8, tokens) until they become floating-point numbers
     for node in trace.graph.nodes:
+        if node.op == "placeholder" and node not in data:
+            continue
         tensors = any(True for _ in tensors_in(node.meta.get("value"))) if node.op == "placeholder" else isinstance(
             node.meta.get("value"), Tensor)
         starts = node.op == "placeholder" or any(source in whole for source in node.all_input_nodes)
