@@ -34,7 +34,6 @@ def work() -> None:
     import torchvision
 
     import glcan_fx
-from glcan_fx.methods import GLCAN
     from glcan_fx.models import edsr, retinanet, yolo
 
     torch.set_num_threads(1)
@@ -44,7 +43,7 @@ from glcan_fx.methods import GLCAN
         size, k, options = SIZES[name]
         torch.manual_seed(0)
         x = torch.randn(size)
-        fixed: dict[str, Any] = {"head": "lean", "aux_width": 0.25, "verify": False}
+        fixed: dict[str, Any] = {"head": "lean", "width": 0.25, "options": glcan_fx.Options(verify=False)}
         if name.startswith(("retinanet", "yolo")):
             build = retinanet if name.startswith("retinanet") else yolo
             model = build(34, num_classes=20, **options)
@@ -58,7 +57,7 @@ from glcan_fx.methods import GLCAN
             given = x, torch.randn(size[0], 3, size[2] * 2, size[3] * 2)
         else:
             model = getattr(torchvision.models, name)(num_classes=10)
-            local = glcan_fx.transform(model, k=k, criterion=F.cross_entropy, example_inputs=x, **fixed, method=GLCAN(hidden=2))
+            local = glcan_fx.transform(model, k=k, criterion=F.cross_entropy, example_inputs=x, **fixed, hidden=2)
             given = x, torch.arange(size[0]) % 10
         local.train()
         return local, torch.optim.SGD(local.parameters(), 1e-4), given

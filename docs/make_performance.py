@@ -131,7 +131,7 @@ def side_by_side(
     model: nn.Module, plan: glcan_fx.Plan, x: Tensor, y: Tensor, repeats: int
 ) -> tuple[float, float]:
     """Median seconds of a step of backpropagation and of the plan, in turns."""
-    local = plan.apply(model).train()
+    local = glcan_fx.transform(model, plan=plan).train()
     steps = (lambda: F.cross_entropy(model(x), y).backward(), lambda: local(x, y).loss.backward())
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(repeats + 2):
@@ -158,7 +158,8 @@ def stepping() -> list[dict[str, Any]]:
     for name in ("retinanet-r50", "retinanet-r152", "edsr-full", "resnet34"):
         preset, (k, budget) = PRESETS[name], BUDGETS[name]
         plan = glcan_fx.plan(load(preset.target, preset.kwargs), k=k, task=preset.task, memory_budget=f"{budget}GiB",
-                             example_inputs=torch.empty(preset.inputs[0], device="meta"), options=Options(optimizer=preset.optimizer))
+                             example_inputs=torch.empty(preset.inputs[0], device="meta"),
+                             options=Options(optimizer=preset.optimizer))
         for optimizer in ("sgd", "adam"):
             ordinary, inside = (plan.estimate(optimizer, in_forward=inside).plan for inside in (False, True))
             rows.append({"preset": name, "k": plan.k, "optimizer": optimizer, "ordinary": ordinary.peak,

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 import glcan_fx
-from glcan_fx.auxiliary.features import Place, Source, State
+from glcan_fx.auxiliary.features import FeatureInfo, Source, State
 from glcan_fx.demo.train import peak_of
 from glcan_fx.files import replacing, write
 from glcan_fx.pytree import map_tensors
@@ -40,14 +40,14 @@ from glcan_fx.tasks import make_task
 class NoCache(glcan_fx.Rules):
     """What an earlier module made is synthesised anew, not read from the cache (the paper's Table 3)."""
 
-    def source(self, tap: Place, module: Place, state: State) -> Source:
+    def source(self, tap: FeatureInfo, module: FeatureInfo, state: State) -> Source:
         return "own" if state == "own" else "synthesised"
 
 
 class OneLevel(glcan_fx.Rules):
     """Of a detector's levels, the one whose stride is nearest to the module's own, the finer of two."""
 
-    def levels(self, module: Place, levels: Sequence[Place]) -> Sequence[int]:
+    def levels(self, module: FeatureInfo, levels: Sequence[FeatureInfo]) -> Sequence[int]:
         return [min(range(len(levels)), key=lambda index: abs(levels[index].stride - module.stride))]
 
 
@@ -132,15 +132,13 @@ def prepared(experiment: Experiment, args: argparse.Namespace) -> tuple[nn.Modul
     k = int(args.k) if args.k.isdecimal() else args.k if named else [name.strip() for name in args.k.split(",")]
     if args.method == "checkpoint":
         plan = glcan_fx.plan(model, k=1, task=experiment.task, example_inputs=example)
-        recompute(model, plan.known.blocks[1])
+        recompute(model, plan.simulator.blocks[1])
         return model, None
     budgets = {"memory_budget": args.memory_budget, "compute_budget": args.compute_budget}
-    options: dict[str, Any] = {**budgets, "method": "dgl"} if args.method == "dgl" else {
-        **budgets,
-        "head": args.head, "aux_width": args.aux_width, "aux_depth": args.aux_depth,
-        "aux_hidden": args.aux_hidden, "aux_stride": args.aux_stride,
-        "predictors": args.predictors, "rules": RULES[args.rules] if args.rules else None}
-    local = glcan_fx.transform(model, k=k, task=experiment.task, example_inputs=example, **options)
+    method = glcan_fx.methods.DGL() if args.method == "dgl" else glcan_fx.methods.GLCAN(
+        head=args.head, width=args.aux_width, depth=args.aux_depth, hidden=args.aux_hidden, stride=args.aux_stride,
+        predictors=args.predictors, rules=RULES[args.rules] if args.rules else glcan_fx.Rules())
+    local = glcan_fx.transform(model, k=k, task=experiment.task, example_inputs=example, method=method, **budgets)
     return local, local.plan
 
 
@@ -210,7 +208,7 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     if plan is not None:
         plan.save(out / "plan.html")
         plan.save(out / "plan.json")
-    task = make_task(experiment.task, None, None)
+    task = make_task(experiment.task, None)
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.amp)
 
     def step(inputs: Any, targets: Any) -> Tensor:

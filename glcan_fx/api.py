@@ -82,7 +82,7 @@ def plan(
             its own, such as ``GLCAN(width=0.5, head="light")``. Options of a method that is given by name may be
             passed as keywords: ``method="glcan", width=0.5, head="light"``.
         plan: a plan that was made before, to look at on this model; only ``task``, ``criterion`` and ``options`` may be
-            given beside it.
+            given beside it (a ``PlannedModel`` brings its own task).
         options: how plans are simulated and verified, and savings that change no gradient.
 
     Raises TraceError where the model cannot be captured, PlanError for a request that is not possible (BudgetError
@@ -90,6 +90,8 @@ def plan(
     """
     _check_model(model)
     if isinstance(plan, PlannedModel):
+        if task is None and criterion is None:
+            task = plan.task_object
         plan = plan.plan
     if plan is not None:
         _check_alone(plan, k, example_inputs, memory_budget, compute_budget, method, *method_options)

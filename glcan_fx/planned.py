@@ -1,6 +1,7 @@
 """A plan and the model that it is for."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from glcan_fx.config import OptimizerLike, Options
 from glcan_fx.errors import PlanError
 from glcan_fx.files import write
+from glcan_fx.planner.modules import check_plan
 from glcan_fx.plans.plan import Plan
 from glcan_fx.report.dot import PICTURES, picture, plan_dot
 from glcan_fx.report.page import plan_fragment, plan_report
@@ -18,6 +20,8 @@ from glcan_fx.step.build import build
 from glcan_fx.step.local_model import LocalModel, warn_of_unstepped
 from glcan_fx.step.segments import build_segments
 from glcan_fx.step.verify import verify as verify_step
+from glcan_fx.tasks import Task
+from glcan_fx.tasks.around import Around
 from glcan_fx.tasks.captured import Captured, Uncaptured
 
 
@@ -33,7 +37,7 @@ class PlannedModel:
         self, plan: Plan, captured: Captured | Uncaptured, options: Options, simulator: Simulator | None = None
     ) -> None:
         self.plan = plan
-        self._captured, self._options = captured, options
+        self.captured, self._options = captured, options
         if simulator is None and isinstance(captured, Captured):
             simulator = Simulator(captured, options.example_targets)
         self._simulator = simulator
@@ -88,6 +92,19 @@ class PlannedModel:
             raise PlanError("the memory of a step cannot be simulated: this model's local modules run as Python.")
         return self._simulator
 
+    def replace(self, **changes: Any) -> "PlannedModel":
+        """The same with changes to the plan (``dataclasses.replace``), checked against the model. Raises PlanError."""
+        plan = replace(self.plan, **changes)
+        if isinstance(self.captured, Captured):
+            plan = check_plan(plan, self.captured)
+        return PlannedModel(plan, self.captured, self._options, self._simulator)
+
+    @property
+    def task_object(self) -> Task:
+        """What the model is trained for, with its criterion."""
+        task = self.captured.task
+        return task.task if isinstance(task, Around) else task
+
     def build(self, *, verify: bool | None = None) -> LocalModel:
         """Build the compiled module; it shares the model's parameters, and the model itself is not changed.
 
@@ -95,20 +112,20 @@ class PlannedModel:
         the model, TraceError where the compiled step computes something else than the model, NotLearningError where a
         local module gets no gradient.
         """
-        if isinstance(self._captured, Uncaptured):
-            local = build_segments(self.plan, self._captured)
+        if isinstance(self.captured, Uncaptured):
+            local = build_segments(self.plan, self.captured)
             self._attach(local)
             return local
-        local, emitted = build(self.plan, self._captured)
+        local, emitted = build(self.plan, self.captured)
         self._attach(local)
         if self._options.verify if verify is None else verify:
-            verify_step(local, emitted, self._captured.structure, self._options.example_targets)
+            verify_step(local, emitted, self.captured.structure, self._options.example_targets)
         warn_of_unstepped(local)
         return local
 
     def _attach(self, local: LocalModel) -> None:
         """Let a compiled model's plan know the model, too."""
-        known = PlannedModel(local.plan, self._captured, self._options, self._simulator)
+        known = PlannedModel(local.plan, self.captured, self._options, self._simulator)
         known.__dict__.update({key: value for key, value in vars(self).items() if key == "memory"})
         local.__dict__["plan"] = known
 
@@ -123,7 +140,7 @@ class PlannedModel:
         """Paths of the blocks that one would put under activation checkpointing."""
         if self._simulator is not None:
             return self._simulator.blocks[1]
-        paths = dict(self._captured.model.named_modules())
+        paths = dict(self.captured.model.named_modules())
         return [block.name for module in self.plan.modules for block in module.blocks
                 if block.name in paths and any(True for _ in paths[block.name].children())]
 
@@ -134,12 +151,12 @@ class PlannedModel:
     def to_dot(self, depth: str | None = None) -> str:
         """The partition graph in Graphviz's DOT language. depth: "stages" (local modules that are alike as one),
         "modules", "blocks" or "operators"; None: stages for more than 20 local modules, else modules."""
-        structure = self._captured.structure if isinstance(self._captured, Captured) else None
+        structure = self.captured.structure if isinstance(self.captured, Captured) else None
         return plan_dot(self.plan, self._simulated(), depth, structure)
 
     def to_html(self, depth: str | None = None) -> str:
         """A report as one HTML page, which needs nothing else: the graph, memory over a step, the table, the code."""
-        structure = self._captured.structure if isinstance(self._captured, Captured) else None
+        structure = self.captured.structure if isinstance(self.captured, Captured) else None
         local = self._simulator.local(self.plan) if self._simulator else None
         return plan_report(self.plan, self._simulated(), depth, structure, local)
 

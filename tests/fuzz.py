@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import glcan_fx
-from glcan_fx.methods import method_of
 
 CLASSES = 5
 
@@ -316,7 +315,8 @@ def check(seed: int) -> str:
     try:
         local = glcan_fx.transform(
             model, k=case.k, criterion=F.cross_entropy,
-            **({} if case.method == "dgl" else {"aux_hidden": 0}), example_inputs=example, method=method_of(width=1.0, head="full"))
+            method=case.method, width=1.0, head="full", **({} if case.method == "dgl" else {"hidden": 0}),
+            example_inputs=example)
     except glcan_fx.PlanError as error:
         if "not possible" not in str(error):  # fewer blocks than k
             raise

@@ -228,7 +228,7 @@ def _main_argument(call: Call) -> tuple[int | str | None, Any]:
     """The argument that a call transforms, by position or name: the only tensor, or the only one of the result's shape.
     None where there is none, or the result is not a tensor."""
     result = call.result
-    given = [*enumerate(call.args), *call.kwargs.items()]
+    given: list[tuple[int | str, Any]] = [*enumerate(call.args), *call.kwargs.items()]
     tensors = [(key, value) for key, value in given if isinstance(value, Tensor)]
     if isinstance(result, Tensor):
         alike = [(key, value) for key, value in tensors if value.shape == result.shape]

@@ -308,7 +308,7 @@ def _data_inputs(trace: Trace) -> list[frozenset[fx.Node]]:
 
 
 def _dataflow(trace: Trace, data: frozenset[fx.Node]) -> nx.DiGraph:
-    """Edges along which gradients flow from the data to the outputs; sizes and masks carry none, context is not data."""
+    """Edges along which gradients flow from the data to the outputs; sizes, masks and context carry none."""
     graph = nx.DiGraph()
     dependent = input_dependent(trace.graph)
     whole: set[fx.Node] = set()  # integer inputs (pixels in uint8, tokens) until they become floating-point numbers

@@ -97,9 +97,10 @@ def test_hidden_layers_are_trained(name: str, batch: int) -> None:
     make, size = MODELS[name]
     model = make()
     x, y = torch.randn(batch, *size), torch.randint(5, (batch,))
-    plan = glcan_fx.plan(model, k="natural", task="classification", example_inputs=x, method=GLCAN(hidden=3, width=0.5, head="lean"))
-    assert plan.options.hidden == 3 and "3 hidden layers" in str(plan) and Plan.from_json(plan.to_json()) == plan
-    local = plan.apply(model).train()
+    plan = glcan_fx.plan(model, k="natural", task="classification", example_inputs=x,
+                         method=GLCAN(hidden=3, width=0.5, head="lean"))
+    assert plan.method.hidden == 3 and "3 hidden layers" in str(plan) and Plan.from_json(plan.to_json()) == plan
+    local = glcan_fx.transform(model, plan=plan).train()
     hidden = {n: p for n, p in local.named_parameters() if ".hidden_" in n and n.endswith("conv.weight")}
     assert len(hidden) == 3 * (plan.k - 1)
     before = {n: p.detach().clone() for n, p in hidden.items()}
@@ -132,7 +133,7 @@ def test_what_they_are() -> None:
 ])
 def test_without_a_mean_there_are_none(model: nn.Module, size: int, task: str) -> None:
     given = {"task": task, "example_inputs": torch.empty(2, 3, size, size, device="meta")}
-    assert glcan_fx.plan(model, k="natural", **given).options.hidden == 0
+    assert glcan_fx.plan(model, k="natural", **given).method.hidden == 0
     with pytest.raises(PlanError, match="aux_hidden=2.*no mean over all places"):
         glcan_fx.plan(model, k="natural", **given, method=GLCAN(hidden=2))
 
@@ -146,7 +147,7 @@ def test_a_plan_takes_what_can_be_built(make: Callable[[], nn.Module]) -> None:
     if make is not Flat:  # flattened maps cost more to make than such a small network has
         assert plan.memory.plan.flops <= 1.05 * plan.memory.backpropagation.flops
     narrow = glcan_fx.plan(make(), k="natural", task="classification", example_inputs=x, method=GLCAN(width=0.5))
-    assert narrow.options.width == 0.5
+    assert narrow.method.width == 0.5
 
 
 def test_rich_networks_do_not_cost_the_memory_that_is_saved() -> None:

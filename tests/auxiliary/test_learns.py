@@ -112,7 +112,7 @@ def test_norms_that_begin_at_zero(norm: str, k: Any, method: str) -> None:
     assert_learns(compiled(residual(NORMS[norm]), k, method=method))
 
 
-@pytest.mark.parametrize("options", [{"aux_hidden": 2}, {"aux_width": 0.5}, {"aux_depth": 1}, {"head": "full"}])
+@pytest.mark.parametrize("options", [{"hidden": 2}, {"width": 0.5}, {"depth": 1}, {"head": "full"}])
 def test_norms_that_nearly_begin_at_zero(options: dict[str, Any]) -> None:
     local = compiled(residual(nn.BatchNorm2d, 1e-5), 3, **options)
     norms = [part for part in local.aux.modules() if isinstance(part, nn.BatchNorm2d)]

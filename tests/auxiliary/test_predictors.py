@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ BOXES = {"boxes": torch.tensor([[10.0, 12.0, 50.0, 40.0]]), "labels": torch.tens
 
 
 def classifier() -> tuple[nn.Module, dict[str, Any], tuple[Any, ...]]:
-    return Net(), {"task": "classification", "k": "natural", "example_inputs": EXAMPLE, "aux_width": 1.0}, batch()
+    return Net(), {"task": "classification", "k": "natural", "example_inputs": EXAMPLE, "width": 1.0}, batch()
 
 
 def super_resolution() -> tuple[nn.Module, dict[str, Any], tuple[Any, ...]]:
@@ -35,7 +34,7 @@ def detector() -> tuple[nn.Module, dict[str, Any], tuple[Any, ...]]:
     images = [torch.rand(3, 64, 64) for _ in range(2)]
     model = retinanet(depth=18, num_classes=3, fpn_channels=32, extra_levels=False, anchor_sizes=((8,), (16,), (32,)),
                       min_size=64, max_size=64)
-    given = {"task": "detection", "k": 3, "example_inputs": images, "head": "light", "aux_width": 0.25}
+    given = {"task": "detection", "k": 3, "example_inputs": images, "head": "light", "width": 0.25}
     return model, given, (images, [BOXES, BOXES])
 
 
@@ -72,7 +71,8 @@ def shared(local: LocalModel) -> list[list[str]]:
 def test_gradients_are_the_sum_over_local_modules(case):
     """Beside a twin whose copies have the same values, and beside plain autograd."""
     name, model, plan, alone, inputs = case
-    local, twin = plan.apply(copy.deepcopy(model)).train(), alone.apply(copy.deepcopy(model)).train()
+    local, twin = glcan_fx.transform(copy.deepcopy(model),
+                                     plan=plan).train(), glcan_fx.transform(copy.deepcopy(model), plan=alone).train()
     groups = shared(local)
     assert [f"{index}.{SHARED[name]}" for index in range(local.plan.k - 1)] in groups
     twin.load_state_dict(local.state_dict())
@@ -90,28 +90,29 @@ def test_gradients_are_the_sum_over_local_modules(case):
 
 def test_parameters_are_fewer_and_counted_once(case):
     _, model, plan, alone, _ = case
-    local = plan.apply(model)
+    local = glcan_fx.transform(model, plan=plan)
     counted, before = (sum(module.aux_parameters for module in one.modules) for one in (plan, alone))
-    assert counted == weights_in(local.aux) < before == weights_in(alone.apply(model).aux)
+    assert counted == weights_in(local.aux) < before == weights_in(glcan_fx.transform(model, plan=alone).aux)
     assert plan.modules[0].aux_parameters == alone.modules[0].aux_parameters
     assert "shared predictors" in str(plan) and "shared predictors" not in str(alone)
 
 
 def test_other_shapes_are_not_shared():
     """A narrower network behind the first modules; the third predicts from its own channels."""
-    plan = glcan_fx.plan(Net(), k="natural", task="classification", example_inputs=EXAMPLE, method=GLCAN(width=0.5, predictors="shared"))
-    local = plan.apply(Net()).train()
+    plan = glcan_fx.plan(Net(), k="natural", task="classification", example_inputs=EXAMPLE,
+                         method=GLCAN(width=0.5, predictors="shared"))
+    local = glcan_fx.transform(Net(), plan=plan).train()
     assert shared(local) == [[f"{index}.network.tail.fc.{name}" for index in (0, 1)] for name in ("weight", "bias")]
     local(*batch()).loss.backward()
 
 
 def test_evaluation_copies_and_checkpoints(case):
     _, model, plan, _, inputs = case
-    local = plan.apply(copy.deepcopy(model))
+    local = glcan_fx.transform(copy.deepcopy(model), plan=plan)
     expected = shared(local)
     torch.manual_seed(5)
-    other = Plan.from_json(plan.to_json()).apply(copy.deepcopy(model))
-    assert other.plan.options == plan.options and shared(other) == expected
+    other = glcan_fx.transform(copy.deepcopy(model), plan=Plan.from_json(plan.to_json()))
+    assert other.plan.method == plan.method and shared(other) == expected
     other.load_state_dict(local.state_dict())
     for one in (other, copy.deepcopy(local), pickle.loads(pickle.dumps(local)), copy.copy(local)):
         assert shared(one) == expected
@@ -125,7 +126,7 @@ def test_evaluation_copies_and_checkpoints(case):
         assert all(torch.equal(gradient, found[name]) for name, gradient in gradients(local).items())
         local.zero_grad()
         one.load_state_dict(local.state_dict())
-    fresh = plan.apply(copy.deepcopy(model)).eval()
+    fresh = glcan_fx.transform(copy.deepcopy(model), plan=plan).eval()
     with torch.no_grad():
         for a, b in zip(torch.utils._pytree.tree_leaves(fresh(inputs[0])),
                         torch.utils._pytree.tree_leaves(model.eval()(inputs[0])), strict=True):
@@ -134,7 +135,7 @@ def test_evaluation_copies_and_checkpoints(case):
 
 def test_an_optimiser_in_the_forward_pass_leaves_them_to_the_outer_step(case):
     _, model, plan, _, inputs = case
-    local, twin = (plan.apply(copy.deepcopy(model)).train() for _ in range(2))
+    local, twin = (glcan_fx.transform(copy.deepcopy(model), plan=plan).train() for _ in range(2))
     twin.load_state_dict(local.state_dict())
     inside = local.optimizer_in_forward(torch.optim.SGD, lr=1e-2, momentum=0.9)
     for one, optimizer in ((local, inside), (twin, torch.optim.SGD(twin.parameters(), lr=1e-2, momentum=0.9))):
@@ -169,7 +170,7 @@ def test_where_it_cannot_be_had():
         glcan_fx.plan(Branches(), k="natural", **given, method=GLCAN(predictors="shared"))
     plan = glcan_fx.plan(Branches(), k="natural", **given)
     with pytest.raises(PlanError, match="runs as Python"):
-        replace(plan, options=replace(plan.options, predictors="shared")).apply(Branches())
+        glcan_fx.transform(Branches(), plan=plan.replace(predictors="shared"))
     with pytest.raises(PlanError, match="predictors='yes': choose 'own', 'shared' or 'model'"):
         glcan_fx.plan(Net(), k="natural", **given, method=GLCAN(predictors="yes"))
 
@@ -179,7 +180,7 @@ def test_where_it_cannot_be_had():
 
 def upsampler() -> tuple[nn.Module, dict[str, Any], tuple[Any, ...]]:
     model, given, inputs = super_resolution()
-    return model, given | {"head": "light", "aux_width": 1.0}, inputs
+    return model, given | {"head": "light", "width": 1.0}, inputs
 
 
 READ = {"classification": (classifier, "tail.fc", "fc"), "super-resolution": (upsampler, "tail.tail.2", "tail.2")}
@@ -207,7 +208,7 @@ def step_by_hand(local: LocalModel, inputs: tuple[Any, ...], path: str, source: 
 def test_the_models_predictor_is_read_and_not_trained(reading):
     """By local losses: its gradient is the last module's alone. What it reads are the weights after each step."""
     model, plan, inputs, path, source = reading
-    local = plan.apply(copy.deepcopy(model)).train()
+    local = glcan_fx.transform(copy.deepcopy(model), plan=plan).train()
     assert not [name for name, _ in local.aux.named_parameters() if f".network.{path}." in name]
     optimizer = torch.optim.SGD(local.parameters(), lr=0.1)
     for _ in range(3):
@@ -225,7 +226,7 @@ def test_the_models_predictor_is_read_and_not_trained(reading):
 
 def test_what_is_read_costs_no_parameters(reading):
     model, plan, _, path, source = reading
-    local = plan.apply(copy.deepcopy(model))
+    local = glcan_fx.transform(copy.deepcopy(model), plan=plan)
     assert sum(module.aux_parameters for module in plan.modules) == weights_in(local.aux)
     assert "the model's predictors" in str(plan)
     assert plan.memory.plan.peak > 0
@@ -233,10 +234,10 @@ def test_what_is_read_costs_no_parameters(reading):
 
 def test_copies_read_their_own_model(reading):
     model, plan, inputs, path, source = reading
-    local = plan.apply(copy.deepcopy(model)).train()
+    local = glcan_fx.transform(copy.deepcopy(model), plan=plan).train()
     expected = step_by_hand(local, inputs, path, source)
     for one in (copy.deepcopy(local), pickle.loads(pickle.dumps(local)), copy.copy(local),
-                Plan.from_json(plan.to_json()).apply(copy.deepcopy(model)).train()):
+                glcan_fx.transform(copy.deepcopy(model), plan=Plan.from_json(plan.to_json())).train()):
         one.load_state_dict(local.state_dict())
         if one.original is not local.original:
             with torch.no_grad():
@@ -252,7 +253,8 @@ def test_copies_read_their_own_model(reading):
 
 def test_a_predictor_that_is_replaced_is_read():
     """Another number of classes: the auxiliary networks follow."""
-    local = glcan_fx.transform(Net(), k="natural", task="classification", example_inputs=EXAMPLE, method=GLCAN(width=1.0, predictors="model"))
+    local = glcan_fx.transform(Net(), k="natural", task="classification", example_inputs=EXAMPLE,
+                               method=GLCAN(width=1.0, predictors="model"))
     local.fc = nn.Linear(local.original.fc.in_features, 3)
     out = local.train()(EXAMPLE, torch.zeros(len(EXAMPLE), dtype=torch.int64))
     out.loss.backward()
@@ -261,7 +263,7 @@ def test_a_predictor_that_is_replaced_is_read():
 
 def test_the_models_predictor_with_compile_and_in_the_forward_pass(reading):
     model, plan, inputs, path, source = reading
-    local, twin = (plan.apply(copy.deepcopy(model)).train() for _ in range(2))
+    local, twin = (glcan_fx.transform(copy.deepcopy(model), plan=plan).train() for _ in range(2))
     twin.load_state_dict(local.state_dict())
     inside = local.optimizer_in_forward(torch.optim.SGD, lr=1e-2)
     for one, optimizer in ((local, inside), (twin, torch.optim.SGD(twin.parameters(), lr=1e-2))):
@@ -284,9 +286,9 @@ def test_what_is_left_out_suits_the_models_predictor():
     """The planner would choose narrow networks here, in front of which the model's last layer does not fit."""
     given = {"task": "classification", "example_inputs": torch.empty(8, 3, 64, 64, device="meta"), "k": 3}
     model = torchvision.models.resnet50(num_classes=10)
-    assert glcan_fx.plan(model, **given).options.width < 1
+    assert glcan_fx.plan(model, **given).method.width < 1
     plan = glcan_fx.plan(model, **given, method=GLCAN(predictors="model"))
-    assert plan.options.width == 1 and "the model's predictors" in str(plan)
+    assert plan.method.width == 1 and "the model's predictors" in str(plan)
 
 
 def test_where_no_network_has_the_models_predictor():

@@ -81,8 +81,9 @@ def test_features_are_what_the_auxiliary_network_reads() -> None:
     for model, task, size in ((UNet(), "segmentation", (2, 3, 64, 64)),
                               (edsr(blocks=3, channels=16), "super_resolution", (2, 3, 16, 16))):
         for head in ("lean", "light"):
-            plan = glcan_fx.plan(model, k="natural", task=task, example_inputs=torch.empty(size), method=GLCAN(head=head))
-            local = plan.apply(model)
+            plan = glcan_fx.plan(model, k="natural", task=task, example_inputs=torch.empty(size),
+                                 method=GLCAN(head=head))
+            local = glcan_fx.transform(model, plan=plan)
             for index, module in enumerate(plan.modules[:-1]):
                 network = local.aux.get_submodule(f"{index}.network")
                 read = [f.tap for f in module.features if f.source != "synthesised" and f.tap != module.cut]

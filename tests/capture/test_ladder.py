@@ -122,7 +122,7 @@ def test_saved_copied_and_planned_again(kind: type[nn.Module], rung: int, k: int
     plan = glcan_fx.Plan.from_json(local.plan.to_json())
     assert plan == local.plan
     for other in (torch.load(file, weights_only=False), copy.deepcopy(local),
-                  plan.apply(kind(), criterion=F.cross_entropy)):
+                  glcan_fx.transform(kind(), criterion=F.cross_entropy, plan=plan)):
         assert other.plan == local.plan and other.code == local.code
         other.train()(IMAGES, LABELS).loss.backward()
         assert all(p.grad is not None for p in other.parameters())

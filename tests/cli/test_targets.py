@@ -123,4 +123,4 @@ def test_presets_build(name):
     preset = PRESETS[name]
     with torch.device("meta"):
         model = load(preset.target, preset.kwargs)
-    make_task(preset.task, None, None).network(model)
+    make_task(preset.task, None).network(model)

@@ -28,7 +28,7 @@ def test_trains_on_its_own_output_alone(task: str) -> None:
     plan = glcan_fx.plan(model, k="natural", task=task, example_inputs=x, method="dgl")
     assert all(not module.features and len(module.levels) <= 1 for module in plan.modules[:-1])
     assert Plan.from_json(plan.to_json()) == plan
-    local = Plan.from_json(plan.to_json()).apply(model).train()
+    local = glcan_fx.transform(model, plan=Plan.from_json(plan.to_json())).train()
     reads = [len(local.aux.get_submodule(f"{i}.network").graph.find_nodes(op="placeholder")) for i in range(plan.k - 1)]
     assert set(reads) == {1}
     before = {name: p.detach().clone() for name, p in local.named_parameters()}

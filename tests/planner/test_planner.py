@@ -19,13 +19,12 @@ from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large, fcn_re
 
 import glcan_fx
 from glcan_fx import BudgetError, Options, PlanError
-from glcan_fx.auxiliary.builder import Ending, Options
-from glcan_fx.auxiliary.tails import ending_of
+from glcan_fx.auxiliary.tails import Ending, ending_of
 from glcan_fx.methods import GLCAN
 from glcan_fx.models import edsr, retinanet
-from glcan_fx.planner.costs import Drafts
+from glcan_fx.planner.costs import CostTable
 from glcan_fx.planner.partition import ModuleCost, carried, costs_of, merge
-from glcan_fx.planner.search import candidates, richest, with_richest
+from glcan_fx.planner.search import richest, with_richest
 from glcan_fx.structure.analysis import multiply_adds
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -35,17 +34,18 @@ from unet import UNet
 
 @pytest.mark.parametrize("ending", ["mean", "decoder", "maps"])
 def test_the_richest_networks_that_fit(ending: Ending) -> None:
-    choices = candidates(ending)
+    choices = GLCAN().choices(ending)
     for best in range(len(choices)):
         assert richest(choices, lambda options, best=best: choices.index(options) < best) == choices[best]
     assert richest(choices, lambda options: 1.0) == choices[-1]
     assert richest(choices, lambda options: math.inf) == choices[0]
-    assert candidates(width=0.5, head="light") == [Options(width=0.5, stride=s) for s in (1, 16, 32)]
+    assert GLCAN(width=0.5, head="light").choices("maps") == [
+        GLCAN(width=0.5, head="light", hidden=0, stride=s) for s in (1, 16, 32)]
 
 
 def test_leaner_lists_where_the_richest_fit_nothing() -> None:
     """The longest list that works; where the leanest fits nothing, nothing else is tried, and the error is its own."""
-    choices = candidates("mean")
+    choices = GLCAN().choices("mean")
     asked: list[int] = []
 
     def plan(most: int, least: int = 0) -> Any:
@@ -87,7 +87,7 @@ def test_a_memory_budget_where_narrow_networks_cannot_be_built() -> None:
     natural = glcan_fx.plan(model, k="natural", **given, method=GLCAN(head="lean", width=1.0, hidden=0))
     budget = int(1.001 * natural.memory.plan.peak)
     plan = glcan_fx.plan(model, memory_budget=budget, **given)
-    assert plan.memory.plan.peak <= budget and plan.options.width == 1.0
+    assert plan.memory.plan.peak <= budget and plan.method.width == 1.0
 
 
 def cifar() -> tuple[nn.Module, dict[str, Any]]:
@@ -97,12 +97,12 @@ def cifar() -> tuple[nn.Module, dict[str, Any]]:
 def test_more_compute_makes_richer_networks() -> None:
     """Each budget is kept, and the largest is used for what the smaller ones do not allow."""
     model, given = cifar()
-    order = candidates("mean")
+    order = GLCAN().choices("mean")
     places = []
     for budget in (1.0, 1.1, 1.3, 3.0):
         plan = glcan_fx.plan(model, k=4, compute_budget=budget, **given)
         assert plan.memory.plan.flops <= budget * plan.memory.backpropagation.flops
-        places.append(order.index(plan.options))
+        places.append(order.index(plan.method))
     assert places == sorted(places, reverse=True) and len(set(places)) == 4
     assert order[places[-1]] == Options(head="full", hidden=4)
 
@@ -159,7 +159,7 @@ def test_layers_are_counted_where_they_are_applied() -> None:
     """A transposed convolution at its input's places."""
     given = {"task": "segmentation", "example_inputs": torch.empty(4, 3, 96, 96, device="meta")}
     plan = glcan_fx.plan(Transposed(), k=1, **given)
-    counted = 3 * 2 * multiply_adds(plan.draft.structure)
+    counted = 3 * 2 * multiply_adds(plan.captured.structure)
     assert counted == pytest.approx(plan.memory.backpropagation.flops, rel=0.02)
 
 
@@ -178,7 +178,7 @@ def test_both_budgets() -> None:
     rich = glcan_fx.plan(model, memory_budget=half, compute_budget=1.3, **given)
     assert max(lean.memory.plan.peak, rich.memory.plan.peak) <= half
     assert rich.memory.plan.flops <= 1.3 * rich.memory.backpropagation.flops
-    assert candidates("mean").index(rich.options) < candidates("mean").index(lean.options)
+    assert GLCAN().choices("mean").index(rich.options) < GLCAN().choices("mean").index(lean.options)
 
 
 def convolutions(*channels: int | str) -> nn.Sequential:
@@ -243,7 +243,7 @@ class Bypass(nn.Module):
 
 def test_values_that_pass_modules_by_count_in_all_of_them() -> None:
     plan = glcan_fx.plan(Bypass(), k="natural", task="segmentation", example_inputs=torch.empty(2, 3, 16, 16))
-    structure = plan.draft.structure
+    structure = plan.captured.structure
     size = 2 * 8 * 16 * 16 * 4
     assert [unit.name for unit in structure.units] == ["a", "b", "c", "d"]
     assert carried(structure, structure.units) == [[], [(size, 0)], [(size, 0), (size, 1)], [(size, 0), (size, 2)]]
@@ -256,8 +256,8 @@ def test_values_that_pass_modules_by_count_in_all_of_them() -> None:
 ])
 def test_a_number_cuts_where_a_step_takes_the_least(model: nn.Module, size: tuple[int, ...], task: str, k: int) -> None:
     """No list of as many split points does with less memory, to 2 %, than the number."""
-    given = {"task": task, "example_inputs": torch.empty(size, device="meta"), "head": "lean", "aux_width": 1.0}
-    given |= {"aux_hidden": 0} if task == "classification" else {}
+    given = {"task": task, "example_inputs": torch.empty(size, device="meta"), "head": "lean", "width": 1.0}
+    given |= {"hidden": 0} if task == "classification" else {}
     plan = glcan_fx.plan(model, k=k, **given)
     lists = [glcan_fx.plan(model, k=list(cuts), **given) for cuts in itertools.combinations(plan.natural, k - 1)]
     assert plan.memory.plan.peak <= 1.02 * min(other.memory.plan.peak for other in lists)
@@ -306,10 +306,10 @@ def test_compute_is_foretold(frozen: list[str]) -> None:
     for name in frozen:
         model.get_submodule(name).requires_grad_(False)
     plan = glcan_fx.plan(model, k="natural", task="classification", example_inputs=torch.empty(2, 3, 64, 64))
-    drafts = Drafts(plan.draft.structure, model, plan.draft.task)
-    cuts = [unit for unit in plan.draft.structure.units if unit.name in plan.cuts]
+    drafts = CostTable(plan.captured)
+    cuts = [unit for unit in plan.captured.structure.units if unit.name in plan.cuts]
     assert plan.k > 2 and drafts.step() == plan.memory.backpropagation.flops
-    assert drafts.extra(cuts, plan.options) == pytest.approx(plan.memory.plan.flops / drafts.step() - 1, abs=1e-4)
+    assert drafts.extra(cuts, plan.method) == pytest.approx(plan.memory.plan.flops / drafts.step() - 1, abs=1e-4)
 
 
 def test_a_step_that_cannot_be_simulated() -> None:
@@ -336,7 +336,7 @@ def test_a_step_that_cannot_be_simulated() -> None:
 ])
 def test_endings(model: nn.Module, size: int, task: str, ending: Ending) -> None:
     plan = glcan_fx.plan(model, k="natural", task=task, example_inputs=torch.empty(2, 3, size, size, device="meta"))
-    assert ending_of(plan.draft.structure, task != "detection") == ending
+    assert ending_of(plan.captured.structure, task != "detection") == ending
 
 
 def test_a_decoder_that_costs_more_than_recomputation_is_left_out() -> None:
@@ -344,9 +344,9 @@ def test_a_decoder_that_costs_more_than_recomputation_is_left_out() -> None:
     for model, head in ((UNet(11, 32), "light"), (UNet(11, 4), "lean")):
         given = {"task": "segmentation", "example_inputs": torch.empty(8, 3, 160, 224, device="meta")}
         plan = glcan_fx.plan(model, k="natural", **given)
-        assert plan.options.head == head
+        assert plan.method.head == head
         assert plan.memory.plan.flops <= 4 / 3 * plan.memory.backpropagation.flops
         tight = glcan_fx.plan(model, k=plan.k, memory_budget=int(1.01 * plan.memory.plan.peak), **given)
-        assert tight.options.head == head
+        assert tight.method.head == head
     leanest = glcan_fx.plan(model, k="natural", compute_budget=1.0, **given)
-    assert leanest.options.head == "lean" and leanest.memory.plan.flops <= leanest.memory.backpropagation.flops
+    assert leanest.method.head == "lean" and leanest.memory.plan.flops <= leanest.memory.backpropagation.flops

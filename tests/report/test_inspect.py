@@ -368,7 +368,7 @@ def test_an_edited_plan_shows_the_model_s_figures() -> None:
     edited = Plan.from_json(json.dumps(data))
     with pytest.raises(PlanError, match="apply it"):
         edited.memory  # noqa: B018 - the other plan's is not this one's
-    applied = edited.apply(model).plan
+    applied = glcan_fx.transform(model, plan=edited).plan
     assert sum(module.parameters for module in applied.modules) == sum(p.numel() for p in model.parameters())
     assert [b.name for m in applied.modules for b in m.blocks] == [b.name for m in plan.modules for b in m.blocks]
     assert applied.modules[1].parameters == plan.modules[1].parameters + plan.modules[2].parameters
@@ -387,7 +387,7 @@ def test_plans_that_were_edited_wrongly(edit: Callable[[dict], object], match: s
     data = json.loads(plan.to_json())
     edit(data)
     with pytest.raises(PlanError, match=match):
-        Plan.from_json(json.dumps(data)).apply(model)
+        glcan_fx.transform(model, plan=Plan.from_json(json.dumps(data)))
 
 
 def test_sizes_are_no_features() -> None:
@@ -399,7 +399,7 @@ def test_sizes_are_no_features() -> None:
 
     plan = glcan_fx.plan(Net(), k="natural", task="segmentation", example_inputs=torch.empty(4, 3, 64, 64))
     assert not [feature for module in plan.modules for feature in module.features if feature.tap in ("x", "input")]
-    plan.apply(Net())
+    glcan_fx.transform(Net(), plan=plan)
 
 
 def test_what_is_kept_is_what_a_real_step_keeps() -> None:
@@ -407,7 +407,7 @@ def test_what_is_kept_is_what_a_real_step_keeps() -> None:
     model = torchvision.models.resnet18(num_classes=10)
     x, y = torch.randn(4, 3, 64, 64), torch.randint(10, (4,))
     plan = glcan_fx.plan(model, k=4, task="classification", example_inputs=x)
-    local = plan.apply(model).train()
+    local = glcan_fx.transform(model, plan=plan).train()
     live: list[int] = []
     with PeakMemory(local, x) as memory:
         for index in range(3):

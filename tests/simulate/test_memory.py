@@ -24,8 +24,8 @@ from glcan_fx import Options, PlanError, UnsupportedError
 from glcan_fx.methods import GLCAN
 from glcan_fx.models import edsr, retinanet, yolo
 from glcan_fx.peak_memory import PeakMemory
-from glcan_fx.planner.search import in_bytes
 from glcan_fx.step.runtime import SlicedHead
+from glcan_fx.units import in_bytes
 
 BATCH = 4
 
@@ -95,7 +95,7 @@ def real_peak(model: nn.Module, step: Callable[[], Tensor], inputs: Any) -> int:
 def test_a_simulated_step_needs_what_a_real_one_does(case: str) -> None:
     model, given, inputs, targets = CASES[case]()
     plan = glcan_fx.plan(model, k=4, **given)
-    local = plan.apply(copy.deepcopy(model)).train()
+    local = glcan_fx.transform(copy.deepcopy(model), plan=plan).train()
     measured = real_peak(local, lambda: loss_of(local(inputs, targets)), inputs)
     if case == "Faster R-CNN":  # how many regions survive suppression depends on values: the simulation takes all
         assert measured <= plan.memory.plan.peak < 2 * measured
@@ -150,7 +150,7 @@ def test_estimates_for_models_plans_and_compiled_models() -> None:
     recomputed = glcan_fx.estimate_memory(model, x, task="classification", recompute=True)
     for found, expected in ((whole, plan.memory.backpropagation), (recomputed, plan.memory.checkpointing),
                             (glcan_fx.estimate_memory(plan), plan.memory.plan),
-                            (glcan_fx.estimate_memory(plan.apply(model)), plan.memory.plan)):
+                            (glcan_fx.estimate_memory(glcan_fx.transform(model, plan=plan)), plan.memory.plan)):
         assert expected is not None and found.flops == expected.flops
         assert found.peak == pytest.approx(expected.peak, abs=4096)  # labels may have been seen before
     adam = glcan_fx.estimate_memory(model, x, task="classification", options=Options(optimizer="adam"))
@@ -240,7 +240,7 @@ def test_a_criterion_of_ones_own_is_simulated_on_example_targets() -> None:
 
 def gradients(plan: glcan_fx.Plan, model: nn.Module, inputs: Any, targets: Any) -> tuple[Any, ...]:
     torch.manual_seed(0)
-    local = pickle.loads(pickle.dumps(plan.apply(copy.deepcopy(model)).train()))
+    local = pickle.loads(pickle.dumps(glcan_fx.transform(copy.deepcopy(model), plan=plan).train()))
     torch.manual_seed(1)
     result = local(inputs, targets)
     loss_of(result).backward()
@@ -265,9 +265,9 @@ def same(plan: glcan_fx.Plan, other: glcan_fx.Plan, model: nn.Module, inputs: An
 def test_blocks_that_run_again_change_no_bit(case: str, k: int) -> None:
     model, given, inputs, targets = CASES[case]()
     plan = glcan_fx.plan(model, k=k, **given)
-    again = replace(plan, modules=tuple(replace(module, recompute=True) for module in plan.modules))
+    again = plan.replace(modules=tuple(replace(module, recompute=True) for module in plan.modules))
     same(plan, again, model, inputs, targets, 0.0)
-    assert "block_" in again.apply(model).code
+    assert "block_" in glcan_fx.transform(model, plan=again).code
 
 
 @pytest.mark.parametrize("case", ["classification", "super-resolution", "RetinaNet"])
@@ -283,7 +283,7 @@ def test_slices_have_the_whole_batchs_gradients(case: str, slices: int) -> None:
 def test_slices_need_less_memory() -> None:
     model, given = large()
     plan = glcan_fx.plan(model, k=4, **given)
-    sliced = replace(plan, options=replace(plan.options, slices=4))
+    sliced = plan.replace(slices=4)
     assert glcan_fx.estimate_memory(sliced).peak < glcan_fx.estimate_memory(plan).peak
 
 
@@ -292,7 +292,7 @@ def test_slices_need_less_memory() -> None:
 def test_slices_are_refused_where_they_change_gradients(case: str, match: str) -> None:
     model, given, inputs, _ = CASES[case]()
     plan = glcan_fx.plan(model, k=2, **given)
-    local = replace(plan, options=replace(plan.options, slices=2)).apply(model).train()
+    local = glcan_fx.transform(model, plan=plan.replace(slices=2)).train()
     with pytest.raises(UnsupportedError, match=match):
         local(inputs, [boxes(count) for count in (1, 8, 2, 3)])
 
@@ -301,9 +301,9 @@ def test_slices_under_autocast_and_a_scaler() -> None:
     model, given, inputs, targets = classifier()
     plan = glcan_fx.plan(model, k=2, **given)
     found = []
-    for chosen in (plan, replace(plan, options=replace(plan.options, slices=2))):
+    for chosen in (plan, plan.replace(slices=2)):
         torch.manual_seed(0)
-        local = chosen.apply(copy.deepcopy(model)).train()
+        local = glcan_fx.transform(copy.deepcopy(model), plan=chosen).train()
         with torch.autocast("cpu", torch.bfloat16):
             loss = local(inputs, targets).loss
         (loss * 1024).backward()
@@ -323,7 +323,7 @@ def test_the_last_modules_loss_from_class_ids(case: str) -> None:
 def test_losses_from_class_ids_need_less_memory() -> None:
     model, given = large()
     plan = glcan_fx.plan(model, k=1, **given)
-    fused = replace(plan, options=replace(plan.options, fused=True))
+    fused = plan.replace(fused_loss=True)
     assert glcan_fx.estimate_memory(fused).peak < 0.9 * glcan_fx.estimate_memory(plan).peak
 
 
@@ -415,7 +415,7 @@ def test_budgets() -> None:
     model, given = large()
     natural = glcan_fx.plan(model, k="natural", **given)
     whole = natural.memory.backpropagation.peak
-    least = glcan_fx.estimate_memory(replace(natural, options=replace(natural.options, fused=True, slices=4))).peak
+    least = glcan_fx.estimate_memory(natural.replace(fused_loss=True, slices=4)).peak
     assert glcan_fx.plan(model, memory_budget=whole, **given).k == 1
     budget = int(least + 0.05 * (whole - least))
     plan = glcan_fx.plan(model, memory_budget=budget, **given)
@@ -426,11 +426,11 @@ def test_budgets() -> None:
 def test_the_fewest_modules() -> None:
     model = resnet18()
     given = {"task": "classification", "example_inputs": torch.empty(64, 3, 224, 224, device="meta"), "head": "lean",
-             "aux_width": 0.25, "aux_hidden": 2}  # with a budget others may be chosen
+             "width": 0.25, "hidden": 2}  # with a budget others may be chosen
     peaks = []
     for k in range(1, 10):
         plan = glcan_fx.plan(model, k=k, **given)
-        savings = replace(plan.options, fused=True, slices=4)
+        savings = replace(plan.method, fused=True, slices=4)
         peaks.append(glcan_fx.estimate_memory(replace(plan, options=savings)).peak)
     budget = int(1.01 * peaks[3])
     plan = glcan_fx.plan(model, memory_budget=budget, **given)
@@ -499,12 +499,13 @@ def test_simulating_leaves_a_criterion_alone() -> None:
 
 def test_slices_train_a_criterion() -> None:
     model, _, x, y = classifier()
-    given = {"k": 1, "example_inputs": x, "example_targets": y}
+    given = {"k": 1, "example_inputs": x}
     grads = []
     for slices in (1, 2):
         torch.manual_seed(0)
         learned = Learned()
-        local = glcan_fx.transform(copy.deepcopy(model), criterion=learned, **given, options=Options(slices=slices)).train()
+        local = glcan_fx.transform(copy.deepcopy(model), criterion=learned, **given,
+                                   options=Options(slices=slices, example_targets=y)).train()
         local(x, y).loss.backward()
         grads.append(learned.scale.grad)
     torch.testing.assert_close(grads[1], grads[0])
@@ -552,7 +553,7 @@ def test_parameters_of_the_detector_itself_are_trained_in_slices() -> None:
     model.__class__ = Gained
     model.gain = nn.Parameter(torch.tensor(2.0))
     plan = glcan_fx.plan(model, k=1, **given)
-    same(plan, replace(plan, options=replace(plan.options, slices=2)), model, inputs, targets, 1e-4)
+    same(plan, plan.replace(slices=2), model, inputs, targets, 1e-4)
 
 
 def test_a_loss_of_ones_own_is_not_replaced() -> None:
@@ -600,8 +601,8 @@ class PowerIteration(nn.Module):
 def test_both_runs_of_a_block_begin_with_the_same_buffers() -> None:
     model, x, y = PowerIteration(), torch.randn(4, 3, 16, 16), torch.randint(10, (4,))
     plan = glcan_fx.plan(model, k=1, task="classification", example_inputs=x)
-    again = replace(plan, modules=tuple(replace(module, recompute=True) for module in plan.modules))
-    assert "block_" in again.apply(model).code
+    again = plan.replace(modules=tuple(replace(module, recompute=True) for module in plan.modules))
+    assert "block_" in glcan_fx.transform(model, plan=again).code
     same(plan, again, model, x, y, 0.0)
 
 
@@ -634,8 +635,8 @@ def test_a_budget_promises_no_slices_that_a_step_refuses() -> None:
         glcan_fx.transform(model, k="natural", **given, options=Options(slices=2))
     budget = int(0.9 * glcan_fx.estimate_memory(model, x, task="super_resolution").peak)
     plan = glcan_fx.plan(model, memory_budget=budget, **given)
-    assert plan.options.slices == 1
-    plan.apply(model).train()(x, y).loss.backward()
+    assert plan.slices == 1
+    glcan_fx.transform(model, plan=plan).train()(x, y).loss.backward()
 
 
 class RandomDepth(nn.Module):
@@ -654,7 +655,8 @@ def test_blocks_with_random_numbers_of_pythons_do_not_run_again() -> None:
                           nn.Linear(8, 10))
     x, y = torch.randn(4, 3, 16, 16), torch.randint(10, (4,))
     plan = glcan_fx.plan(model, k=1, task="classification", example_inputs=x)
-    local = replace(plan, modules=tuple(replace(m, recompute=True) for m in plan.modules)).apply(model).train()
+    local = glcan_fx.transform(model,
+                               plan=plan.replace(modules=tuple(replace(m, recompute=True) for m in plan.modules))).train()
     for _ in range(4):
         local(x, y).loss.backward()
 
@@ -669,7 +671,8 @@ def test_what_cannot_be_simulated_can_still_be_printed_and_saved() -> None:
     assert glcan_fx.Plan.from_json(plan.to_json()) == plan
     with pytest.raises(PlanError, match="cannot be simulated"):
         glcan_fx.estimate_memory(plan)
-    meta = glcan_fx.plan(model, k=2, criterion=F.cross_entropy, example_inputs=x, options=Options(example_targets=y.to("meta")))
+    meta = glcan_fx.plan(model, k=2, criterion=F.cross_entropy, example_inputs=x,
+                         options=Options(example_targets=y.to("meta")))
     assert meta.memory.plan.peak > 0
 
 
@@ -682,7 +685,8 @@ def test_unknown_optimisers() -> None:
 def test_recomputed_blocks_and_compile() -> None:
     model, given, x, y = classifier()
     plan = glcan_fx.plan(model, k=2, **given)
-    local = replace(plan, modules=tuple(replace(m, recompute=True) for m in plan.modules)).apply(model).train()
+    local = glcan_fx.transform(model,
+                               plan=plan.replace(modules=tuple(replace(m, recompute=True) for m in plan.modules))).train()
     torch.compile(local, backend="eager")(x, y).loss.backward()
     assert all(p.grad is not None for p in local.parameters())
 
@@ -692,14 +696,14 @@ def test_detectors_whose_losses_are_means_over_images() -> None:
     for case, expected in (("RetinaNet", True), ("FCOS", False), ("YOLO", False)):
         model, given, _, _ = CASES[case]()
         plan = glcan_fx.plan(model, k=1, **given)
-        levels = plan.known.structure.trace.output.args[0]
+        levels = plan.simulator.structure.trace.output.args[0]
         assert task.averages_images(model, levels) is expected, case
 
 
 def test_sliced_heads_are_made_anew_with_every_copy() -> None:
     model, given, inputs, targets = CASES["RetinaNet"]()
     plan = glcan_fx.plan(model, k=2, **given)
-    local = replace(plan, options=replace(plan.options, slices=2)).apply(model).train()
+    local = glcan_fx.transform(model, plan=plan.replace(slices=2)).train()
     other = copy.deepcopy(local)
     loss_of(other(inputs, targets)).backward()
     assert isinstance(other.aux.get_submodule("last.head"), SlicedHead)

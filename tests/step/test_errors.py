@@ -261,7 +261,7 @@ def test_a_subclass_with_a_loss_of_its_own_decides_itself():
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 5, 1))
     plan = glcan_fx.plan(model, k="natural", task=Places(), example_inputs=torch.empty(2, 3, 4, 4))
     with pytest.raises(PlanError, match="expects logits"):
-        plan.apply(model, task="classification")
+        glcan_fx.transform(model, task="classification", plan=plan)
 
 
 def test_classification_of_places():
@@ -301,16 +301,15 @@ def test_example_inputs_of_another_type_than_the_model():
 
 
 @pytest.mark.parametrize(("options", "match"), [
-    ({"aux_width": 0}, "aux_width=0.*above 0 and at most 1"),
-    ({"aux_width": 1.5}, "aux_width=1.5"),
-    ({"aux_width": float("nan")}, "aux_width=nan"),
-    ({"aux_width": "half"}, "aux_width='half'"),
-    ({"aux_depth": -1}, "aux_depth=-1.*0 or more"),
-    ({"aux_depth": 0.5}, "aux_depth=0.5"),
-    ({"aux_depth": True}, "aux_depth=True"),
+    ({"width": 0}, "width=0.*above 0 and at most 1"),
+    ({"width": 1.5}, "width=1.5"),
+    ({"width": float("nan")}, "width=nan"),
+    ({"width": "half"}, "width='half'"),
+    ({"depth": -1}, "depth=-1.*0 or more"),
+    ({"depth": 0.5}, "depth=0.5"),
+    ({"depth": True}, "depth=True"),
     ({"head": "heavy"}, "head='heavy'.*'full', 'light' or 'lean'"),
-    ({"aux_stride": 0}, "aux_stride=0.*1 or more"),
-    ({"slices": 0}, "slices=0.*1 or more"),
+    ({"stride": 0}, "stride=0.*1 or more"),
     ({"rules": "all"}, "rules.*Rules"),
 ])
 def test_bad_options(options, match):
@@ -361,7 +360,7 @@ def test_damaged_plan(field, value):
         if field == "natural":  # only shown
             return
         with pytest.raises(GlcanFxError):
-            plan.apply(model)
+            glcan_fx.transform(model, plan=plan)
 
 
 def test_plan_for_another_model():
@@ -369,7 +368,7 @@ def test_plan_for_another_model():
     other = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5))
     with untouched(other):
         with pytest.raises(PlanError, match="cuts at 'stem'.*Sequential.*another model.*Make a new plan"):
-            plan.apply(other)
+            glcan_fx.transform(other, plan=plan)
         with pytest.raises(PlanError, match="another model"):
             glcan_fx.transform(other, plan=plan)
 
@@ -378,7 +377,7 @@ def test_plan_for_a_model_that_needs_a_criterion():
     plan = glcan_fx.plan(Net(), k="natural", criterion=F.cross_entropy, example_inputs=EXAMPLE)
     model = Net()
     with untouched(model), pytest.raises(PlanError, match="criterion="):
-        Plan.from_json(plan.to_json()).apply(model)
+        glcan_fx.transform(model, plan=Plan.from_json(plan.to_json()))
 
 
 def test_plan_and_other_options():

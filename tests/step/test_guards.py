@@ -49,8 +49,8 @@ LABELS = torch.arange(4)
 
 def compiled(model: nn.Module, k: Any = "natural", **options: Any) -> glcan_fx.LocalModel:
     torch.manual_seed(0)
-    options = {"criterion": F.cross_entropy, "example_inputs": images(), "head": "light", "aux_width": 1.0,
-               "aux_hidden": 0, **options}
+    options = {"criterion": F.cross_entropy, "example_inputs": images(), "head": "light", "width": 1.0,
+               "hidden": 0, **options}
     return glcan_fx.transform(model, k=k, **options).train()
 
 

@@ -18,10 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 import glcan_fx
 from glcan_fx import LocalModel, Options, PlanError, UnsupportedError
+from glcan_fx.config import OPTIMIZERS
 from glcan_fx.methods import GLCAN
 from glcan_fx.models import retinanet
 from glcan_fx.peak_memory import PeakMemory
-from glcan_fx.simulate.estimate import OPTIMIZERS
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-4)
 ADAM = partial(torch.optim.Adam, lr=1e-2)
@@ -40,7 +40,8 @@ def compiled_detector() -> LocalModel:
     torch.manual_seed(0)
     model = retinanet(depth=18, num_classes=3, fpn_channels=32, extra_levels=False, anchor_sizes=((8,), (16,), (32,)),
                       min_size=64, max_size=64)
-    return glcan_fx.transform(model, task="detection", k=4, example_inputs=torch.empty(2, 3, 64, 64), method=GLCAN(head="light", width=0.25))
+    return glcan_fx.transform(model, task="detection", k=4, example_inputs=torch.empty(2, 3, 64, 64),
+                              method=GLCAN(head="light", width=0.25))
 
 
 def detector() -> LocalModel:
@@ -108,10 +109,11 @@ def test_savings_go_together(options):
     def make() -> LocalModel:
         torch.manual_seed(0)
         model = Net(norm=lambda channels: nn.GroupNorm(2, channels))
-        plan = glcan_fx.plan(model, k="natural", task="classification", example_inputs=EXAMPLE, options=Options(slices=options.get("slices", 1)))
+        plan = glcan_fx.plan(model, k="natural", task="classification", example_inputs=EXAMPLE,
+                             options=Options(slices=options.get("slices", 1)))
         if "recompute" in options:
-            plan = replace(plan, modules=tuple(replace(module, recompute=True) for module in plan.modules))
-        return plan.apply(model)
+            plan = plan.replace(modules=tuple(replace(module, recompute=True) for module in plan.modules))
+        return glcan_fx.transform(model, plan=plan)
 
     local = assert_same_training(make, SGD, classes)
     assert all(name.startswith(("block3.", "fc.")) for name in waiting(local, classes))
@@ -527,7 +529,7 @@ def test_simulated_and_real_peaks(name):
     plan = glcan_fx.plan(Heavy(), k="natural", task="classification", example_inputs=images)
     peaks = {}
     for in_forward in (False, True):
-        local = plan.apply(Heavy()).train()
+        local = glcan_fx.transform(Heavy(), plan=plan).train()
         optimizer = local.optimizer_in_forward(make) if in_forward else make(local.parameters())
         train(local, optimizer, classes, range(2))
         optimizer.zero_grad()

@@ -44,8 +44,8 @@ OPTIONS = st.fixed_dictionaries(
     optional={
         "k": st.integers(1, 3),
         "head": st.just("full"),
-        "aux_depth": st.integers(1, 2),
-        "aux_width": st.just(0.5),
+        "depth": st.integers(1, 2),
+        "width": st.just(0.5),
     },
 )
 
@@ -78,7 +78,7 @@ def drawn(data: st.DataObject, net: Architecture) -> glcan_fx.LocalModel:
 
 def accepted(options: dict[str, Any], build: Callable[[dict[str, Any]], Any]) -> tuple[Any, dict[str, Any]]:
     """Build with options, but for those that may be refused: a k that is not offered, narrow parameters."""
-    refusals = {"k": "are not possible", "aux_width": "cannot be built with aux_width=0.5"}
+    refusals = {"k": "are not possible", "width": "cannot be built with aux_width=0.5"}
     while True:
         try:
             return build(options), options
@@ -367,7 +367,7 @@ def test_plan_round_trip_and_untouched_model(family: str, data: st.DataObject) -
     assert str(again) == str(plan)
     with untouched(model):
         locals_ = [
-            again.apply(model, criterion=criterion),
+            glcan_fx.transform(model, criterion=criterion, plan=again),
             glcan_fx.transform(model, plan=plan),
             glcan_fx.transform(model, **given | options),
         ]
@@ -431,9 +431,9 @@ SMALL = Architecture("residual", 4, ((4, 1), (8, 2)))
         {"k": ["blocks.1"]},
         {"k": ["fc"]},
         {"head": "heavy"},
-        {"aux_depth": -1},
-        {"aux_width": 0},
-        {"aux_width": 2},
+        {"depth": -1},
+        {"width": 0},
+        {"width": 2},
         {"example_inputs": None},
         {"task": "poetry", "criterion": None},
         {"criterion": None},
@@ -461,7 +461,7 @@ def test_plan_of_another_model_is_refused() -> None:
     plan = glcan_fx.plan(SMALL.build(), k="natural", criterion=criterion, example_inputs=SMALL.example())
     other = Architecture("residual", 4, ((4, 1),)).build()
     with untouched(other), pytest.raises(glcan_fx.PlanError, match="another model"):
-        plan.apply(other)
+        glcan_fx.transform(other, plan=plan)
 
 
 def test_plain_checkpoint_loads_strictly() -> None:
@@ -625,7 +625,8 @@ def natural_partition(name: str, pixels: int) -> int:
     with torch.device("meta"):
         model = getattr(torchvision.models, name)(num_classes=4)
     example = torch.empty(2, 3, pixels, pixels)
-    plan = glcan_fx.plan(model, k="natural", task="classification", example_inputs=example, method=GLCAN(head="lean", width=0.25, hidden=0))
+    plan = glcan_fx.plan(model, k="natural", task="classification", example_inputs=example,
+                         method=GLCAN(head="lean", width=0.25, hidden=0))
     blocks = [f"layer{i}.{j}" for i in range(1, 5) for j in range(len(model.get_submodule(f"layer{i}")))]
     assert plan.cuts == ("maxpool", *blocks[:-1])
     return plan.k
@@ -927,7 +928,8 @@ class Embedding(Small):
 def test_narrow_networks_predict_in_full_width(family: str, width: float) -> None:
     net = Architecture(family, 8, ((8, 1),) * 2)
     model = Embedding() if family == "embedding" else net.build()
-    local = glcan_fx.transform(model, k="natural", criterion=criterion, example_inputs=net.example(), method=GLCAN(width=width))
+    local = glcan_fx.transform(model, k="natural", criterion=criterion, example_inputs=net.example(),
+                               method=GLCAN(width=width))
     with predictions(local) as predicted:
         out = step(local, net)
     assert [found.shape for found in predicted] == [out.output.shape] * (local.plan.k - 1)
@@ -1048,6 +1050,6 @@ def test_what_an_auxiliary_network_costs_depends_on_what_is_left_of_a_perceptron
 
     model = nn.Sequential(*(Layer(32) for _ in range(5)), nn.Linear(32, 10))
     plan = glcan_fx.plan(model, k="natural", task="classification", example_inputs=torch.empty(4, 32))
-    local = plan.apply(model)
+    local = glcan_fx.transform(model, plan=plan)
     real = [sum(p.numel() for p in local.aux.get_submodule(str(i)).parameters()) for i in range(plan.k - 1)]
     assert [module.aux_parameters for module in plan.modules[:-1]] == real and len(set(real)) > 1

@@ -267,7 +267,8 @@ def test_auxiliary_layers_are_initialised(width: float) -> None:
 @pytest.mark.parametrize("width", [1.0, 0.5])
 def test_priors_in_biases_are_copied(width: float) -> None:
     model = yolo(18, num_classes=3, image_size=128, neck_channels=(16, 32, 64))
-    local = glcan_fx.transform(model, k=3, task="detection", example_inputs=torch.empty(2, 3, 128, 128), method=GLCAN(width=width)).train()
+    local = glcan_fx.transform(model, k=3, task="detection", example_inputs=torch.empty(2, 3, 128, 128),
+                               method=GLCAN(width=width)).train()
     target = {"boxes": torch.tensor([[20.0, 20, 80, 90]]), "labels": torch.tensor([1])}
     losses = local([torch.rand(3, 128, 128)] * 2, [target] * 2)
     own = sum(loss.item() for name, loss in losses.items() if "local" not in name)
@@ -331,7 +332,7 @@ def test_planned_before_the_head_was_changed() -> None:
     plan = glcan_fx.plan(model, k=2, task="detection", example_inputs=torch.empty(2, 3, 64, 64))
     model.head = type(model.head)(16, model.head.classification_head.num_anchors, 7)
     target = {"boxes": torch.tensor([[4.0, 4, 40, 40]]), "labels": torch.tensor([6])}
-    losses = plan.apply(model).train()([torch.rand(3, 64, 64)] * 2, [target] * 2)
+    losses = glcan_fx.transform(model, plan=plan).train()([torch.rand(3, 64, 64)] * 2, [target] * 2)
     assert all(loss.isfinite() for loss in losses.values())
 
 
@@ -473,7 +474,7 @@ def test_a_plan_for_another_width_is_refused() -> None:
     wide.a = Block(8, 24)
     wide.b = Block(24, 16, 2)
     with pytest.raises(glcan_fx.PlanError, match="24"):
-        plan.apply(wide)
+        glcan_fx.transform(wide, plan=plan)
 
 
 @pytest.mark.parametrize(("options", "message"), [

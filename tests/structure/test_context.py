@@ -100,8 +100,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, ...]], A
                  torch.zeros(4), 5),
     "prompt-late": (lambda: Prompted(True), lambda: (torch.randn(2, 3, 16, 16), torch.randn(2, 2)), F.mse_loss,
                     torch.zeros(2, 1, 16, 16), 5),
-    "prompt-everywhere": (lambda: Prompted(False), lambda: (torch.randn(2, 3, 16, 16), torch.randn(2, 2)), same_size_mse,
-                          torch.zeros(2, 1, 1, 1), 5),
+    "prompt-everywhere": (lambda: Prompted(False), lambda: (torch.randn(2, 3, 16, 16), torch.randn(2, 2)),
+                          same_size_mse, torch.zeros(2, 1, 1, 1), 5),
     "edges": (Graph, lambda: (torch.randn(6, 8), torch.randint(6, (2, 12))), F.cross_entropy,
               torch.arange(6) % 3, 4),
 }

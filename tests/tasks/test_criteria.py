@@ -42,7 +42,7 @@ def planned(k: int, **options: Any) -> glcan_fx.Plan:
 def compiled(criterion: Any, k: int = 3, **options: Any) -> glcan_fx.LocalModel:
     plan = planned(k, **options)
     torch.manual_seed(0)
-    return plan.apply(Net(), criterion=criterion).train()
+    return glcan_fx.transform(Net(), criterion=criterion, plan=plan).train()
 
 
 def ce(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ class TwoLevels(glcan_fx.Rules):
         return [1, 2]
 
     def sigma(self, module, level):
-        return 2.0 if level.stride > 10 else 1.0
+        return 2.0 if level.reduction > 10 else 1.0
 
 
 @pytest.mark.parametrize("name", [
