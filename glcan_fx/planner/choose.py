@@ -57,6 +57,15 @@ class Request:
         """Whether the user configured auxiliary networks, so that there must be some."""
         return self.method != GLCAN()
 
+    @property
+    def needs_graph(self) -> bool:
+        """Whether the user asked for auxiliary networks that a model that runs as Python cannot have."""
+        method = self.method
+        plain = GLCAN(head=method.head, width=1.0, hidden=0, stride=getattr(method, "stride", None))
+        width = 1.0 if method.width is None else method.width
+        hidden = getattr(method, "hidden", None) or 0
+        return not isinstance(method, GLCAN) or replace(method, width=width, hidden=hidden) != plain
+
 
 def request_for(
     model: nn.Module, k: K, method: Method, memory_budget: int | str | None, compute_budget: float | None,
@@ -112,7 +121,7 @@ class _Choice:
         request = self.request
         if len(self.units) == 1 and self.refused and request.k != 1:
             first = next(iter(self.refused.values()))
-            raise first if request.wants_auxiliary else NothingToCut(str(first))
+            raise first if request.needs_graph else NothingToCut(str(first))
         if request.compute_budget is None:
             return self._within_memory(self.choices)
         try:

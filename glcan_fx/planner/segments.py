@@ -78,7 +78,7 @@ def plan_segments(uncaptured: Uncaptured, request: Request) -> Plan:
     run, PlanError for what such a plan cannot have."""
     model, error = uncaptured.model, uncaptured.error
     budgets = request.memory_budget is not None or request.compute_budget is not None
-    if budgets or request.options.slices > 1 or request.wants_auxiliary:
+    if budgets or request.options.slices > 1 or request.needs_graph:
         raise PlanError("memory_budget, compute_budget, slices and method need a model that can be captured: "
                         f"{error.reason}. Remove them.")
     units = units_of(model, uncaptured.calls)

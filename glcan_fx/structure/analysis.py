@@ -162,9 +162,12 @@ class Structure:
                 known = self._with_sizes(self._with_calls(known, ancestors([cut], known), divided), cut)
                 for node in known - owner.keys():
                     owner[node] = index
+            needed = ancestors([self.trace.output])
             for node in self.trace.graph.nodes:
-                if node.op != "output":
-                    owner.setdefault(node, len(cuts))
+                if node.op != "output" and node not in owner:
+                    sources = [owner[source] for source in node.all_input_nodes]
+                    # what nobody reads happens as early as it can, in the model's order (it may draw random numbers)
+                    owner[node] = len(cuts) if node in needed else max(sources, default=0)
             self._assigned[key] = owner
         return self._assigned[key]
 
