@@ -1,6 +1,6 @@
 """The methods that `glcan-fx bench` compares, simulated on fake tensors and measured on a device.
 
-Runs in a process of its own, ``python -m glcan_fx.bench_methods``: a job as JSON on stdin, one message per method as a
+Runs in a process of its own, ``python -m glcan_fx.bench.methods``: a job as JSON on stdin, one message per method as a
 line of JSON on stdout. So a method starts from a fresh allocator, and one that dies takes no other with it.
 """
 

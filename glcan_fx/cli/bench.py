@@ -225,7 +225,7 @@ def _process(
     job: Job, methods: Sequence[str], *, measure: bool, blocks: Sequence[str] = ()
 ) -> Iterator[dict[str, Any]]:
     """The messages of a fresh process that simulates or measures methods."""
-    command = [sys.executable, "-m", "glcan_fx.bench_methods"]
+    command = [sys.executable, "-m", "glcan_fx.bench.methods"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8",
                           env={**_KEEP_FREED, **os.environ}) as process:
         assert process.stdin is not None and process.stdout is not None

@@ -14,6 +14,7 @@ from glcan_fx.auxiliary.stage import hidden_layers
 from glcan_fx.auxiliary.tail_copies import copy_tail, predict_directly
 from glcan_fx.auxiliary.tails import Ending, direct_layers, is_averaged, is_map
 from glcan_fx.auxiliary.trunk import synthesize_taps
+from glcan_fx.errors import PlanError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,9 @@ class GLCAN(Method):
         self._check(self.stride is OPEN or is_count(self.stride, 1), "stride", "input pixels per position, 1 or more")
 
     def choices(self, ending: Ending) -> list[Self]:
+        if self.hidden and ending != "mean":
+            raise PlanError(f"GLCAN(hidden={self.hidden}): no global average pooling follows this network's trunk, so "
+                            "there are no hidden layers in front of one. Remove it.")
         given = {name: value for name in ("head", "width", "hidden", "stride")
                  if (value := getattr(self, name)) is not OPEN}
         found = [replace(self, **{**choice, **given}) for choice in _CHOICES[ending]]

@@ -70,12 +70,12 @@ def plan_module(costs: Costs, unit: Unit, cuts: Sequence[Unit], method: Method) 
 def check_plan(plan: Plan, captured: Captured) -> Plan:
     """A plan, perhaps edited, checked against a model: with the figures that its local modules have there. Raises
     PlanError where it does not fit."""
-    structure, costs = captured.structure, Costs(captured)
+    costs = Costs(captured)
     cuts = cuts_of(plan, captured)
     modules = [_check_module(costs, planned, unit, cuts, plan.method)
                for planned, unit in zip(plan.modules, cuts, strict=False)]
     last = replace(last_module(captured, cuts), recompute=plan.modules[-1].recompute)
-    return replace(plan, modules=(*modules, last), report=structure.trace.report)
+    return replace(plan, modules=(*modules, last))
 
 
 def cuts_of(plan: Plan, captured: Captured) -> list[Unit]:

@@ -134,7 +134,7 @@ def test_what_they_are() -> None:
 def test_without_a_mean_there_are_none(model: nn.Module, size: int, task: str) -> None:
     given = {"task": task, "example_inputs": torch.empty(2, 3, size, size, device="meta")}
     assert glcan_fx.plan(model, k="natural", **given).method.hidden == 0
-    with pytest.raises(PlanError, match="aux_hidden=2.*no mean over all places"):
+    with pytest.raises(PlanError, match="hidden=2.*no global average pooling"):
         glcan_fx.plan(model, k="natural", **given, method=GLCAN(hidden=2))
 
 

@@ -420,7 +420,7 @@ def test_every_size_where_nothing_changes_the_examples(resize: str) -> None:
 
 def test_every_size_by_another_method_and_leaner() -> None:
     takes_every_size(Fixed(RESIZES["average"](), 4), method="dgl")
-    takes_every_size(Fixed(RESIZES["average"](), 4), aux_width=0.5, head="lean")
+    takes_every_size(Fixed(RESIZES["average"](), 4), width=0.5, head="lean")
 
 
 def takes_every_size(model: nn.Module, example: int = 32, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Predictors of auxiliary networks: in common, one module that all local losses train; or the model's own, read."""
+"""The model's own last layer as the predictor of auxiliary networks: read, and not trained by them."""
 
 import copy
 import pickle
@@ -38,144 +38,8 @@ def detector() -> tuple[nn.Module, dict[str, Any], tuple[Any, ...]]:
     return model, given, (images, [BOXES, BOXES])
 
 
-CASES = {"classification": classifier, "super-resolution": super_resolution, "RetinaNet": detector}
-SHARED = {"classification": "network.tail.fc.weight", "super-resolution": "network.predict0.conv.weight",
-          "RetinaNet": "head.detector.head.classification_head.cls_logits.weight"}
-
-
-@pytest.fixture(scope="module", params=CASES)
-def case(request) -> tuple[str, nn.Module, Plan, Plan, tuple[Any, ...]]:
-    """Name, model, a plan that shares, one that does not, a batch."""
-    torch.manual_seed(0)
-    model, given, inputs = CASES[request.param]()
-    plan = glcan_fx.plan(model, **given, method=GLCAN(predictors="shared"))
-    return request.param, model, plan, glcan_fx.plan(model, **given), inputs
-
-
 def losses_of(result: Any) -> Tensor:
     return sum(result.values()) if isinstance(result, dict) else result.loss
-
-
-def owners(local: LocalModel) -> dict[int, list[str]]:
-    """Names of each auxiliary parameter, by identity."""
-    found: dict[int, list[str]] = {}
-    for name, parameter in local.aux.named_parameters(remove_duplicate=False):
-        found.setdefault(id(parameter), []).append(name)
-    return found
-
-
-def shared(local: LocalModel) -> list[list[str]]:
-    return [names for names in owners(local).values() if len(names) > 1]
-
-
-def test_gradients_are_the_sum_over_local_modules(case):
-    """Beside a twin whose copies have the same values, and beside plain autograd."""
-    name, model, plan, alone, inputs = case
-    local, twin = glcan_fx.transform(copy.deepcopy(model),
-                                     plan=plan).train(), glcan_fx.transform(copy.deepcopy(model), plan=alone).train()
-    groups = shared(local)
-    assert [f"{index}.{SHARED[name]}" for index in range(local.plan.k - 1)] in groups
-    twin.load_state_dict(local.state_dict())
-    again = copy.deepcopy(local)
-    for one in (local, twin):
-        losses_of(one(*inputs)).backward()
-    apart = dict(twin.aux.named_parameters())
-    for names in groups:
-        expected = sum(apart[one].grad for one in names)
-        torch.testing.assert_close(local.aux.get_parameter(names[0]).grad, expected, rtol=1e-4, atol=1e-6)
-    losses_of(plain_step(again, *inputs)).backward()
-    for key, gradient in gradients(again).items():
-        torch.testing.assert_close(gradients(local)[key], gradient, rtol=1e-4, atol=1e-6)
-
-
-def test_parameters_are_fewer_and_counted_once(case):
-    _, model, plan, alone, _ = case
-    local = glcan_fx.transform(model, plan=plan)
-    counted, before = (sum(module.aux_parameters for module in one.modules) for one in (plan, alone))
-    assert counted == weights_in(local.aux) < before == weights_in(glcan_fx.transform(model, plan=alone).aux)
-    assert plan.modules[0].aux_parameters == alone.modules[0].aux_parameters
-    assert "shared predictors" in str(plan) and "shared predictors" not in str(alone)
-
-
-def test_other_shapes_are_not_shared():
-    """A narrower network behind the first modules; the third predicts from its own channels."""
-    plan = glcan_fx.plan(Net(), k="natural", task="classification", example_inputs=EXAMPLE,
-                         method=GLCAN(width=0.5, predictors="shared"))
-    local = glcan_fx.transform(Net(), plan=plan).train()
-    assert shared(local) == [[f"{index}.network.tail.fc.{name}" for index in (0, 1)] for name in ("weight", "bias")]
-    local(*batch()).loss.backward()
-
-
-def test_evaluation_copies_and_checkpoints(case):
-    _, model, plan, _, inputs = case
-    local = glcan_fx.transform(copy.deepcopy(model), plan=plan)
-    expected = shared(local)
-    torch.manual_seed(5)
-    other = glcan_fx.transform(copy.deepcopy(model), plan=Plan.from_json(plan.to_json()))
-    assert other.plan.method == plan.method and shared(other) == expected
-    other.load_state_dict(local.state_dict())
-    for one in (other, copy.deepcopy(local), pickle.loads(pickle.dumps(local)), copy.copy(local)):
-        assert shared(one) == expected
-        one.zero_grad()
-        torch.manual_seed(1)
-        losses_of(one.train()(*inputs)).backward()
-        found = gradients(one)
-        one.zero_grad()
-        torch.manual_seed(1)
-        losses_of(local.train()(*inputs)).backward()
-        assert all(torch.equal(gradient, found[name]) for name, gradient in gradients(local).items())
-        local.zero_grad()
-        one.load_state_dict(local.state_dict())
-    fresh = glcan_fx.transform(copy.deepcopy(model), plan=plan).eval()
-    with torch.no_grad():
-        for a, b in zip(torch.utils._pytree.tree_leaves(fresh(inputs[0])),
-                        torch.utils._pytree.tree_leaves(model.eval()(inputs[0])), strict=True):
-            assert torch.equal(a, b)
-
-
-def test_an_optimiser_in_the_forward_pass_leaves_them_to_the_outer_step(case):
-    _, model, plan, _, inputs = case
-    local, twin = (glcan_fx.transform(copy.deepcopy(model), plan=plan).train() for _ in range(2))
-    twin.load_state_dict(local.state_dict())
-    inside = local.optimizer_in_forward(torch.optim.SGD, lr=1e-2, momentum=0.9)
-    for one, optimizer in ((local, inside), (twin, torch.optim.SGD(twin.parameters(), lr=1e-2, momentum=0.9))):
-        for _ in range(2):
-            optimizer.zero_grad()
-            losses_of(one(*inputs)).backward()
-            waiting = {name for name, p in one.named_parameters() if p.grad is not None}
-            assert {f"aux.{names[0]}" for names in shared(one)} <= waiting
-            optimizer.step()
-    expected = twin.state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in local.state_dict().items())
-
-
-def test_memory_is_simulated(case):
-    _, _, plan, alone, _ = case
-    assert plan.memory.plan.parts["parameters"] < alone.memory.plan.parts["parameters"]
-    assert [p.name for p in plan.memory.plan.timeline] == [p.name for p in alone.memory.plan.timeline]
-
-
-def test_where_it_cannot_be_had():
-    class Branches(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.c = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.a(x)
-            return self.c(self.b(x) if x.sum() > 0 else x).mean((2, 3))
-
-    given: dict[str, Any] = {"task": "classification", "example_inputs": EXAMPLE}
-    with pytest.raises(PlanError, match="predictors.*need a model that can be captured"):
-        glcan_fx.plan(Branches(), k="natural", **given, method=GLCAN(predictors="shared"))
-    plan = glcan_fx.plan(Branches(), k="natural", **given)
-    with pytest.raises(PlanError, match="runs as Python"):
-        glcan_fx.transform(Branches(), plan=plan.replace(predictors="shared"))
-    with pytest.raises(PlanError, match="predictors='yes': choose 'own', 'shared' or 'model'"):
-        glcan_fx.plan(Net(), k="natural", **given, method=GLCAN(predictors="yes"))
-
-
-# ---------------------------------------------------------------------------------------------- the model's own
 
 
 def upsampler() -> tuple[nn.Module, dict[str, Any], tuple[Any, ...]]:
@@ -192,7 +56,7 @@ def reading(request) -> tuple[nn.Module, Plan, tuple[Any, ...], str, str]:
     torch.manual_seed(0)
     make, path, source = READ[request.param]
     model, given, inputs = make()
-    return model, glcan_fx.plan(model, **given, method=GLCAN(predictors="model")), inputs, path, source
+    return model, glcan_fx.plan(model, **given, predictors="model"), inputs, path, source
 
 
 def step_by_hand(local: LocalModel, inputs: tuple[Any, ...], path: str, source: str) -> dict[str, Tensor]:
@@ -287,11 +151,11 @@ def test_what_is_left_out_suits_the_models_predictor():
     given = {"task": "classification", "example_inputs": torch.empty(8, 3, 64, 64, device="meta"), "k": 3}
     model = torchvision.models.resnet50(num_classes=10)
     assert glcan_fx.plan(model, **given).method.width < 1
-    plan = glcan_fx.plan(model, **given, method=GLCAN(predictors="model"))
+    plan = glcan_fx.plan(model, **given, predictors="model")
     assert plan.method.width == 1 and "the model's predictors" in str(plan)
 
 
 def test_where_no_network_has_the_models_predictor():
     model, given, _ = detector()
     with pytest.raises(PlanError, match="predictors='model': no auxiliary network ends with a layer of the shape"):
-        glcan_fx.plan(model, **given, method=GLCAN(predictors="model"))
+        glcan_fx.plan(model, **given, predictors="model")

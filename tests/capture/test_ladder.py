@@ -178,7 +178,7 @@ def test_a_norm_layer_brings_its_activation(last: type[nn.Module]) -> None:
     model = InLoop()
     model.blocks[1] = NormsAct(NormAct, last(), 8, 16, 2)
     model.blocks[1].norm = NormAct(16, last())
-    _, norm, *rest = compiled(model).aux.get_submodule("0.head.network.parts")[1]
+    _, norm, *rest = compiled(model).aux.get_submodule("0.head.network.parts")[1].layers
     assert isinstance(norm, NormAct) and [type(part) for part in rest] == ([nn.ReLU] if last is nn.Identity else [])
 
 

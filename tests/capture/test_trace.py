@@ -1,6 +1,5 @@
 """Modules that are hard to capture: each is compiled, trains as the plain model does, and is reported as it is."""
 
-import dataclasses
 import functools
 import gc
 import linecache
@@ -1184,8 +1183,7 @@ def test_hooks_run_in_blocks_and_in_layers() -> None:
 
 def test_nothing_keeps_the_model_alive() -> None:
     model = Net()
-    plan = dataclasses.replace(
-        glcan_fx.plan(model, k="natural", criterion=criterion, example_inputs=images(2)), draft=None)
+    plan = glcan_fx.plan(model, k="natural", criterion=criterion, example_inputs=images(2)).plan
     traced = trace(model, images(2)).report
     alive = weakref.ref(model)
     del model

@@ -655,8 +655,8 @@ def test_blocks_with_random_numbers_of_pythons_do_not_run_again() -> None:
                           nn.Linear(8, 10))
     x, y = torch.randn(4, 3, 16, 16), torch.randint(10, (4,))
     plan = glcan_fx.plan(model, k=1, task="classification", example_inputs=x)
-    local = glcan_fx.transform(model,
-                               plan=plan.replace(modules=tuple(replace(m, recompute=True) for m in plan.modules))).train()
+    again = plan.replace(modules=tuple(replace(module, recompute=True) for module in plan.modules))
+    local = glcan_fx.transform(model, plan=again).train()
     for _ in range(4):
         local(x, y).loss.backward()
 
@@ -685,8 +685,8 @@ def test_unknown_optimisers() -> None:
 def test_recomputed_blocks_and_compile() -> None:
     model, given, x, y = classifier()
     plan = glcan_fx.plan(model, k=2, **given)
-    local = glcan_fx.transform(model,
-                               plan=plan.replace(modules=tuple(replace(m, recompute=True) for m in plan.modules))).train()
+    again = plan.replace(modules=tuple(replace(module, recompute=True) for module in plan.modules))
+    local = glcan_fx.transform(model, plan=again).train()
     torch.compile(local, backend="eager")(x, y).loss.backward()
     assert all(p.grad is not None for p in local.parameters())
 

@@ -78,7 +78,7 @@ def drawn(data: st.DataObject, net: Architecture) -> glcan_fx.LocalModel:
 
 def accepted(options: dict[str, Any], build: Callable[[dict[str, Any]], Any]) -> tuple[Any, dict[str, Any]]:
     """Build with options, but for those that may be refused: a k that is not offered, narrow parameters."""
-    refusals = {"k": "are not possible", "width": "cannot be built with aux_width=0.5"}
+    refusals = {"k": "are not possible", "width": "cannot be built with .*width=0.5"}
     while True:
         try:
             return build(options), options
