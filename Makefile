@@ -52,6 +52,7 @@ fuzz: $(STAMP)test
 lint: $(STAMP)lint
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 docs: $(STAMP)docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

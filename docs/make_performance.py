@@ -153,7 +153,7 @@ def overhead() -> dict[str, float]:
 
 
 def stepping() -> list[dict[str, Any]]:
-    """Peaks of plans at their budgets, with an ordinary optimiser and with one that steps in the forward pass."""
+    """Peaks of plans at their budgets, with an ordinary optimizer and with one that steps in the forward pass."""
     rows = []
     for name in ("retinanet-r50", "retinanet-r152", "edsr-full", "resnet34"):
         preset, (k, budget) = PRESETS[name], BUDGETS[name]
@@ -230,7 +230,7 @@ def depth_table(records: dict[str, Any]) -> list[str]:
 
 
 def stepping_table(records: dict[str, Any]) -> list[str]:
-    lines = ["| plan within its budget | optimiser | behind backward | in the forward pass |", "|---" * 4 + "|"]
+    lines = ["| plan within its budget | optimizer | behind backward | in the forward pass |", "|---" * 4 + "|"]
     for row in records["stepping"]["value"]:
         lines.append(f"| {row['preset']}, k={row['k']} | {row['optimizer']} | {row['ordinary'] / GIB:.2f} GiB | "
                      f"{row['inside'] / GIB:.2f} GiB ({row['inside'] / row['ordinary']:.2f}) |")
@@ -304,7 +304,7 @@ where the first modules are the peak.
 
 ## How it is measured, and its limits
 
-- Peaks are live tensor bytes in blocks of 512, parameters, gradients, optimiser state and inputs included: what
+- Peaks are live tensor bytes in blocks of 512, parameters, gradients, optimizer state and inputs included: what
   `torch.cuda.max_memory_allocated` shows, less library workspaces. Simulated and real steps on a CPU agree within 2 %
   (tests/test_memory.py).
 - Region-based detectors are simulated with as many regions as can survive.

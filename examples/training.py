@@ -97,14 +97,14 @@ def add_arguments(parser: argparse.ArgumentParser, *, folders: bool = False, **d
     method.add_argument("--head", choices=("full", "light", "lean"), help="of auxiliary networks")
     method.add_argument("--aux-width", type=float, metavar="W", help="their relative channels, 0 to 1")
     method.add_argument("--aux-depth", type=int, default=0, metavar="N", help="trunk blocks in them (%(default)s)")
-    method.add_argument("--aux-hidden", type=int, metavar="N", help="layers in them in front of a mean over all places")
+    method.add_argument("--aux-hidden", type=int, metavar="N", help="layers in them in front of global average pooling")
     method.add_argument("--aux-stride", type=int, metavar="N", help="finest level of a detector in them")
     method.add_argument("--aux-lr", type=float, default=1.0, metavar="F",
                         help="their learning rate, relative (%(default)s)")
     method.add_argument("--memory-budget", metavar="6GiB", help="plan for a step in so much")
     method.add_argument("--compute-budget", type=float, metavar="1.3", help="plan for so much of backpropagation's "
                         "compute")
-    method.add_argument("--predictors", choices=("own", "shared", "model"), default="own", help="of each auxiliary "
+    method.add_argument("--predictors", choices=("own", "model"), default="own", help="of each auxiliary "
                         "network, of all in common, or the model's, which are read (%(default)s)")
     method.add_argument("--rules", choices=RULES, help="ablation: no feature comes from the cache; a detector's "
                         "own level counts twice; only its nearest level counts")
@@ -172,7 +172,7 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(args.device)
     cuts = args.method in ("glcan", "dgl")
     if not cuts and args.k != "fewest":
-        raise SystemExit(f"--k {args.k}: --method {args.method} has no local modules; leave it out")
+        raise SystemExit(f"--k {args.k}: --method {args.method} has no local modules; remove it")
     identity = _identity(experiment, args)
     named = f"-k{args.k.replace(',', '-')}" if cuts else ""
     out = args.out or Path("runs") / f"{experiment.task}-{args.method}{named}-s{args.seed}"
@@ -202,7 +202,7 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
         state.begin()
     else:
         state.go_on(before, device)
-        del before  # weights and optimiser state, a second time
+        del before  # weights and optimizer state, a second time
     with torch.random.fork_rng():  # a resumed run has its state by now
         compute = compute_of(experiment, args.method, plan)
     if plan is not None:

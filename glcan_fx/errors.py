@@ -67,7 +67,7 @@ class SmallExampleWarning(UserWarning):
 
 class UnusedGradientsWarning(UserWarning):
     """Gradients are computed for nothing: part of the last step's local losses never reached ``backward()``, or the
-    optimiser steps no auxiliary network."""
+    optimizer steps no auxiliary network."""
 
 
 class StatefulCriterionWarning(UserWarning):

@@ -66,7 +66,7 @@ class Log:
 class PeakMemory(TorchDispatchMode):
     """Counts the bytes of all live tensor storages while it is entered, and the floating-point operations.
 
-    What exists before (parameters, buffers, gradients, optimiser state) is counted from the start when its owner is
+    What exists before (parameters, buffers, gradients, optimizer state) is counted from the start when its owner is
     given; everything that an operator allocates inside is counted until Python and autograd let go of it. This is
     what ``torch.cuda.max_memory_allocated`` shows, minus library workspaces and operator-internal temporaries.
 
@@ -181,7 +181,7 @@ def _tensors(owner: nn.Module | Optimizer | Tensor) -> Iterable[tuple[str, Tenso
     if isinstance(owner, Tensor):
         yield "input", owner
     elif isinstance(owner, Optimizer):
-        yield from (("optimiser state", v) for state in owner.state.values() for v in state.values()
+        yield from (("optimizer state", v) for state in owner.state.values() for v in state.values()
                     if isinstance(v, Tensor))
     else:
         for parameter in owner.parameters():

@@ -250,7 +250,7 @@ def make(seed: int) -> Case:
     torch.manual_seed(seed)
     model = Model(draw)
     case = Case(seed, model, draw.choice(["natural", 2, 3]), draw.choice(["glcan", "glcan", "dgl"]))
-    if draw.random() < 0.3:  # a hook that changes what a block hands on, and one that only looks
+    if draw.random() < 0.3:  # a hook that changes what a block outputs, and one that only looks
         index = draw.randrange(len(model.blocks))
         if not isinstance(model.blocks[index], torch.jit.ScriptModule | Pair):
             def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:

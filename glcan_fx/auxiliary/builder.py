@@ -69,7 +69,7 @@ class Builder:
     def copy(self, node: fx.Node, prefix: str) -> fx.Node:
         """Copy one node of the traced graph, its module or parameter included; its inputs must be there.
 
-        What it overwrites is copied first: what a module hands on must not change under its auxiliary network.
+        What it overwrites is copied first: what a module outputs must not change under its auxiliary network.
         """
         for source in node.meta["mutates"]:
             self.values[source] = self.graph.call_function(torch.clone, (self.values[source],))

@@ -121,7 +121,7 @@ def ending_of(structure: Structure, outputs_are_predictions: bool) -> Ending:
 
 
 def is_averaged(structure: Structure, tap: fx.Node, tail: Tail) -> bool:
-    """Whether all that reads a tap's values takes their mean over all places."""
+    """Whether all that reads a tap's values is global average pooling."""
     if not is_map(tap):  # a number among the arguments
         return False
     readers = [user for user in tap.users if user in tail.nodes and not is_size(user)]

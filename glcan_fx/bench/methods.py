@@ -49,7 +49,7 @@ from glcan_fx.step.local_model import LocalModel
 from glcan_fx.tasks import AnyLoss, Spec, Task, make_task, specs
 from glcan_fx.units import size
 
-WARM_UP_STEPS = 3  # neither timed nor measured: allocators, kernels and the optimiser's state settle
+WARM_UP_STEPS = 3  # neither timed nor measured: allocators, kernels and the optimizer's state settle
 COMPILE_BUDGET = 0.5  # of the activations that torch.compile keeps without a budget
 PRECISION = 32  # the largest batch is searched to one part in so many
 LEARNING_RATE = 1e-6  # the weights stay as they were initialised, so that every step costs the same
@@ -384,7 +384,7 @@ class Training:
             group["lr"] = LEARNING_RATE
 
     def step(self, inputs: list[Any], targets: Any) -> None:
-        """Forward, backward, optimiser."""
+        """Forward, backward, optimizer."""
         self.optimizer.zero_grad()
         for _ in range(self.job.batch if self.method == "accumulate" else 1):
             offload = save_on_cpu(pin_memory=True) if self.method == "offload" else nullcontext()
@@ -429,7 +429,7 @@ class Training:
         gc.collect()
         torch.cuda.empty_cache()
         try:
-            for _ in range(2):  # the first one makes the optimiser's state
+            for _ in range(2):  # the first one makes the optimizer's state
                 self.step(at_batch(inputs, self.job.batch, batch), at_batch(targets, self.job.batch, batch))
             self._wait()
         except torch.OutOfMemoryError:

@@ -137,7 +137,7 @@ def lists() -> None:
     """The presets and the methods."""
     console = _console()
     presets = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for title in ("preset", "model", "input", "k", "optimiser"):
+    for title in ("preset", "model", "input", "k", "optimizer"):
         presets.add_column(title, overflow="fold")
     for name, preset in PRESETS.items():
         sizes = ", ".join("x".join(map(str, size)) for size in preset.inputs)

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
                "--input": args.input, "--optimizer": args.optimizer}
     clashing = [name for name, value in decided.items() if value is not None]
     if clashing and args.plan is not None:
-        raise LoadError(f"{', '.join(clashing)}: the plan of --plan decides that; leave it out")
+        raise LoadError(f"{', '.join(clashing)}: the plan of --plan decides that; remove it")
     if args.output is not None and args.output.is_dir():
         raise OSError(f"{args.output} is a folder: name a file")
     if args.output is not None and args.output.suffix.lower() in PICTURES and shutil.which("dot") is None:

@@ -69,9 +69,9 @@ def explanation(outcomes: Sequence[Outcome], recipe: Recipe) -> str:
     how = "torch.cuda.max_memory_allocated" if cuda else "live tensor bytes (glcan_fx.memory.PeakMemory)"
     resident = ", ".join(f"{outcome.title} {outcome.resident_bytes / MIB:.0f} MiB" for outcome in outcomes)
     lines = [
-        f"Peak memory: {how} of a training step. Weights and optimiser state, there"
+        f"Peak memory: {how} of a training step. Weights and optimizer state, there"
         f" all the time, are: {resident}.",
-        "Step time: median of forward, backward and optimiser. AP: COCO's, by pycocotools, held-out images.",
+        "Step time: median of forward, backward and optimizer. AP: COCO's, by pycocotools, held-out images.",
     ]
     if any(outcome.method == "checkpoint" for outcome in outcomes):
         lines.append("BP + checkpointing was measured for a few steps, not trained: its gradients are BP's.")

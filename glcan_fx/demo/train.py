@@ -25,7 +25,7 @@ from glcan_fx.peak_memory import PeakMemory
 from glcan_fx.simulate.estimate import recompute
 
 MIB = 2**20
-WARM_UP_STEPS = 2  # neither timed nor measured: allocators, kernels and the optimiser state settle
+WARM_UP_STEPS = 2  # neither timed nor measured: allocators, kernels and the optimizer state settle
 MEMORY_STEPS = 2  # the next ones: measured, not timed, because counting tensors takes time
 MEASURE_ONLY_STEPS = 10  # of a method that is measured but not trained
 
@@ -64,7 +64,7 @@ class Outcome:
     parameters: int
     peak_bytes: int = 0  # of one training step, everything included
     large_peak_bytes: int = 0  # the same at Recipe.memory_batch
-    resident_bytes: int = 0  # parameters, buffers and optimiser state: there before the step begins
+    resident_bytes: int = 0  # parameters, buffers and optimizer state: there before the step begins
     step_seconds: float = math.nan  # median
     images_per_second: float = math.nan
     train_seconds: float = 0.0  # wall time of the whole loop, evaluations included
@@ -232,7 +232,7 @@ def peak_of(
 
 
 def _resident_bytes(model: nn.Module, optimizer: Optimizer) -> int:
-    """Bytes of parameters, buffers and optimiser state."""
+    """Bytes of parameters, buffers and optimizer state."""
     state = [value for values in optimizer.state.values() for value in values.values()]
     tensors = filter(torch.is_tensor, [*model.parameters(), *model.buffers(), *state])
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -35,7 +35,7 @@ def load(target: str, kwargs: Mapping[str, Any]) -> nn.Module:
         return _made(module, names[0], kwargs, f"{target}:{names[0]}")
     place, colon, attribute = target.rpartition(":")
     if not colon or not place or not attribute:
-        raise LoadError(f"'{target}' names no model: give file.py, file.py:attribute or package.module:attribute")
+        raise LoadError(f"'{target}' is not a model: give file.py, file.py:attribute or package.module:attribute")
     module = _from_file(Path(place)) if place.endswith(".py") else _from_package(place)
     return _made(module, attribute, kwargs, target)
 
@@ -76,7 +76,7 @@ def _made(module: ModuleType, attribute: str, kwargs: Mapping[str, Any], target:
     if isinstance(value, nn.Module):
         if kwargs:
             raise LoadError(f"'{target}' is a model already, to which no arguments can be given ({_arguments(kwargs)}):"
-                            " name the class or function that makes it, or leave them out")
+                            " name the class or function that makes it, or remove them")
         return value
     if not callable(value):
         raise LoadError(f"'{target}' is a {type(value).__name__}, not a model, nor a class or function that makes one")

@@ -62,7 +62,7 @@ def costs_of(
     The backward pass goes through a module's units from the last to the first. At each of them there are the gradients
     of all earlier modules, values that earlier modules made and somebody still reads, what this unit and those in
     front of it keep, and the gradients of those behind it; at the last unit also what the auxiliary network keeps.
-    Weights, the optimiser's state, and what a loss allocates meanwhile, are left out.
+    Weights, the optimizer's state, and what a loss allocates meanwhile, are left out.
 
     Args, all in bytes: what each unit keeps for backward, the gradients of its parameters, the values of earlier units
     that live on in it (see ``carried``), what the auxiliary network or tail keeps that follows it.

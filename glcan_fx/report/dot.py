@@ -208,7 +208,7 @@ def _writes(graph: graphviz.Digraph, plan: Plan, rows: Sequence[_Row], live: lis
 
 
 def _module(row: _Row, prefix: str, grown: int, depth: str) -> str:
-    """A local module: its blocks, what it hands on, what it costs."""
+    """A local module: its blocks, what it outputs, what it costs."""
     first, last = row.modules[0], row.modules[-1]
     count = len(row.modules)
     name = span(first, prefix) if count == 1 else f"{span(first, prefix)} … {span(last, prefix)}"

@@ -83,7 +83,7 @@ def _modules(plan: Plan, memory: Memory | None, local: LocalModel | None) -> lis
     found = []
     for index, (module, colour) in enumerate(zip(plan.modules, colours(plan), strict=True)):
         facts = [
-            ("ends behind", module.cut or "the network's output"), ("hands on", "x".join(map(str, module.shape))),
+            ("ends behind", module.cut or "the network's output"), ("outputs", "x".join(map(str, module.shape))),
             ("stride, channels", f"{module.stride or '–'}, {module.channels}"),
             ("parameters", f"{module.parameters:,}"), ("auxiliary network's", f"{module.aux_parameters:,}"),
             ("kept for backward", f"{size(kept[index][0])}, auxiliary network and loss {_known(kept[index][1])}"),

@@ -66,7 +66,7 @@ def table_rows(plan: Plan, memory: Memory | None) -> tuple[list[str], list[list[
     modules, prefix, kept = plan.modules, common_prefix(plan), saved_bytes(plan, memory)
     unit = "MiB" if max(map(sum, ((own, other or 0) for own, other in kept))) >= 2**20 else "KiB"
     columns = ["", "local module", "stride", "channels", "blocks", "parameters",
-               "auxiliary", f"kept, {unit}", "compute", "features"]
+               "auxiliary", f"saved, {unit}", "compute", "features"]
     rows = []
     stride = 1
     for index, module in enumerate(modules):
@@ -97,7 +97,7 @@ def saved_bytes(plan: Plan, memory: Memory | None) -> list[tuple[int, int | None
 def legend(plan: Plan) -> str:
     """What the table's columns mean."""
     prefix = common_prefix(plan)
-    paths = f"Module paths begin with {prefix}; kept" if prefix else "Kept"
+    paths = f"Module paths begin with {prefix}; saved" if prefix else "Saved"
     return (f"{paths}: for backward, own + auxiliary network's and loss's; P: read from the cache, S: synthesised, "
             "still to come.")
 
@@ -156,7 +156,7 @@ def memory_text(plan: Plan, memory: Memory) -> list[str]:
     lines += [f"  {name}: {size(e.peak)} ({e.peak / plain.peak:.2f}), compute {e.flops / max(plain.flops, 1):.2f}"
               for name, e in memory.named()]
     if memory.checkpointing is None:
-        lines.append("  with every block recomputed: not known, as no block is one call of a sub-module with parts")
+        lines.append("  activation checkpointing, every block: not known, as no block is a call of a sub-module with parts")
     parts = sorted(memory.plan.parts.items(), key=lambda item: -item[1])
     lines.append(f"This plan's peak is during {memory.plan.when}: "
                  + ", ".join(f"{name} {size(part)}" for name, part in parts if part >= 0.005 * memory.plan.peak))

@@ -1,7 +1,7 @@
 """Estimate: simulate a training step on fake tensors, and say what its memory is made of.
 
-A simulated step runs the real code (the model's forward, autograd, the losses, the optimiser) without memory or
-arithmetic, so it needs no GPU and a second or two. It is the second step: the optimiser's state exists, gradients do
+A simulated step runs the real code (the model's forward, autograd, the losses, the optimizer) without memory or
+arithmetic, so it needs no GPU and a second or two. It is the second step: the optimizer's state exists, gradients do
 not (``zero_grad(set_to_none=True)``).
 """
 
@@ -70,7 +70,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Memory:
-    """A plan beside what it replaces: backpropagation, plain and with every block recomputed in backward."""
+    """A plan beside what it replaces: backpropagation, plain and activation checkpointing, every block in backward."""
 
     plan: Estimate
     backpropagation: Estimate
@@ -78,7 +78,8 @@ class Memory:
 
     def named(self) -> list[tuple[str, Estimate]]:
         """The steps that are known, in words."""
-        rows = [("backpropagation", self.backpropagation), ("with every block recomputed", self.checkpointing),
+        rows = [("backpropagation", self.backpropagation),
+                ("activation checkpointing, every block", self.checkpointing),
                 ("this plan", self.plan)]
         return [(name, estimate) for name, estimate in rows if estimate is not None]
 
@@ -122,7 +123,7 @@ def _simulate(
         memory.enter_phase("backward")
         loss.backward()
         memory.retag((p.grad for p in parameters if p.grad is not None), "gradients")
-        memory.enter_phase("optimiser step")
+        memory.enter_phase("optimizer step")
         for one in made:
             one.step()
         del loss
@@ -262,10 +263,10 @@ def curve(live: Sequence[int]) -> tuple[int, ...]:
 
 def _part(tag: str, when: str, local: bool) -> str:
     """What a block of memory is for, seen from the moment of the peak."""
-    if tag in ("backward", "optimiser step"):
+    if tag in ("backward", "optimizer step"):
         return "temporaries"
     if not local:
-        own = tag in ("parameters", "optimiser state", "input", "gradients")
+        own = tag in ("parameters", "optimizer state", "input", "gradients")
         return tag if own else "activations" if tag == "forward" else f"activations of {tag}"
     owner, _, kind = tag.partition(" ")
     now = when.partition(" ")[0]

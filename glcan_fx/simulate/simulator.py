@@ -42,7 +42,7 @@ class Simulator:
         try:
             again = self.backpropagation(optimizer, recompute=True) if self.blocks[1] else None
         except PlanError as error:
-            log.info("with every block recomputed: %s", error)
+            log.info("activation checkpointing, every block: %s", error)
         return Memory(self.simulate(plan, optimizer, in_forward), self.backpropagation(optimizer), again)
 
     def backpropagation(self, optimizer: OptimizerLike, *, recompute: bool = False) -> Estimate:
@@ -56,7 +56,7 @@ class Simulator:
         return self._steps[key]
 
     def simulate(self, plan: Plan, optimizer: OptimizerLike, in_forward: bool = False) -> Estimate:
-        """A step of the plan; the same step is simulated once, so a function that makes an optimiser should always make
+        """A step of the plan; the same step is simulated once, so a function that makes an optimizer should always make
         the same."""
         decisions = repr(plan.modules), plan.method, plan.fused_loss, plan.slices  # an edited plan may hold lists
         key = decisions, optimizer, in_forward

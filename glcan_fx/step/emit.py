@@ -60,7 +60,7 @@ class _Emitter:
         self.parts: Parts = {}
 
     def _tail(self) -> list[fx.Node]:
-        """What runs slice by slice; with what of it is made of parameters alone, which is not cut into slices."""
+        """What runs slice by slice; with what of it does not depend on the input, which is not cut into slices."""
         behind = {node for node, label in self.calls.label.items() if label.tail}
         made = behind | {node for node in ancestors(behind) if node not in self.owner and node.op != "placeholder"}
         return [node for node in self.nodes if node in made]
@@ -69,7 +69,7 @@ class _Emitter:
         """A value as local module ``module`` sees it: its own, or detached."""
         if node.op == "placeholder" and (module == 0 or not is_float(node.meta["value"])):
             return self.raw[node]  # module 0 hands the inputs their gradients
-        if node not in self.owner and node.op != "placeholder":  # of parameters alone: every module computes its own
+        if node not in self.owner and node.op != "placeholder":  # every module computes its own
             if (node, module) not in self.constant:
                 self.constant[node, module] = self._copy(node, module)
             return self.constant[node, module]
@@ -283,7 +283,8 @@ def sliced_tail(structure: Structure, task: Task) -> list[fx.Node]:
     if task.outputs_are_levels:
         return []
     behind = {node for node in structure.dependent - structure.trunk if node.op not in ("placeholder", "output")}
-    tail = behind | (ancestors(behind) - structure.dependent)  # what is made of parameters alone is not cut into slices
+    tail = behind | (ancestors(behind) - structure.dependent)
+    # (what does not depend on the input is not cut into slices)
     return [node for node in structure.trace.graph.nodes if node in tail]
 
 
@@ -296,7 +297,7 @@ def why_not_sliced(structure: Structure, task: Task) -> str | None:
         if module is not None and any("running_mean" in part._buffers for part in module.modules()):
             return f"'{node.target}' keeps statistics of the whole batch"
         if not node.meta["mutates"] <= inside:
-            return f"'{node.name}' changes what the trunk hands on, in place"
+            return f"'{node.name}' changes the trunk's output, in place"
     numbers = [node for node in tail_inputs(tail) if not isinstance(node.meta["value"], Tensor)]
     return f"it reads the number '{numbers[0].name}', which may be the batch's size" if numbers else None
 

@@ -431,7 +431,7 @@ class LocalModel(nn.Module):
         return new
 
     def parameter_groups(self, lr: float, aux_lr: float | None = None) -> list[dict[str, Any]]:
-        """Optimiser groups with the two learning rates of GLCAN's eq. 5 and 6: the model's, and the auxiliary's."""
+        """Optimizer groups with the two learning rates of GLCAN's eq. 5 and 6: the model's, and the auxiliary's."""
         own = {id(p) for p in self.original.parameters()}
         return [
             {"params": [p for p in self.parameters() if id(p) in own], "lr": lr},
@@ -451,17 +451,17 @@ class LocalModel(nn.Module):
     def optimizer_in_forward(
         self, make: Callable[..., Optimizer], *, max_norm: float | None = None, **options: Any
     ) -> OptimizerInForward:
-        """An optimiser that steps each local module inside the forward pass, and frees its gradients at once.
+        """An optimizer that steps each local module inside the forward pass, and frees its gradients at once.
 
             optimizer = local.optimizer_in_forward(torch.optim.Adam, lr=1e-3)
 
         The loop stays as it is, and so do the numbers; learning-rate schedulers and state dicts are those of the
-        optimiser itself. Of the gradients, only those of the last local module, and of parameters that more than one
-        trains, wait for ``loss.backward()`` and ``optimizer.step()``. It steps as long as the optimiser exists; a later
+        optimizer itself. Of the gradients, only those of the last local module, and of parameters that more than one
+        trains, wait for ``loss.backward()`` and ``optimizer.step()``. It steps as long as the optimizer exists; a later
         call replaces it. After an exception in the forward pass, the modules before it have been stepped.
 
         Args:
-            make: an optimiser's class, or a function of the parameters, which may return parameter groups of its own; a
+            make: an optimizer's class, or a function of the parameters, which may return parameter groups of its own; a
                 rule per parameter, as all of torch.optim but LBFGS.
             max_norm: clip the gradients of each local module to this norm, its own.
             options: the class's own, ``lr`` and others.
@@ -472,12 +472,12 @@ class LocalModel(nn.Module):
         """
         refuse_distributed()
         if isinstance(make, Optimizer):
-            raise UnsupportedError("optimizer_in_forward() makes the optimiser itself: pass its class and options, for "
+            raise UnsupportedError("optimizer_in_forward() makes the optimizer itself: pass its class and options, for "
                                    "example optimizer_in_forward(torch.optim.SGD, lr=0.1)")
         inner = make(list(self.parameters()), **options)
         if isinstance(inner, torch.optim.LBFGS):
             raise UnsupportedError("LBFGS evaluates the loss of all parameters together, several times a step: local "
-                                   "modules cannot be stepped one by one. Use another optimiser.")
+                                   "modules cannot be stepped one by one. Use another optimizer.")
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         optimizer = OptimizerInForward(inner, partial(_trained_alone, self), names, max_norm)
         self.__dict__["_optimizer"] = weakref.ref(optimizer)
@@ -654,8 +654,8 @@ def _backwards(local: LocalModel) -> list[LocalBackward]:
 def _trained_alone(local: LocalModel) -> dict[str, list[Tensor]]:
     """The parameters that a local module trains and no other part of a step uses, by its name.
 
-    Others may: a criterion's, a layer that is called twice, what every module computes from parameters alone, and the
-    last module's, which also runs what lies outside the compiled part.
+    Others may: a criterion's, a layer that is called twice, what every module computes independently of the input,
+    and the last module's, which also runs what lies outside the compiled part.
     """
     model, plan = local.original, local.plan
     last = _targets(local.graph, plan.k - 1)
@@ -677,12 +677,12 @@ def _trained_alone(local: LocalModel) -> dict[str, list[Tensor]]:
     return alone
 
 
-_STEPS = 10  # of one optimiser: another may step the auxiliary networks, later or less often
+_STEPS = 10  # of one optimizer: another may step the auxiliary networks, later or less often
 _watched: weakref.WeakKeyDictionary[LocalModel, Counter[int]] = weakref.WeakKeyDictionary()  # steps of the model alone
 
 
 def warn_of_unstepped(local: LocalModel) -> None:
-    """From now on, until it is known: warn where an optimiser steps the model and none its auxiliary networks, as one
+    """From now on, until it is known: warn where an optimizer steps the model and none its auxiliary networks, as one
     that was made before them does."""
     _watch_optimizers()
     _watched[local] = Counter()
@@ -706,13 +706,13 @@ def _stepped(optimizer: Optimizer, *_: Any) -> None:
         if _watched[compiled][id(optimizer)] == _STEPS:
             del _watched[compiled]
             warnings.warn(
-                f"{_STEPS} optimiser steps changed parameters of {type(compiled.original).__name__}, and none those of "
-                "its auxiliary networks, which stay as they were initialised. Create the optimiser after transform(), "
+                f"{_STEPS} optimizer steps changed parameters of {type(compiled.original).__name__}, and none those of "
+                "its auxiliary networks, which stay as they were initialised. Create the optimizer after transform(), "
                 "from local.parameters() or local.parameter_groups().", UnusedGradientsWarning, stacklevel=3)
 
 
 def _no_optimizer() -> None:
-    """Stands for the weak reference to an optimiser that steps in the forward pass, where there is none."""
+    """Stands for the weak reference to an optimizer that steps in the forward pass, where there is none."""
 
 
 def _share(target: nn.Module, model: nn.Module, aux: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""An optimiser that steps each local module inside the forward pass, so that its gradients are freed at once.
+"""An optimizer that steps each local module inside the forward pass, so that its gradients are freed at once.
 
 What torch's "optimizer step in backward" does per parameter, per local module: a module's gradients exist as soon as
 its loss does, and nothing else in the step uses its parameters, so they need not wait for ``loss.backward()``. The
@@ -17,11 +17,11 @@ from torch.optim import Optimizer
 from glcan_fx.errors import UnsupportedError
 from glcan_fx.step.runtime import LocalBackward, is_half, leaves_of
 
-_INSTEAD = "or train with an ordinary optimiser, which steps everything behind backward()"
+_INSTEAD = "or train with an ordinary optimizer, which steps everything behind backward()"
 
 
 class OptimizerInForward(Optimizer):
-    """``LocalModel.optimizer_in_forward``'s result; to a training loop, the optimiser that it is made of.
+    """``LocalModel.optimizer_in_forward``'s result; to a training loop, the optimizer that it is made of.
 
     inner: over all parameters, so that ``state_dict``, ``param_groups`` and ``defaults`` are its own; each of its steps
     sees the parameters of one local module only. owned: returns, by local module, the parameters that no other part of
@@ -51,16 +51,16 @@ class OptimizerInForward(Optimizer):
         self._link()
 
     def _link(self) -> None:
-        """Share the inner optimiser's state and groups, which loading replaces."""
+        """Share the inner optimizer's state and groups, which loading replaces."""
         self.state, self.param_groups = self.inner.state, self.inner.param_groups
         self._lists = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The state dict of an ordinary optimiser over the same parameters."""
+        """The state dict of an ordinary optimizer over the same parameters."""
         return self.inner.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` returned, or an ordinary optimiser's over the same parameters."""
+        """Load what ``state_dict`` returned, or an ordinary optimizer's over the same parameters."""
         self.inner.load_state_dict(state_dict)
         self._link()
 
@@ -69,7 +69,7 @@ class OptimizerInForward(Optimizer):
         self._lists = {}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise UnsupportedError("an optimiser that steps in the forward pass belongs to its compiled model and cannot be"
+        raise UnsupportedError("an optimizer that steps in the forward pass belongs to its compiled model and cannot be"
                                " copied: keep its state_dict(), and call optimizer_in_forward() of the copied model")
 
     # ------------------------------------------------------------------------------------------ in the forward pass
@@ -213,7 +213,7 @@ class OptimizerInForward(Optimizer):
                 if gradient is not None and id(parameter) in self._stepped:
                     raise UnsupportedError(
                         f"parameter '{self._name(parameter)}' got a further gradient in backward() (a penalty on "
-                        "weights?), but was stepped in the forward pass. Use the optimiser's weight_decay, "
+                        "weights?), but was stepped in the forward pass. Use the optimizer's weight_decay, "
                         f"{_INSTEAD}.")
                 if gradient is not None and self._gradients.get(id(parameter)) != (id(gradient), gradient._version):
                     raise UnsupportedError(
@@ -223,8 +223,8 @@ class OptimizerInForward(Optimizer):
                         f"{_INSTEAD}.")
         if self._numbers() != self._settings:
             raise UnsupportedError(
-                "the optimiser's param_groups changed between the forward pass and optimizer.step(), behind the steps "
-                "of the local modules. Change the learning rate before the forward pass; an optimiser that counts in "
+                "the optimizer's param_groups changed between the forward pass and optimizer.step(), behind the steps "
+                "of the local modules. Change the learning rate before the forward pass; an optimizer that counts in "
                 f"its groups cannot step in the forward pass: use another, {_INSTEAD}.")
 
     # ------------------------------------------------------------------------------------------ helpers
@@ -240,7 +240,7 @@ class OptimizerInForward(Optimizer):
         self._home = {key: name for key, name in self._home.items() if key in given}
 
     def _run(self, lists: Sequence[list[Tensor]]) -> None:
-        """A step of the inner optimiser on some of its parameters: ``lists``, by group."""
+        """A step of the inner optimizer on some of its parameters: ``lists``, by group."""
         groups, kept = self.param_groups, [group["params"] for group in self.param_groups]
         try:
             for group, some in zip(groups, lists, strict=True):
@@ -300,4 +300,4 @@ def refuse_distributed() -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized() and (
             torch.distributed.get_world_size() > 1):
         raise UnsupportedError("torch.distributed runs with more than one process: gradients are averaged in backward()"
-                               ", so local modules cannot be stepped in the forward pass. Use an ordinary optimiser.")
+                               ", so local modules cannot be stepped in the forward pass. Use an ordinary optimizer.")

@@ -312,7 +312,7 @@ _PATIENCE = 20  # steps: a module that is dropped at random, with stochastic dep
 class LocalLoss(nn.Module):
     """(values, context) -> the loss of a local module, which is already differentiated.
 
-    ``network`` makes predictions of the values that the module hands on and those that the loss reads beside them,
+    ``network`` makes predictions of the values that the module outputs and those that the loss reads beside them,
     ``head`` the loss of predictions and context, ``backward`` (added when the model is assembled) the gradients. The
     last local module has no network. What the network and the loss draw at random moves no random state of the model's.
     reports: return the parts of a dict of losses, too.

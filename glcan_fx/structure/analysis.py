@@ -34,7 +34,7 @@ _GROWS = 1.5  # fewer positions than this factor more are padding or an extra to
 class Unit:
     """A block of the trunk: the smallest part that may become a local module.
 
-    ``end`` is the value it hands on, ``name`` that value in the user's own module path, ``aliases`` other paths that
+    ``end`` is its output, ``name`` that value in the user's own module path, ``aliases`` other paths that
     return the same value.
     """
 
@@ -276,8 +276,7 @@ def is_size(node: fx.Node) -> bool:
 
 
 def input_dependent(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that a step computes once: from the network's inputs, not from parameters alone; by drawing random numbers;
-    or by changing a buffer."""
+    """Nodes that a step computes once: those that depend on the inputs, draw random numbers, or change a buffer."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         depends = node.op == "placeholder" or any(source in found for source in node.all_input_nodes)

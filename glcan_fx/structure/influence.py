@@ -1,8 +1,8 @@
 """Which entries of a value depend on the data, and auxiliary networks that read some which do.
 
-A class token joins the patches in front of the first block; a cut there hands on a value of which one place depends on
-parameters alone. A tail that reads this place teaches the patch embedding nothing. To find such places without knowing
-an architecture, the recorded operations run once with NaN for data: what is NaN afterwards depends on it. Only
+A class token joins the patches in front of the first block; a cut there outputs a value of which one position depends
+on parameters alone. A tail that reads this position teaches the patch embedding nothing. To find such positions without
+knowing an architecture, the recorded operations run once with NaN for data: what is NaN afterwards depends on it. Only
 operations on values of which some entries depend on data, and others do not, run on real memory, for two images.
 """
 
@@ -49,8 +49,8 @@ def reads_some(structure: Structure, cut: fx.Node) -> bool:
 
 
 def reach(network: Network, structure: Structure, cut: fx.Node, inputs: list[fx.Node]) -> None:
-    """Let an auxiliary network depend on the data at its cut: what of it reads only places that do not depend on it
-    reads the mean over all places instead. Raises PlanError where its outputs do not depend on it even so."""
+    """Let an auxiliary network depend on the data at its cut: what of it reads only positions that do not depend on
+    it reads the average of all positions instead. Raises PlanError where its outputs do not depend on it even so."""
     mixed, before = _walked(structure)
     if cut not in mixed or before is None:
         return

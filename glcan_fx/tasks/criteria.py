@@ -169,7 +169,7 @@ def check_total(loss: Any) -> None:
         raise CriterionError(
             f"'{detached}' of the criterion's dict, which is what would be minimised, has no gradient, and "
             f"{', '.join(map(repr, trained))} of it have. Return '{detached}' as it was computed, without detach() or "
-            "item(); or leave it out, and the sum of the others is minimised.")
+            "item(); or remove it, and the sum of the others is minimised.")
     if len(counted) != 1 or counted[0] not in TOTALS:
         return
     total = trained.pop(counted[0])

@@ -1,4 +1,4 @@
-"""aux_hidden: layers in front of the mean over all places, where a classifier's tail begins with one."""
+"""aux_hidden: layers in front of global average pooling, where a classifier's tail begins with one."""
 
 from collections.abc import Callable
 

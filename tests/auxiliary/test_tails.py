@@ -1,4 +1,4 @@
-"""In-place operations around a cut must not change what a module hands on."""
+"""In-place operations around a cut must not change what a module outputs."""
 
 import copy
 

@@ -264,7 +264,7 @@ def test_every_attempt_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize("width", [None, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("k", [2, "natural"])
 def test_what_leaves_a_narrow_trunk_has_all_its_channels(k: object, width: float | None) -> None:
-    """Found by review: what follows the trunk runs as Python, on the channels that it was made for."""
+    """Regression: what follows the trunk runs as Python, on the channels that it was made for."""
     class Decides(nn.Module):
         def __init__(self) -> None:
             super().__init__()

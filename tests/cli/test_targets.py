@@ -93,7 +93,7 @@ def test_a_bare_file_with_one_candidate(tmp_path, text, kwargs):
     ("{file}:wrong", {}, "returned a int, not a torch.nn.Module"),
     ("{file}:number", {}, "is a int, not a model"),
     ("{file}:ready", {"classes": 2}, "is a model already"),
-    ("resnet99", {}, "names no model"),
+    ("resnet99", {}, "is not a model"),
     ("no.such.package:net", {}, "'no.such.package' cannot be imported: ModuleNotFoundError.*looked for in"),
 ])
 def test_errors_say_what_to_do(file, target, kwargs, message):

@@ -304,7 +304,7 @@ def test_the_report_s_contents() -> None:
         assert module["code"].startswith(f"# local module {index}: ") and "= None" not in module["code"]
         assert (module["aux_code"] is None) == (index == 3) and (index == 3 or "def forward" in module["aux_code"])
     steps = {step["name"]: step for step in data["memory"]["steps"]}
-    assert list(steps) == ["backpropagation", "with every block recomputed", "this plan"]
+    assert list(steps) == ["backpropagation", "activation checkpointing, every block", "this plan"]
     for step in steps.values():
         assert max(step["live"]) == step["peak"] == sum(part[1] for part in step["parts"])
         assert [start for _, start in step["phases"]] == sorted(start for _, start in step["phases"])

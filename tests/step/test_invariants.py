@@ -150,7 +150,7 @@ def owners(local: LocalModel, case: Case) -> dict[str, int]:
 
 
 def test_1_every_auxiliary_parameter_is_registered_and_moves(local, case):
-    """GLCAN's and MAN's released code: auxiliary networks outside module tree or optimiser, never trained.
+    """GLCAN's and MAN's released code: auxiliary networks outside module tree or optimizer, never trained.
 
     Not by rounding noise either: each gradient has a size that matters beside the largest one.
     """
@@ -167,7 +167,7 @@ def test_1_every_auxiliary_parameter_is_registered_and_moves(local, case):
 
 
 def test_1_every_tensor_that_learns_is_in_the_module_tree(local, case):
-    """Parameters held in plain attributes, lists or closures: no .to(), no optimiser, no checkpoint."""
+    """Parameters held in plain attributes, lists or closures: no .to(), no optimizer, no checkpoint."""
     reached, seen = set(), set()
     stack: list[Any] = [loss.grad_fn for loss in losses_of(plain_step(local, *case.batch()))]
     while stack:

@@ -809,7 +809,7 @@ def test_an_optimizer_older_than_the_auxiliary_networks_is_reported(fused):
     for iteration in range(9):
         local(*batch(seed=iteration)).loss.backward()
         optimizer.step()
-    with pytest.warns(UnusedGradientsWarning, match="10 optimiser steps changed .* Net, .*after transform()") as seen:
+    with pytest.warns(UnusedGradientsWarning, match="10 optimizer steps changed .* Net, .*after transform()") as seen:
         optimizer.step()
     assert seen[0].filename == __file__
     with warnings.catch_warnings():
@@ -820,7 +820,7 @@ def test_an_optimizer_older_than_the_auxiliary_networks_is_reported(fused):
 
 OPTIMIZERS = {
     "groups": lambda own, others: [torch.optim.Adam([{"params": own}, {"params": others, "lr": 0.1}])],
-    "two optimisers": lambda own, others: [torch.optim.SGD(own, lr=0.1), torch.optim.AdamW(others, fused=True)],
+    "two optimizers": lambda own, others: [torch.optim.SGD(own, lr=0.1), torch.optim.AdamW(others, fused=True)],
     "seldom": lambda own, others: [torch.optim.SGD(own, lr=0.1), torch.optim.SGD(others, lr=0.1)],
     "of another model": lambda own, others: [torch.optim.SGD(Net().parameters(), lr=0.1)],
     "frozen": lambda own, others: [torch.optim.SGD(own, lr=0.1)],

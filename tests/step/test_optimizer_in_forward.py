@@ -1,4 +1,4 @@
-"""An optimiser that steps each local module inside the forward pass: the ordinary loop's numbers, in less memory."""
+"""An optimizer that steps each local module inside the forward pass: the ordinary loop's numbers, in less memory."""
 
 import copy
 import gc
@@ -132,7 +132,7 @@ def test_clipping_per_module():
 
 
 def test_schedulers_groups_and_resuming():
-    """A function that makes groups; a checkpoint in the middle, which an ordinary optimiser can go on from, too."""
+    """A function that makes groups; a checkpoint in the middle, which an ordinary optimizer can go on from, too."""
     def decayed(parameters: Any) -> torch.optim.Optimizer:
         parameters = list(parameters)
         return torch.optim.AdamW([{"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
@@ -432,7 +432,7 @@ def test_several_processes(started, monkeypatch):
             call()
 
 
-def test_optimisers_that_cannot():
+def test_optimizers_that_cannot():
     with pytest.raises(UnsupportedError, match="LBFGS"):
         build().optimizer_in_forward(torch.optim.LBFGS)
 
@@ -472,7 +472,7 @@ def test_copies_are_not_stepped(started):
         copy.deepcopy(optimizer)
 
 
-def test_it_steps_as_long_as_the_optimiser_exists():
+def test_it_steps_as_long_as_the_optimizer_exists():
     local = build()
     optimizer = local.optimizer_in_forward(SGD)
     del optimizer

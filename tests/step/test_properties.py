@@ -154,7 +154,7 @@ def assert_gradients_close(actual: dict[str, Tensor | None], expected: dict[str,
 
 
 def assert_everything_moves(local: glcan_fx.LocalModel, before: dict[str, Tensor], rate: float = 0.5) -> None:
-    """The gradients, which are the reference's, reach every parameter through an optimiser."""
+    """The gradients, which are the reference's, reach every parameter through an optimizer."""
     torch.optim.SGD(local.parameters(), lr=rate).step()
     for name, p in local.named_parameters():
         assert torch.equal(p.detach(), before[name].add(p.grad, alpha=-rate)), name
@@ -1039,7 +1039,7 @@ def test_targets_follow_the_inputs_of_the_example(kind: type[Small]) -> None:
 
 
 def test_what_an_auxiliary_network_costs_depends_on_what_is_left_of_a_perceptron() -> None:
-    """Found by review: all layers hand on the same shape, and their auxiliary networks differ."""
+    """Regression: all layers output the same shape, and their auxiliary networks differ."""
     class Layer(nn.Module):
         def __init__(self, width: int) -> None:
             super().__init__()

@@ -107,7 +107,7 @@
       for (const [name, bytes] of step.parts) totals.set(kindOf(name), (totals.get(kindOf(name)) ?? 0) + bytes);
     }
     const kinds = [...totals].sort((a, b) => b[1] - a[1]).map(([kind]) => kind);
-    const known = ["activations", "loss", "parameters", "optimiser state", "cache", "gradients", "auxiliary network", "input"];
+    const known = ["activations", "loss", "parameters", "optimizer state", "cache", "gradients", "auxiliary network", "input"];
     const colourOf = (kind) => (known.includes(kind) ? `var(--area-${known.indexOf(kind)})` : "var(--area-rest)");
     const marks = ticks(Math.max(...steps.map((step) => step.peak)), 5);
     const end = marks.at(-1)[0];
