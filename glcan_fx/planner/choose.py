@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from glcan_fx.auxiliary.method import Method
+from glcan_fx.auxiliary.method import OPEN, Method
 from glcan_fx.auxiliary.remainder import levels_of
 from glcan_fx.auxiliary.tails import ending_of
 from glcan_fx.config import K, Options
@@ -61,7 +61,7 @@ class Request:
     def needs_graph(self) -> bool:
         """Whether the user asked for auxiliary networks that a model that runs as Python cannot have."""
         method = self.method
-        plain = GLCAN(head=method.head, width=1.0, hidden=0, stride=getattr(method, "stride", None))
+        plain = GLCAN(head=method.head, width=1.0, hidden=0, stride=getattr(method, "stride", OPEN))
         width = 1.0 if method.width is None else method.width
         hidden = getattr(method, "hidden", None) or 0
         return not isinstance(method, GLCAN) or replace(method, width=width, hidden=hidden) != plain

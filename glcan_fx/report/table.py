@@ -156,7 +156,7 @@ def memory_text(plan: Plan, memory: Memory) -> list[str]:
     lines += [f"  {name}: {size(e.peak)} ({e.peak / plain.peak:.2f}), compute {e.flops / max(plain.flops, 1):.2f}"
               for name, e in memory.named()]
     if memory.checkpointing is None:
-        lines.append("  activation checkpointing, every block: not known, as no block is a call of a sub-module with parts")
+        lines.append("  activation checkpointing, every block: not known: no block is one call of a sub-module")
     parts = sorted(memory.plan.parts.items(), key=lambda item: -item[1])
     lines.append(f"This plan's peak is during {memory.plan.when}: "
                  + ", ".join(f"{name} {size(part)}" for name, part in parts if part >= 0.005 * memory.plan.peak))

@@ -21,7 +21,7 @@ from test_invariants import UNet
 from torch import Tensor, nn
 
 import glcan_fx
-from glcan_fx import PlanError, UnsupportedError
+from glcan_fx import PlanError, PlannedModel, UnsupportedError
 from glcan_fx.cli import main as cli
 from glcan_fx.models import edsr, retinanet, yolo
 from glcan_fx.models import load as targets
@@ -179,14 +179,17 @@ def test_nothing_is_touched(file: Path, tmp_path: Path, ending: str, monkeypatch
 # ---------------------------------------------------------------------------------------------- what a plan shows
 
 
-def small_plan(**options: object) -> Plan:
+def small_plan(**options: object) -> PlannedModel:
     return glcan_fx.plan(torchvision.models.resnet18(num_classes=10), task="classification",
-                         example_inputs=torch.empty(2, 3, 64, 64), **{"k": "natural", **options})
+                         example_inputs=torch.empty(2, 3, 64, 64), **{"k": "natural", **options}).simulated()
 
 
-def shown(model: Callable[[], nn.Module], size: tuple[int, ...], task: str, **options: object) -> Callable[[], Plan]:
+def shown(
+    model: Callable[[], nn.Module], size: tuple[int, ...], task: str, **options: object
+) -> Callable[[], PlannedModel]:
     options = {"k": "natural", **options}
-    return lambda: glcan_fx.plan(model(), task=task, example_inputs=torch.empty(size, device="meta"), **options)
+    example = torch.empty(size, device="meta")
+    return lambda: glcan_fx.plan(model(), task=task, example_inputs=example, **options).simulated()
 
 
 PLANS = {
@@ -204,7 +207,7 @@ PLANS = {
 
 def rows_of(text: str) -> list[list[str]]:
     """The cells of the printed table, the total last; lines of wrapped cells are left out."""
-    table = [re.split(r"  +", line.strip()) for line in text.split("─\n", 1)[1].partition("\n\nKept")[0].splitlines()]
+    table = [re.split(r"  +", line.strip()) for line in text.split("─\n", 1)[1].partition("\n\nSaved")[0].splitlines()]
     return [cells for cells in table if cells[0].isdecimal() or cells[0] == "total"]
 
 
@@ -285,10 +288,6 @@ def test_depths_are_checked() -> None:
     plan = small_plan()
     with pytest.raises(PlanError, match="'stages', 'modules', 'blocks', 'operators'"):
         plan.to_dot("everything")
-    again = Plan.from_json(plan.to_json())
-    assert again == plan and again.to_dot("blocks") == plan.to_dot("blocks") and str(again) == str(plan)
-    with pytest.raises(PlanError, match="apply it"):
-        again.to_dot("operators")
 
 
 def data_of(page: str) -> dict[str, object]:
@@ -310,8 +309,6 @@ def test_the_report_s_contents() -> None:
         assert [start for _, start in step["phases"]] == sorted(start for _, start in step["phases"])
     assert any("rung 1" in line for line in data["report"])
     assert [g["label"] for g in data_of(plan.to_html("operators"))["graphs"]][0] == "operators"
-    read = data_of(Plan.from_json(plan.to_json()).to_html())
-    assert read["modules"][0]["code"] is None and read["table"] == data["table"]
 
 
 def test_a_notebook_shows_it() -> None:
@@ -353,7 +350,7 @@ def test_a_narrow_terminal_shows_fewer_columns(file: Path, width: int) -> None:
                           env={**os.environ, "FORCE_COLOR": "1", "COLUMNS": str(width), "NO_COLOR": "1"})
     plain = re.sub(r"\x1b\[[\d;]*m", "", done.stdout)
     title = next(line for line in plain.splitlines() if "local module " in line)
-    assert "kept" in title and "features" in title and "100.0 %" in plain
+    assert "saved" in title and "features" in title and "100.0 %" in plain
     left_out = [name for name in ("channels", "blocks", "parameters", "auxiliary") if name not in title]
     assert len(left_out) == {60: 4, 80: 3, 140: 0}[width]
     assert (f"A wider terminal also shows {', '.join(left_out)}." in " ".join(plain.split())) == bool(left_out)
@@ -366,20 +363,18 @@ def test_an_edited_plan_shows_the_model_s_figures() -> None:
     data = json.loads(plan.to_json())
     del data["modules"][1]
     edited = Plan.from_json(json.dumps(data))
-    with pytest.raises(PlanError, match="apply it"):
-        edited.memory  # noqa: B018 - the other plan's is not this one's
     applied = glcan_fx.transform(model, plan=edited).plan
     assert sum(module.parameters for module in applied.modules) == sum(p.numel() for p in model.parameters())
     assert [b.name for m in applied.modules for b in m.blocks] == [b.name for m in plan.modules for b in m.blocks]
     assert applied.modules[1].parameters == plan.modules[1].parameters + plan.modules[2].parameters
-    assert Plan.from_json(plan.to_json()).memory == plan.memory
+    assert glcan_fx.plan(model, plan=Plan.from_json(plan.to_json())).memory == plan.memory
 
 
 @pytest.mark.parametrize(("edit", "match"), [
     (lambda data: data["modules"][0]["features"][0].update(source="cache"), "made later"),
     (lambda data: data["modules"][0].pop("cut"), "cut"),
-    (lambda data: data["modules"][0].update(cutt="x"), "LocalModule has nothing called 'cutt'"),
-    (lambda data: data.pop("options"), "it has no 'options'"),
+    (lambda data: data["modules"][0].update(cutt="x"), "cutt"),
+    (lambda data: data.pop("method"), "method"),
 ])
 def test_plans_that_were_edited_wrongly(edit: Callable[[dict], object], match: str) -> None:
     model = torchvision.models.resnet18()
@@ -459,7 +454,7 @@ def test_names_that_graphs_and_pages_must_escape(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("content", "options", "match"), [
-    ("[]", [], "no plan"), ("\udcff", [], "plan.json"), (None, ["-k", "2"], "-k"),
+    ("[]", [], "not a plan"), ("\udcff", [], "plan.json"), (None, ["-k", "2"], "-k"),
     (None, ["--task", "detection"], "--task"),
 ])
 def test_plans_from_files(file: Path, tmp_path: Path, content: str | None, options: list[str], match: str,
