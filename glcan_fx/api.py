@@ -42,7 +42,8 @@ from glcan_fx.step.emit import why_not_sliced
 from glcan_fx.step.local_model import LocalModel, is_compiled, warn_of_unstepped
 from glcan_fx.step.segments import build_segments, plan_segments
 from glcan_fx.step.verify import verify as verify_step
-from glcan_fx.structure.analysis import Structure, Unit, analyze
+from glcan_fx.structure.structure import Structure, Unit
+from glcan_fx.structure.trunk import analyze
 from glcan_fx.tasks import Spec, Task, make_task, specs
 from glcan_fx.tasks.around import Around
 from glcan_fx.tasks.base import Criterion

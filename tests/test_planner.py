@@ -25,7 +25,7 @@ from glcan_fx.models import edsr, retinanet
 from glcan_fx.planner.costs import Drafts
 from glcan_fx.planner.partition import ModuleCost, carried, costs_of, merge
 from glcan_fx.planner.search import candidates, richest, with_richest
-from glcan_fx.structure.analysis import multiply_adds
+from glcan_fx.structure.structure import multiply_adds
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from train_classification import CifarResNet

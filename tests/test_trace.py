@@ -559,13 +559,13 @@ class OneBFloat16Block(Block):
 # ------------------------------------------------------------------------------------------ self.training
 
 
-@case(reason="self.training")
+@case()
 class FunctionalDropout(Block):
     def forward(self, x: Tensor) -> Tensor:
         return F.dropout(self.conv(x), 0.5, training=self.training)
 
 
-@case(reason="self.training")
+@case()
 class FunctionalBatchNorm(Block):
     def __init__(self) -> None:
         super().__init__()

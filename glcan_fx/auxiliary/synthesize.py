@@ -57,8 +57,9 @@ from glcan_fx.layers import (
     scale_gradient,
     set_width,
 )
-from glcan_fx.structure.analysis import Structure, ancestors, is_size, tensor_of
 from glcan_fx.structure.influence import reach
+from glcan_fx.structure.nodes import ancestors, is_size, tensor_of
+from glcan_fx.structure.structure import Structure
 
 
 def synthesize(

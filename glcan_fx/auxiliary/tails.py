@@ -9,7 +9,8 @@ from torch import Tensor, fx
 
 from glcan_fx.auxiliary.builder import Ending
 from glcan_fx.capture.trace import is_float, quiet
-from glcan_fx.structure.analysis import Structure, ancestors, is_size, tensor_of
+from glcan_fx.structure.nodes import ancestors, is_size, tensor_of
+from glcan_fx.structure.structure import Structure
 
 
 @dataclass(frozen=True)

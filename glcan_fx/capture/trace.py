@@ -194,7 +194,6 @@ def trace(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any], *
             raise TraceError(message, reason, replayable=getattr(error, "replayable", True),
                              reached=partial(reached, model, path, example_inputs)) from error
         found = _batch_baked(model, path, example_inputs, mode, forced, main)
-        found = found or _mode_baked(model, path, example_inputs, mode, forced, main)
         if found.keys() <= forced.keys():
             main.lost |= {f"'{p}': {o.reason}, and it cannot be made opaque": None for p, o in found.items()}
             break
@@ -219,12 +218,12 @@ def trace(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any], *
 
 def _record(
     model: nn.Module, path: str, inputs: Sequence[Any] | Mapping[str, Any], mode: FakeTensorMode,
-    forced: Mapping[str, Opaque], *, training: bool = True, floating: torch.dtype | None = None,
+    forced: Mapping[str, Opaque], *, floating: torch.dtype | None = None,
 ) -> tuple[Recorder, nn.Module]:
     convert = fake_copy(mode, floating)
     root = replicate(model, convert)
-    if root.training != training:
-        root.train(training)
+    if not root.training:
+        root.train()
     recorder = Recorder(root.get_submodule(path), mode, model.get_submodule(path), forced)
     args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
     with quiet():
@@ -256,20 +255,6 @@ def _batch_baked(
         message, reason = _explain(Uncapturable("its own operations depend on the batch size"), model, path, inputs)
         raise TraceError(message, reason)
     return found
-
-
-def _mode_baked(
-    model: nn.Module, path: str, inputs: Any, mode: FakeTensorMode, forced: Mapping[str, Opaque], main: Recorder
-) -> dict[str, Opaque]:
-    """Modules, but for those that hold most layers, whose own forward does something else in evaluation mode."""
-    try:
-        second, _ = _record(model, path, inputs, mode, {**forced, **main.opaque}, training=False)
-    except Exception:  # noqa: BLE001 - evaluation calls the original
-        return {}
-    found = _differing(main, second, "its own forward depends on self.training")
-    layers = [node for node in main.graph.nodes if node.op == "call_module"]
-    large = [p for p in found if 2 * sum(not p or within(str(node.target), p) for node in layers) > len(layers)]
-    return {p: o for p, o in found.items() if p not in large}
 
 
 def _follow_dtypes(

@@ -14,8 +14,9 @@ from glcan_fx.auxiliary.tails import tail_of
 from glcan_fx.errors import PlanError
 from glcan_fx.layers import Cost, weights_in
 from glcan_fx.plans.plan import Block, LocalModule
-from glcan_fx.structure.analysis import Structure, Tap, Unit, is_size, multiply_adds
 from glcan_fx.structure.influence import reads_some
+from glcan_fx.structure.nodes import is_size
+from glcan_fx.structure.structure import Structure, Tap, Unit, multiply_adds
 from glcan_fx.tasks import Task
 
 

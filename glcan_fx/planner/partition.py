@@ -9,7 +9,9 @@ from torch import fx
 from glcan_fx.capture.trace import hasattr_path
 from glcan_fx.errors import PlanError
 from glcan_fx.pytree import tensors_in
-from glcan_fx.structure.analysis import Structure, Unit, is_size, unit_at
+from glcan_fx.structure.nodes import is_size
+from glcan_fx.structure.structure import Structure, Unit
+from glcan_fx.structure.trunk import unit_at
 
 K = int | Literal["fewest", "natural", "auto"] | Sequence[str]
 

@@ -16,7 +16,7 @@ from glcan_fx.pytree import tensors_in
 from glcan_fx.step.build import connect_again
 from glcan_fx.step.emit import Emitted
 from glcan_fx.step.local_model import LocalModel
-from glcan_fx.structure.analysis import analyze
+from glcan_fx.structure.trunk import analyze
 from glcan_fx.tasks import Spec
 
 log = logging.getLogger("glcan_fx")

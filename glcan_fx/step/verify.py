@@ -16,7 +16,7 @@ from glcan_fx.simulate.estimate import AnyLoss
 from glcan_fx.step import runtime
 from glcan_fx.step.emit import Emitted
 from glcan_fx.step.local_model import LocalModel, assemble
-from glcan_fx.structure.analysis import Structure, multiply_adds
+from glcan_fx.structure.structure import Structure, multiply_adds
 from glcan_fx.tasks import Spec
 from glcan_fx.tasks.base import LossHead
 

@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from glcan_fx.auxiliary.builder import Builder
 from glcan_fx.errors import PlanError
-from glcan_fx.structure.analysis import tensor_of
+from glcan_fx.structure.nodes import tensor_of
 
 
 def decoupled(build: Builder, cut: fx.Node, value: fx.Node, end: fx.Node, name: str) -> fx.Node:
