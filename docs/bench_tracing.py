@@ -25,7 +25,7 @@ from torchvision.models import get_model_builder, get_model_weights
 from torchvision.models.feature_extraction import NodePathTracer, _set_default_tracer_kwargs
 
 import glcan_fx
-from glcan_fx.capture.trace import trace
+from glcan_fx.capture.ladder import trace
 from glcan_fx.models import retinanet
 from glcan_fx.structure.trunk import analyze
 

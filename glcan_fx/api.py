@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_map_only
 from glcan_fx.auxiliary.builder import Head, Method, Options, Predictors
 from glcan_fx.auxiliary.features import Rules
 from glcan_fx.auxiliary.tails import ending_of
+from glcan_fx.capture.ladder import trace
 from glcan_fx.capture.recorder import argument_names
 from glcan_fx.capture.replay import Call, Segments, arguments_of, calls_of, surroundings
 from glcan_fx.capture.shadow import cuda_devices
-from glcan_fx.capture.trace import trace
 from glcan_fx.errors import BudgetError, GlcanFxError, PlanError, TraceError
 from glcan_fx.layers import weights_in
 from glcan_fx.planner.costs import Drafts, levels_of

@@ -11,7 +11,7 @@ from test_users_models import IMAGES, LABELS, Block, NormAct, NormsAct
 from torch import Tensor, nn
 
 import glcan_fx
-from glcan_fx.capture.trace import trace
+from glcan_fx.capture.ladder import trace
 
 
 class Body(nn.Module):

@@ -25,7 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import vit_b_32
 
 import glcan_fx
-from glcan_fx.capture.trace import Report, trace
+from glcan_fx.capture.ladder import trace
+from glcan_fx.capture.trace import Report
 
 CLASSES = 4
 Inputs = tuple[Any, ...] | dict[str, Any]

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from glcan_fx.capture.trace import trace
+from glcan_fx.capture.ladder import trace
 from glcan_fx.errors import GlcanFxError, ModelChangedError
 from glcan_fx.pytree import tensors_in
 from glcan_fx.step.build import connect_again

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, fx, nn
 
-from glcan_fx.capture.recorder import Call
+from glcan_fx.capture.calls import Call
 from glcan_fx.capture.trace import Trace
 from glcan_fx.layers import predictors
 from glcan_fx.pytree import tensors_in
