@@ -25,9 +25,9 @@ from torchvision.models import get_model_builder, get_model_weights
 from torchvision.models.feature_extraction import NodePathTracer, _set_default_tracer_kwargs
 
 import glcan_fx
-from glcan_fx.capture.trace import trace
+from glcan_fx.capture.ladder import trace
 from glcan_fx.models import retinanet
-from glcan_fx.structure.analysis import analyze
+from glcan_fx.structure.trunk import analyze
 
 PAGE = Path(__file__).with_name("tracing.md")
 DEPTHS = (18, 34, 50, 101, 152)

@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_map_only
 from torchvision.models import get_model, get_model_builder, list_models
 
 import glcan_fx
-from glcan_fx.capture.trace import Report, trace
+from glcan_fx.capture.ladder import trace
+from glcan_fx.capture.trace import Report
 from glcan_fx.tasks import Spec
 
 KINDS = ("detection", "segmentation", "video", "optical_flow", "quantization")

@@ -9,7 +9,7 @@ from torch import fx, nn
 from glcan_fx.capture.trace import hasattr_path, shadow
 from glcan_fx.fx_utils import Network
 from glcan_fx.layers import Cost, Moments, moments, unhooked_copy
-from glcan_fx.structure.analysis import Structure
+from glcan_fx.structure.structure import Structure
 
 
 @dataclass(frozen=True)

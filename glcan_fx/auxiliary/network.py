@@ -23,8 +23,8 @@ from glcan_fx.layers import (
     scale_gradient,
     set_width,
 )
-from glcan_fx.structure.analysis import Structure
 from glcan_fx.structure.influence import reach
+from glcan_fx.structure.structure import Structure
 
 if TYPE_CHECKING:
     from glcan_fx.auxiliary.method import Method

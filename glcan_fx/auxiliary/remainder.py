@@ -11,7 +11,8 @@ from glcan_fx.auxiliary.builder import Auxiliary
 from glcan_fx.auxiliary.features import Feature, FeatureInfo, Rules, State
 from glcan_fx.auxiliary.tails import Tail, tail_of
 from glcan_fx.errors import PlanError
-from glcan_fx.structure.analysis import Structure, Tap, Unit, is_size
+from glcan_fx.structure.nodes import is_size
+from glcan_fx.structure.structure import Structure, Tap, Unit
 from glcan_fx.tasks import Task
 
 if TYPE_CHECKING:

@@ -23,7 +23,8 @@ from glcan_fx.layers import (
     narrowed,
     set_width,
 )
-from glcan_fx.structure.analysis import Structure, ancestors, is_size, tensor_of
+from glcan_fx.structure.nodes import ancestors, is_size, tensor_of
+from glcan_fx.structure.structure import Structure
 
 if TYPE_CHECKING:
     pass

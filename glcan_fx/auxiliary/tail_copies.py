@@ -15,7 +15,7 @@ from glcan_fx.auxiliary.tails import Tail, towers_of
 from glcan_fx.layers import (
     moments,
 )
-from glcan_fx.structure.analysis import tensor_of
+from glcan_fx.structure.nodes import tensor_of
 
 if TYPE_CHECKING:
     pass

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from glcan_fx.capture.trace import is_float, quiet
-from glcan_fx.structure.analysis import Structure, ancestors, is_size, tensor_of
+from glcan_fx.structure.nodes import ancestors, is_size, tensor_of
+from glcan_fx.structure.structure import Structure
 
 Ending = Literal["mean", "decoder", "maps"]
 """How a network ends: with global average pooling of the trunk's last map, as classifiers do; with a decoder that joins

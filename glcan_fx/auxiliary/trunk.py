@@ -19,7 +19,8 @@ from glcan_fx.errors import PlanError
 from glcan_fx.layers import (
     narrowed,
 )
-from glcan_fx.structure.analysis import Structure, ancestors, is_size, tensor_of
+from glcan_fx.structure.nodes import ancestors, is_size, tensor_of
+from glcan_fx.structure.structure import Structure
 
 if TYPE_CHECKING:
     pass

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from glcan_fx import __version__
 from glcan_fx.bench.methods import COMPILE_BUDGET, PRECISION, Job
-from glcan_fx.cli.bench import EXPLAINED, Row
+from glcan_fx.bench.rows import EXPLAINED, Row
 from glcan_fx.files import replacing, write
 from glcan_fx.models.presets import PRESETS
 from glcan_fx.report.page import page

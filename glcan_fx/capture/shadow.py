@@ -3,7 +3,6 @@
 import copy
 import random
 import sys
-import threading
 import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.jit._fuser import optimized_execution
 
+from glcan_fx.capture.patches import recording
 from glcan_fx.capture.source_lines import Uncapturable
 
 _HOOKS = frozenset(name for name in vars(nn.Module()) if "_hooks" in name)
@@ -32,19 +32,6 @@ def replicate(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Modu
     refers to the copies. What torch has compiled is called as it was written.
     """
     return _Copies(convert).tree(module)
-
-
-class Recording(threading.local):
-    """Who records what modules do in this thread, as a graph (``capture.py``)."""
-
-    recorder: Any = None
-
-    def now(self) -> Any:
-        """The recorder, unless it looks away."""
-        return None if self.recorder is None or self.recorder._paused else self.recorder
-
-
-recording = Recording()
 
 
 class Scripted(nn.Module):

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-_HERE = os.path.dirname(__file__)
-_OWN_FILES = (torch.__path__[0] + os.sep, _HERE + os.sep)
+_OWN_FILES = (torch.__path__[0] + os.sep, os.path.dirname(__file__) + os.sep)
 
 
 @dataclass(frozen=True)

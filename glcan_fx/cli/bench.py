@@ -6,45 +6,19 @@ Only light imports at module level, so that the command line can show its help a
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import re
-import signal
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from glcan_fx.bench.rows import METHODS, Fatal, Row, fill
 from glcan_fx.cli.arguments import add_model
 from glcan_fx.models.presets import PRESETS, Preset
 
 if TYPE_CHECKING:
     from glcan_fx.bench.methods import Job
 
-METHODS = {
-    "bp": "backpropagation",
-    "checkpoint": "checkpoint",
-    "nested": "nested checkpoint",
-    "selective": "selective checkpoint",
-    "offload": "save_on_cpu",
-    "accumulate": "accumulation",
-    "compile": "torch.compile",
-    "glcan": "glcan",
-    "budget": "glcan, budget",
-}
-EXPLAINED = {
-    "bp": "a plain training step: what the others are compared with",
-    "checkpoint": "torch.utils.checkpoint on every block",
-    "nested": "groups of sqrt(n) blocks are recomputed, and every block inside again",
-    "selective": "convolutions and matrix products are kept, the rest of every block is recomputed",
-    "offload": "torch.autograd.graph.save_on_cpu: what is saved for backward moves to main memory",
-    "accumulate": "gradient accumulation over micro-batches of one image",
-    "compile": "torch.compile with activation_memory_budget = 0.5",
-    "glcan": "gradient-isolated local modules, as glcan_fx plans them",
-    "budget": "the same, planned for --memory-budget",
-}
 EPILOG = """examples:
   glcan-fx bench tiny
   glcan-fx bench retinanet-r50 --device estimate -o memory.png
@@ -52,47 +26,6 @@ EPILOG = """examples:
   glcan-fx bench torchvision.models:resnet50 --input 64x3x224x224 --task classification
 
 exit codes: 0 done, 1 the model cannot be used as asked, 2 usage or file error"""
-# glibc gives large freed blocks back to the system, and each page that returns is a fault: a method that frees more
-# would look slower than it is. CUDA's allocator keeps what is freed.
-_KEEP_FREED = {"MALLOC_TRIM_THRESHOLD_": str(2**36), "MALLOC_MMAP_THRESHOLD_": str(2**36)}
-
-
-@dataclass
-class Row:
-    """One method. Memory in bytes: estimated, measured, reserved (by CUDA's allocator). flops: of a step. parts: what
-    the estimated peak is made of, when: what runs then. curve: bytes over a step. None: not known; reasons say why."""
-
-    method: str
-    title: str
-    estimated: int | None = None
-    flops: int | None = None
-    measured: int | None = None
-    reserved: int | None = None
-    step_seconds: float | None = None
-    images_per_second: float | None = None
-    largest_batch: int | None = None
-    k: int | None = None
-    when: str | None = None
-    parts: dict[str, int] | None = None
-    curve: list[int] | None = None
-    notes: list[str] = field(default_factory=list)
-    reasons: list[str] = field(default_factory=list)
-
-    def update(self, message: dict[str, Any]) -> None:
-        """Take over what a process found out."""
-        for key, value in message.items():
-            if key in ("notes", "reason"):
-                lines = self.notes if key == "notes" else self.reasons
-                lines += [line for line in (value if key == "notes" else [value]) if line not in lines]
-            elif key in vars(self) and key != "method" and (key != "flops" or self.flops is None):
-                setattr(self, key, value)
-        if "k" in message:
-            self.title = f"{METHODS[self.method]}, k={self.k}"
-
-    @property
-    def peak(self) -> int | None:
-        """Bytes, measured where they are."""
-        return self.estimated if self.measured is None else self.measured
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
     job, methods = _job(args)
     rows = [Row(name, METHODS[name]) for name in methods]
     try:
-        device = _fill(rows, job)
-    except _Fatal as error:
+        device = fill(rows, job)
+    except Fatal as error:
         _note(f"glcan-fx bench: {error}")
         return error.code
     report.show(rows, job)
@@ -190,68 +123,6 @@ def _job(args: argparse.Namespace) -> tuple[Job, list[str]]:
     chosen = args.methods or [name for name in METHODS if name != "budget"]
     wanted = {*chosen, "bp"} | ({"budget"} if args.memory_budget is not None else set())  # bp: every ratio's reference
     return job, [name for name in METHODS if name in wanted]
-
-
-def _fill(rows: Sequence[Row], job: Job) -> str:
-    """Simulate and measure every method; returns the name of the device."""
-    from tqdm import tqdm
-
-    by_name, device, blocks = {row.method: row for row in rows}, job.device, []
-    real = job.device != "estimate"
-    # disable=None: no bar unless stderr is a terminal
-    with tqdm(total=len(rows) * (1 + real), desc="simulating", unit="method", file=sys.stderr, disable=None) as bar:
-        for message in _process(job, list(by_name), measure=False):
-            if "blocks" in message:
-                blocks = message["blocks"]
-                continue
-            by_name[message["method"]].update(message)
-            bar.update()
-        for row in rows if real else ():
-            bar.set_description(row.title)
-            for message in _process(job, [row.method], measure=True, blocks=blocks):
-                device = message.get("device", device)
-                row.update(message)
-            bar.update()
-    return device
-
-
-class _Fatal(Exception):
-    def __init__(self, text: str, code: int) -> None:
-        super().__init__(text)
-        self.code = code
-
-
-def _process(
-    job: Job, methods: Sequence[str], *, measure: bool, blocks: Sequence[str] = ()
-) -> Iterator[dict[str, Any]]:
-    """The messages of a fresh process that simulates or measures methods."""
-    command = [sys.executable, "-m", "glcan_fx.bench.methods"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8",
-                          env={**_KEEP_FREED, **os.environ}) as process:
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            json.dump({"job": asdict(job), "methods": methods, "measure": measure, "blocks": blocks}, process.stdin)
-            process.stdin.close()
-            left = list(methods)
-            for line in process.stdout:
-                message = json.loads(line)
-                if "fatal" in message:
-                    raise _Fatal(message["fatal"], message["code"])
-                if "method" in message:
-                    left.remove(message["method"])
-                yield message
-            for name in left:
-                yield {"method": name, "reason": _died(process.wait())}
-        finally:
-            process.kill()
-
-
-def _died(code: int) -> str:
-    if code >= 0:
-        return f"its process ended with exit code {code}; what it said is above"
-    name = signal.Signals(-code).name
-    hint = ": probably main memory ran out" if name == "SIGKILL" else ""
-    return f"its process was ended by {name}{hint}"
 
 
 def _list() -> None:

@@ -15,7 +15,7 @@ from glcan_fx.auxiliary.method import OPEN, Method
 from glcan_fx.auxiliary.remainder import Remainder
 from glcan_fx.auxiliary.tails import Ending
 from glcan_fx.errors import PlanError
-from glcan_fx.structure.analysis import tensor_of
+from glcan_fx.structure.nodes import tensor_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ from glcan_fx.plans.plan import Plan
 from glcan_fx.simulate.estimate import Estimate
 from glcan_fx.simulate.simulator import Simulator
 from glcan_fx.step.emit import why_not_sliced
-from glcan_fx.structure.analysis import Structure, Unit
+from glcan_fx.structure.structure import Structure, Unit
 from glcan_fx.tasks.around import Around
 from glcan_fx.tasks.captured import Captured
 from glcan_fx.units import in_bytes

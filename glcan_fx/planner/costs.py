@@ -10,7 +10,7 @@ from glcan_fx.errors import PlanError
 from glcan_fx.layers import Cost
 from glcan_fx.planner.modules import Costs, last_module, plan_module, reads_model, tail_cost
 from glcan_fx.plans.plan import LocalModule
-from glcan_fx.structure.analysis import Unit, multiply_adds
+from glcan_fx.structure.structure import Unit, multiply_adds
 from glcan_fx.tasks.captured import Captured
 
 

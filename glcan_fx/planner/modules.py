@@ -14,8 +14,10 @@ from glcan_fx.auxiliary.remainder import Remainder, head_request, image_size, le
 from glcan_fx.errors import PlanError
 from glcan_fx.layers import Cost, weights_in
 from glcan_fx.plans.plan import Block, LocalModule, Plan
-from glcan_fx.structure.analysis import Structure, Unit, is_size, unit_at
 from glcan_fx.structure.influence import reads_some
+from glcan_fx.structure.nodes import is_size
+from glcan_fx.structure.structure import Structure, Unit
+from glcan_fx.structure.trunk import unit_at
 from glcan_fx.tasks.captured import Captured
 
 

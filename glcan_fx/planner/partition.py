@@ -10,7 +10,9 @@ from glcan_fx.capture.trace import hasattr_path
 from glcan_fx.config import K
 from glcan_fx.errors import PlanError
 from glcan_fx.pytree import tensors_in
-from glcan_fx.structure.analysis import Structure, Unit, is_size, unit_at
+from glcan_fx.structure.nodes import is_size
+from glcan_fx.structure.structure import Structure, Unit
+from glcan_fx.structure.trunk import unit_at
 
 
 def partition(

@@ -17,7 +17,8 @@ from glcan_fx.errors import PlanError, UnsupportedError
 from glcan_fx.plans.plan import LocalModule, Plan
 from glcan_fx.report.table import common_prefix, heading, input_sizes, saved_bytes, span, taps
 from glcan_fx.simulate.estimate import Memory
-from glcan_fx.structure.analysis import Structure, unit_at
+from glcan_fx.structure.structure import Structure
+from glcan_fx.structure.trunk import unit_at
 from glcan_fx.units import size
 
 PICTURES = (".svg", ".png", ".pdf")

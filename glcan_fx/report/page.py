@@ -26,7 +26,7 @@ from glcan_fx.report.table import (
 )
 from glcan_fx.simulate.estimate import Memory
 from glcan_fx.step.local_model import LocalModel
-from glcan_fx.structure.analysis import Structure
+from glcan_fx.structure.structure import Structure
 from glcan_fx.units import size
 
 _GRAPHS = {"stages": "modules that are alike as one", "modules": "local modules", "blocks": "blocks"}

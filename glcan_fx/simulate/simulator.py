@@ -18,7 +18,7 @@ from glcan_fx.pytree import map_tensors
 from glcan_fx.simulate.estimate import Estimate, Memory, backpropagated, simulate_local, simulate_plain
 from glcan_fx.step.build import build_fake
 from glcan_fx.step.local_model import LocalModel
-from glcan_fx.structure.analysis import Unit
+from glcan_fx.structure.structure import Unit
 from glcan_fx.tasks import AnyLoss, Spec, Task
 from glcan_fx.tasks.around import Around
 from glcan_fx.tasks.captured import Captured

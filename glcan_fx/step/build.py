@@ -17,7 +17,8 @@ from glcan_fx.plans.plan import Plan
 from glcan_fx.step.emit import Emitted, emit, emit_whole, register, why_not_sliced
 from glcan_fx.step.local_model import LocalModel, assemble
 from glcan_fx.step.runtime import ReadOnly, shape_of
-from glcan_fx.structure.analysis import Structure, Unit, unit_at
+from glcan_fx.structure.structure import Structure, Unit
+from glcan_fx.structure.trunk import unit_at
 from glcan_fx.tasks import Task
 from glcan_fx.tasks.captured import Captured
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from glcan_fx.capture.recorder import Call, after_change
-from glcan_fx.capture.trace import Trace, left_on
+from glcan_fx.capture.calls import Call, after_change, left_on
+from glcan_fx.capture.trace import Trace
 from glcan_fx.pytree import plain_data
 
 

@@ -19,7 +19,8 @@ from glcan_fx.fx_utils import Parts, with_headlines
 from glcan_fx.step import runtime
 from glcan_fx.step.calls import Label, whole_calls
 from glcan_fx.step.runtime import LocalLoss
-from glcan_fx.structure.analysis import Structure, ancestors, common_path
+from glcan_fx.structure.nodes import ancestors, common_path
+from glcan_fx.structure.structure import Structure
 from glcan_fx.tasks import Task
 
 

@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from glcan_fx.capture.trace import trace
+from glcan_fx.capture.ladder import trace
 from glcan_fx.errors import GlcanFxError, ModelChangedError
 from glcan_fx.pytree import tensors_in
 from glcan_fx.step.build import build_again
 from glcan_fx.step.emit import Emitted
 from glcan_fx.step.local_model import LocalModel
-from glcan_fx.structure.analysis import analyze
+from glcan_fx.structure.trunk import analyze
 from glcan_fx.tasks import Spec
 
 log = logging.getLogger("glcan_fx")

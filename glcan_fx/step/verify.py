@@ -15,7 +15,7 @@ from glcan_fx.pytree import map_tensors, tensors_in
 from glcan_fx.step import runtime
 from glcan_fx.step.emit import Emitted
 from glcan_fx.step.local_model import LocalModel, assemble
-from glcan_fx.structure.analysis import Structure, multiply_adds
+from glcan_fx.structure.structure import Structure, multiply_adds
 from glcan_fx.tasks import AnyLoss, Spec
 from glcan_fx.tasks.base import LossHead
 

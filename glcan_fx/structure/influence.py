@@ -22,7 +22,8 @@ from glcan_fx.capture.shadow import replicate
 from glcan_fx.capture.trace import quiet, shadow
 from glcan_fx.errors import PlanError
 from glcan_fx.fx_utils import Network
-from glcan_fx.structure.analysis import Structure, ancestors
+from glcan_fx.structure.nodes import ancestors
+from glcan_fx.structure.structure import Structure
 
 log = logging.getLogger("glcan_fx")
 

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from glcan_fx.capture.ladder import trace
 from glcan_fx.capture.recorder import argument_names
 from glcan_fx.capture.replay import Call, Surroundings, arguments_of, calls_of, surroundings
 from glcan_fx.capture.shadow import cuda_devices
-from glcan_fx.capture.trace import trace
 from glcan_fx.errors import GlcanFxError, TraceError
 from glcan_fx.layers import weights_in
-from glcan_fx.structure.analysis import Structure, analyze
+from glcan_fx.structure.structure import Structure
+from glcan_fx.structure.trunk import analyze
 from glcan_fx.tasks.around import Around
 from glcan_fx.tasks.base import Spec, Task, specs
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import glcan_fx
 from glcan_fx import Options
-from glcan_fx.capture.trace import trace
+from glcan_fx.capture.ladder import trace
 from glcan_fx.methods import GLCAN
 
 

@@ -23,9 +23,11 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
 import glcan_fx
-from glcan_fx.capture.recorder import Recorder, _patched
-from glcan_fx.capture.shadow import fake_copy, real_copy, recording, replicate
-from glcan_fx.capture.trace import trace
+from glcan_fx.capture.ladder import trace
+from glcan_fx.capture.patches import patched as patching
+from glcan_fx.capture.patches import recording
+from glcan_fx.capture.recorder import Recorder
+from glcan_fx.capture.shadow import fake_copy, real_copy, replicate
 
 IMAGES, LABELS = torch.randn(4, 3, 16, 16), torch.randint(10, (4,))
 
@@ -133,7 +135,7 @@ def test_the_patches_end_with_the_last_thread_that_records() -> None:
     found = []
 
     def second() -> None:
-        with _patched(recorder()):
+        with patching(recorder()):
             inside.set()
             ended.wait()
             try:
@@ -142,7 +144,7 @@ def test_the_patches_end_with_the_last_thread_that_records() -> None:
                 found.append(str(error))
 
     thread = threading.Thread(target=second)
-    with _patched(recorder()):
+    with patching(recorder()):
         thread.start()
         inside.wait()
     ended.set()
@@ -153,14 +155,14 @@ def test_the_patches_end_with_the_last_thread_that_records() -> None:
 
 def test_a_recording_inside_another_one() -> None:
     before, outer, inner = patched(), recorder(), recorder()
-    with _patched(outer):
-        with suppress(ZeroDivisionError), _patched(inner):
+    with patching(outer):
+        with suppress(ZeroDivisionError), patching(inner):
             assert recording.recorder is inner
             raise ZeroDivisionError
         assert recording.recorder is outer
         assert all("_compiled_call_impl" in vars(module) for module in outer.root.modules())
         assert not any("_compiled_call_impl" in vars(module) for module in inner.root.modules())
-        with _patched(outer):
+        with patching(outer):
             pass
         assert all("_compiled_call_impl" in vars(module) for module in outer.root.modules())
     assert recording.recorder is None

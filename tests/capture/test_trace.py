@@ -24,7 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import vit_b_32
 
 import glcan_fx
-from glcan_fx.capture.trace import Report, trace
+from glcan_fx.capture.ladder import trace
+from glcan_fx.capture.trace import Report
 
 CLASSES = 4
 Inputs = tuple[Any, ...] | dict[str, Any]
@@ -558,13 +559,13 @@ class OneBFloat16Block(Block):
 # ------------------------------------------------------------------------------------------ self.training
 
 
-@case(reason="self.training")
+@case()
 class FunctionalDropout(Block):
     def forward(self, x: Tensor) -> Tensor:
         return F.dropout(self.conv(x), 0.5, training=self.training)
 
 
-@case(reason="self.training")
+@case()
 class FunctionalBatchNorm(Block):
     def __init__(self) -> None:
         super().__init__()

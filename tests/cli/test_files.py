@@ -214,7 +214,7 @@ def test_records_and_pictures_on_a_full_disk(tmp_path):
 
     from glcan_fx.bench import report as bench_report
     from glcan_fx.bench.methods import Job
-    from glcan_fx.cli.bench import Row
+    from glcan_fx.bench.rows import Row
     from glcan_fx.demo import report as demo_report
 
     job, rows = Job("x", {}, [[2, 3, 8, 8]]), [Row("bp", "BP", 100, 100, curve=[1, 2, 1])]

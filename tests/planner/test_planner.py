@@ -25,7 +25,7 @@ from glcan_fx.models import edsr, retinanet
 from glcan_fx.planner.costs import CostTable
 from glcan_fx.planner.partition import ModuleCost, carried, costs_of, merge
 from glcan_fx.planner.search import richest, with_richest
-from glcan_fx.structure.analysis import multiply_adds
+from glcan_fx.structure.structure import multiply_adds
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from train_classification import CifarResNet

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import glcan_fx
 from glcan_fx import GlcanFxError, LocalModel, Plan, PlanError, TargetError, TraceError
-from glcan_fx.capture.trace import trace
+from glcan_fx.capture.ladder import trace
 from glcan_fx.methods import GLCAN
 from glcan_fx.models import retinanet
 

@@ -102,8 +102,8 @@ def test_natural_k_of_the_papers_trunks(kind: str, depth: int, modules: int) -> 
         model = (detection.FCOS(backbone, 3, anchor_generator=anchors) if kind == "FCOS"
                  else detection.FasterRCNN(backbone, 3))
     task = glcan_fx.Detection()
-    from glcan_fx.capture.trace import trace
-    from glcan_fx.structure.analysis import analyze
+    from glcan_fx.capture.ladder import trace
+    from glcan_fx.structure.trunk import analyze
 
     structure = analyze(trace(model, task.example_inputs(model, None), path=task.network(model)))
     assert len(structure.units) == modules

@@ -1,0 +1,260 @@
+"""Pass 1, trace: capture a module as a graph in which every node knows its value, bytes and module path.
+
+The call is recorded again at another batch size. Where the recordings differ, the innermost module that differs becomes
+opaque, so that no batch size is frozen into the graph.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+from glcan_fx.capture.calls import arguments_in, erase_unused
+from glcan_fx.capture.recorder import Recorder
+from glcan_fx.capture.shadow import fake_copy, replicate
+from glcan_fx.capture.source_lines import NotMadeYet, Opaque, Uncapturable, in_words, place_of
+from glcan_fx.capture.trace import Report, Trace, quiet, within
+from glcan_fx.errors import TraceError
+
+log = logging.getLogger("glcan_fx")
+
+
+def trace(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any], *, path: str = "") -> Trace:
+    """Capture one training-mode call of ``model`` (or its sub-module ``path``) on fake copies of ``example_inputs``.
+
+    ``example_inputs`` are the call's arguments, a sequence of positional or a dict of keyword ones; containers of
+    tensors may be among them. Raises TraceError, with the module path and source line, when the call cannot be
+    captured or run.
+    """
+    _check(model, example_inputs)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    recorder, root, forced = _climb(model, path, example_inputs, mode)
+    graph, constants = recorder.nodes.graph, recorder.nodes.constants
+    _follow_dtypes(model, path, example_inputs, forced, recorder)
+    erase_unused(graph, arguments_in(graph))
+    vars(root.get_submodule(path)).update(constants)
+    if path:
+        _prefix(graph, path)
+    report = _report(recorder, path)
+    log.info("%s captured on rung %d: %d nodes, %d specialisations, %d opaque modules", type(model).__name__,
+             report.rung, len(graph.nodes), len(report.specialisations), len(report.opaque))
+    reads = {_joined(path, inner): names for inner, names in recorder.reads.items()}
+    return Trace(graph, root, mode, constants, report, reads)
+
+
+def _climb(
+    model: nn.Module, path: str, inputs: Sequence[Any] | Mapping[str, Any], mode: FakeTensorMode
+) -> tuple[Recorder, nn.Module, dict[str, Opaque]]:
+    """Record until no more modules have to be opaque; returns the recorder, the shadow, and the modules that were."""
+    forced: dict[str, Opaque] = {}
+    while True:
+        try:
+            recorder, root = _record(model, path, inputs, mode, forced)
+        except NotMadeYet as error:
+            message = (f"{type(model).__name__} cannot be captured yet: {error}. Please call the model once with a "
+                       "batch, and transform it then.")
+            raise TraceError(message, replayable=False) from error
+        except Exception as error:  # noqa: BLE001 - whatever the user's forward raises
+            message, reason = _explain(error, model, path, inputs)
+            raise TraceError(message, reason, replayable=getattr(error, "replayable", True),
+                             reached=partial(reached, model, path, inputs)) from error
+        found = _batch_baked(model, path, inputs, mode, forced, recorder)
+        if found.keys() <= forced.keys():
+            recorder.lost |= {f"'{p}': {o.reason}, and it cannot be made opaque": None for p, o in found.items()}
+            return recorder, root, forced
+        forced |= found
+
+
+def _report(recorder: Recorder, path: str) -> Report:
+    """How the sub-module ``path`` was captured, with the paths of the whole model."""
+    rung = 3 if recorder.opaque else 2 if recorder.specialisations else 1
+    asked = (replace(s, module=_joined(path, s.module)) for s in recorder.specialisations.values())
+    opaque = (replace(o, path=_joined(path, o.path)) for o in recorder.opaque.values())
+    return Report(rung, tuple(asked), tuple(opaque), tuple(recorder.lost))
+
+
+def _joined(*paths: str) -> str:
+    return ".".join(filter(None, paths))
+
+
+def _record(
+    model: nn.Module, path: str, inputs: Sequence[Any] | Mapping[str, Any], mode: FakeTensorMode,
+    forced: Mapping[str, Opaque], *, floating: torch.dtype | None = None,
+) -> tuple[Recorder, nn.Module]:
+    convert = fake_copy(mode, floating)
+    root = replicate(model, convert)
+    if not root.training:
+        root.train()
+    recorder = Recorder(root.get_submodule(path), mode, model.get_submodule(path), forced)
+    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
+    with quiet():
+        recorder.record(tree_map_only(Tensor, convert, list(args)), tree_map_only(Tensor, convert, dict(kwargs)))
+    return recorder, root
+
+
+def _batch_baked(
+    model: nn.Module, path: str, inputs: Any, mode: FakeTensorMode, forced: Mapping[str, Opaque], main: Recorder
+) -> dict[str, Opaque]:
+    """Modules whose recording is another one at another batch size."""
+    given = dict(inputs) if isinstance(inputs, Mapping) else list(inputs)
+    batch = next((t.shape[0] for t in tree_leaves(given) if isinstance(t, Tensor) and t.dim() > 1), 0)
+
+    def larger(value: Tensor) -> Tensor:
+        if value.dim() > 0 and value.shape[0] == batch:
+            return torch.empty(batch + 1, *value.shape[1:], dtype=value.dtype, device="meta")
+        return value
+
+    if not batch:
+        return {}
+    try:
+        second, _ = _record(model, path, tree_map_only(Tensor, larger, given), mode, {**forced, **main.opaque})
+    except Exception as error:  # noqa: BLE001
+        main.lost[f"the model does not run at batch size {batch + 1}: {type(error).__name__}"] = None
+        return {}
+    found = _differing(main, second, "its operations depend on the batch size")
+    if "" in found and len(found) == 1:
+        message, reason = _explain(Uncapturable("its own operations depend on the batch size"), model, path, inputs)
+        raise TraceError(message, reason)
+    return found
+
+
+def _follow_dtypes(
+    model: nn.Module, path: str, inputs: Any, forced: Mapping[str, Opaque], main: Recorder
+) -> None:
+    """Where a type is that of a tensor (``y.to(x.dtype)``), let the graph ask that tensor: under autocast, or in a
+    model that is converted later, it is another. A recording in another type tells such types from fixed ones."""
+    graph = main.nodes.graph
+    asked = [node for node in graph.nodes if node.meta.get("dtypes")]
+    if not asked:
+        return
+    try:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        other = torch.float32 if any(p.dtype == torch.float64 for p in model.parameters()) else torch.float64
+        second, _ = _record(model, path, inputs, mode, {**forced, **main.opaque}, floating=other)
+    except Exception as error:  # noqa: BLE001 - the types stay as they were recorded
+        log.debug("not recorded in another type: %s", error)
+        return
+    nodes, others = list(graph.nodes), list(second.nodes.graph.nodes)
+    if [(n.op, n.target) for n in nodes] != [(n.op, n.target) for n in others]:
+        return
+    twin = dict(zip(nodes, others, strict=True))
+    for node in asked:
+        fixed = set(tree_leaves([*twin[node].args, twin[node].kwargs]))
+        follow = partial(_asking_for_dtype, node, fixed)
+        node.args, node.kwargs = tree_map(follow, node.args), tree_map(follow, node.kwargs)
+
+
+def _asking_for_dtype(node: fx.Node, fixed: set[Any], value: Any) -> Any:
+    """In place of an argument that is the type of a tensor: a node that asks the tensor; ``fixed`` types stay."""
+    if not isinstance(value, torch.dtype) or value not in node.meta["dtypes"] or value in fixed:
+        return value
+    with node.graph.inserting_before(node):
+        asks = node.graph.call_function(getattr, (node.meta["dtypes"][value], "dtype"))
+    asks.meta.update({**node.meta, "value": value, "saved": 0, "storages": frozenset(), "mutates": set(),
+                      "returned_by": []})
+    return asks
+
+
+def _differing(a: Recorder, b: Recorder, reason: str) -> dict[str, Opaque]:
+    """The innermost modules whose own operations differ between two recordings."""
+    own, other = _operations(a.nodes.graph), _operations(b.nodes.graph)
+    paths = [path for path in own.keys() | other.keys() if own.get(path) != other.get(path)
+             and path not in a.opaque.keys() | b.opaque.keys()]
+    innermost = [path for path in paths if not any((not path or within(p, path)) and p != path for p in paths)]
+    return {path: Opaque(path, type(a.root.get_submodule(path)).__name__, reason, "") for path in innermost}
+
+
+def _operations(graph: fx.Graph) -> dict[str, list[Any]]:
+    """Per module, the operations of its own forward, with their constants."""
+    found: dict[str, list[Any]] = {}
+    for node in graph.nodes:
+        if node.op in ("call_function", "call_method", "call_module"):
+            owner = node.meta["module"]
+            if node.op == "call_module":
+                owner = owner.rpartition(".")[0]
+            constants = fx.map_arg((node.args, node.kwargs), lambda source: source.op == "placeholder")
+            found.setdefault(owner, []).append((node.op, str(node.target), repr(constants)))
+    return found
+
+
+def _check(model: nn.Module, example_inputs: Any) -> None:
+    """Refuse what cannot be seen on fake tensors, or only too late."""
+    lazy = [name for name, p in [*model.named_parameters(), *model.named_buffers()] if is_lazy(p)]
+    if lazy:
+        raise TraceError(f"parameter '{lazy[0]}' of {type(model).__name__} has no shape yet: call the model once with "
+                         "a batch, which makes its lazy layers, and transform it then.")
+    values = list(example_inputs.values()) if isinstance(example_inputs, Mapping) else list(example_inputs)
+    if len(values) > 1 and all(isinstance(value, int) for value in values):
+        raise TraceError(f"example_inputs= are the numbers {tuple(values)}: pass a tensor of that shape, "
+                         f"torch.empty{tuple(values)}")
+    _check_types(model, values)
+
+
+def _check_types(model: nn.Module, example_inputs: Sequence[Any]) -> None:
+    """Fake tensors compute in mixed types where real ones refuse, so say it here."""
+    own = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    for leaf in tree_leaves(list(example_inputs)):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and own and leaf.dtype not in own:
+            raise TraceError(
+                f"example_inputs= are {leaf.dtype}, but the parameters of {type(model).__name__} are "
+                f"{', '.join(map(str, own))}: pass example_inputs of the type that the model computes in."
+            )
+
+
+def reached(model: nn.Module, path: str, inputs: Sequence[Any] | Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What one call of a model, or of its sub-module ``path``, on fake tensors calls until it fails: module path, class
+    and sizes of the result of every module without parts, and of every other that returned."""
+    convert = fake_copy(FakeTensorMode(allow_non_fake_inputs=True))
+    root = replicate(model, convert).train()
+    found: list[tuple[str, str, str]] = []
+
+    def note(name: str, module: nn.Module, out: Any) -> None:
+        sizes = ["x".join(map(str, leaf.shape)) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        found.append((name, type(module).__name__, ", ".join(sizes)))
+
+    for name, module in root.get_submodule(path).named_modules(prefix=path):
+        module.register_forward_hook(lambda module, _, out, name=name: note(name, module, out))
+    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
+    with quiet(), suppress(Exception), torch.random.fork_rng(devices=[]):  # the user knows the error already
+        root.get_submodule(path)(*tree_map_only(Tensor, convert, list(args)),
+                                 **tree_map_only(Tensor, convert, dict(kwargs)))
+    return found
+
+
+def _prefix(graph: fx.Graph, path: str) -> None:
+    """Make paths relative to the model of those relative to its sub-module ``path``."""
+    calls = {call for node in graph.nodes if node.meta.get("call") for call in node.meta["call"].around()}
+    for call in calls:
+        call.path = _joined(path, call.path)
+        call.left = {node: _joined(path, name) for node, name in call.left.items()}
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            node.target = f"{path}.{node.target}"
+        node.meta["module"] = _joined(path, node.meta.get("module", ""))
+        node.meta["returned_by"] = [_joined(path, inner) for inner in node.meta["returned_by"]]
+
+
+def _explain(error: Exception, model: nn.Module, path: str, inputs: Any) -> tuple[str, str]:
+    """What happened, where (module path, class, source line), what was tried, what to do; and the first in short."""
+    where, code = place_of(error)
+    inner = _joined(path, getattr(error, "module_path", ""))
+    kind = type(model.get_submodule(inner)).__name__
+    reason = in_words(error)
+    shapes = ", ".join("x".join(map(str, leaf.shape)) for leaf in tree_leaves(
+        dict(inputs) if isinstance(inputs, Mapping) else list(inputs)) if isinstance(leaf, Tensor))
+    return (
+        f"{type(model).__name__} cannot be captured: module '{inner or '(the model itself)'}' of class {kind} "
+        f"failed: {reason}\n  where: {where or 'no source line of its own'}{f', in `{code}`' if code else ''}\n"
+        "  tried: recording the call, answering questions about sizes, calling the module as a whole\n"
+        f"  what to do: (1) pass example_inputs= that the model runs on (these are {shapes or 'no tensors'}); (2) move "
+        "the code that a graph cannot hold into a sub-module of its own: such modules are kept whole; (3) compile the "
+        "part that can be captured, for example the backbone."
+    ), f"{reason.splitlines()[0] if reason else ''}, at {where or inner}"

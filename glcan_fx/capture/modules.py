@@ -1,0 +1,89 @@
+"""Modules while they are recorded: which stay whole, which attributes a forward reads, and a run on real values."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from glcan_fx.capture.shadow import fake_like, random_like, real_copy, replicate
+from glcan_fx.capture.symbolic import plain
+from glcan_fx.pytree import map_tensors, tensors_in
+
+_READS = "_glcan_fx_reads"
+
+
+def is_torch_own(module: nn.Module) -> bool:
+    """One of torch.nn's own layers, which stay whole; its containers, and stacks of layers, are entered."""
+    parametrized = "parametrizations" in module._modules
+    own = type(module).__module__.startswith(("torch.nn.", "torch.ao.nn."))
+    holds = isinstance(module, nn.Sequential) or any(isinstance(part, nn.ModuleList) for part in module.modules())
+    return (own and not holds) or parametrized
+
+
+@contextmanager
+def reads_noted(module: nn.Module, noting: type, reads: set[str]) -> Iterator[None]:
+    """Add the names of the attributes that are read of a module to ``reads``; "*" where its class cannot be replaced.
+
+    noting: the ``noting_class`` of its class, which it has meanwhile.
+    """
+    kind, before = type(module), vars(module).get(_READS)
+    module.__dict__[_READS] = reads
+    try:
+        module.__class__ = noting
+    except TypeError:  # a class of another layout
+        reads.add("*")
+    try:
+        yield
+    finally:
+        module.__class__ = kind
+        if before is None:
+            del module.__dict__[_READS]
+        else:
+            module.__dict__[_READS] = before
+
+
+def noting_class(kind: type) -> type:
+    """A class like ``kind`` whose instances note which of their attributes are read."""
+    def read(self: Any, name: str) -> Any:
+        if not name.startswith("__"):
+            reads = object.__getattribute__(self, "__dict__").get(_READS)
+            if reads is not None:
+                reads.add(name)
+        return kind.__getattribute__(self, name)  # type: ignore[call-arg]
+
+    return type(kind.__name__, (kind,), {"__getattribute__": read, "__module__": kind.__module__,
+                                         "__qualname__": kind.__qualname__})
+
+
+def run_really(original: nn.Module, shadow: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Run a copy of ``original`` on random values of the arguments' shapes; returns fake outputs, which autograd ties
+    to the arguments and to the parameters of ``shadow``."""
+    with unset_fake_temporarily(), torch.random.fork_rng(devices=[]):
+        module = replicate(original, real_copy)
+        module.train(shadow.training)
+        values = [map_tensors(plain(value), random_like) for value in args]
+        named = {key: map_tensors(plain(value), random_like) for key, value in kwargs.items()}
+        out = module(*values, **named)
+    flat = [t for t in tensors_in(out) if t.is_floating_point() and t.requires_grad]
+    real_ids = {id(t): index for index, t in enumerate(flat)}
+    inputs = [t for t in tensors_in((args, kwargs)) if t.is_floating_point()]
+    inputs += [p for p in shadow.parameters() if p.requires_grad]
+    shapes = [(tuple(t.shape), t.stride(), t.dtype) for t in flat]
+    linked = _Link.apply(shapes, *inputs) if flat else ()
+    return map_tensors(out, lambda t: linked[real_ids[id(t)]] if id(t) in real_ids else fake_like(t))
+
+
+class _Link(torch.autograd.Function):
+    """Fake outputs of a module that ran on real values, tied to its inputs in the autograd graph."""
+
+    @staticmethod
+    def forward(ctx: Any, shapes: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*(t for t in inputs if not isinstance(t, nn.Parameter)))
+        return tuple(torch.empty_strided(shape, stride, dtype=dtype) for shape, stride, dtype in shapes)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError("sizes only")

@@ -1,0 +1,40 @@
+"""Which inputs of a network are the data, and which are context: labels, masks, prompts, edges, sizes."""
+
+from torch import fx
+
+from glcan_fx.capture.trace import Trace, is_float
+from glcan_fx.pytree import tensors_in
+from glcan_fx.structure.nodes import descendants
+
+_FEW = 0.25  # of the layers: what is computed from context alone at most
+
+
+def data_inputs(trace: Trace) -> list[frozenset[fx.Node]]:
+    """Which inputs may be the data: those from which most layers are reached; where there are several, all together, or
+    one of them. All others are context, which may join anywhere."""
+    called = [node for node in trace.graph.nodes if node.op not in ("placeholder", "get_attr")]
+    layers = [node for node in called if _is_layer(trace, node)]
+    inputs = trace.graph.find_nodes(op="placeholder")
+    reached = {}
+    for source in inputs:
+        behind = descendants(source, values=True)
+        reached[source] = sum(node in behind for node in layers)
+    most = max(reached.values(), default=0)
+    data = [source for source in inputs if reached[source] == most]
+    together = frozenset(data)
+    if most == 0 or len(data) == 1:
+        return [together]
+    # a second network beside the first (siamese, two streams) is no context: auxiliary networks would copy it
+    alone = [source for source in data if _is_float_input(source)
+             and len(layers) - reached[source] <= _FEW * len(layers)]
+    return [together, *(frozenset([source]) for source in alone)]
+
+
+def _is_layer(trace: Trace, node: fx.Node) -> bool:
+    """Whether a node computes with a weight."""
+    used = (node, *(source for source in node.all_input_nodes if source.op == "get_attr"))
+    return any(p.dim() >= 2 for part in used for p in trace.parameters(part))
+
+
+def _is_float_input(node: fx.Node) -> bool:
+    return any(map(is_float, tensors_in(node.meta["value"])))

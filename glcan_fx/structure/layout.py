@@ -1,0 +1,56 @@
+"""Which axis of a value holds the channels."""
+
+import math
+from collections.abc import Sequence
+
+from torch import fx, nn
+
+from glcan_fx.capture.trace import Trace
+from glcan_fx.layers import channel_axis
+from glcan_fx.structure.nodes import is_float_tensor, tensor_of
+
+
+def channels_last(trace: Trace) -> frozenset[fx.Node]:
+    """Values whose channels are the last axis: made or read by layers that act on the last axis."""
+    last: dict[fx.Node, bool] = {}
+    nodes = [n for n in trace.graph.nodes if is_float_tensor(n)]
+
+    def evidence(node: fx.Node) -> bool | None:
+        module = trace.module(node)
+        if isinstance(module, nn.Linear | nn.MultiheadAttention):
+            return True
+        if isinstance(module, nn.LayerNorm):
+            return channel_axis(module, tensor_of(node)) == -1
+        opaque = module is not None and any(True for _ in module.children())
+        if module is not None and not opaque and any(p.dim() >= 3 for p in module.parameters()):
+            return False
+        return None
+
+    for node in nodes:
+        own = evidence(node)
+        if own is not None:
+            last[node] = own
+            for source in node.all_input_nodes:
+                if is_float_tensor(source):
+                    last[source] = own
+    for order in (nodes, reversed(nodes)):  # nearly the same shape, same layout: forwards, then backwards
+        for node in order:
+            for source in node.all_input_nodes:
+                if is_float_tensor(source) and _alike(tensor_of(source).shape, tensor_of(node).shape):
+                    if source in last:
+                        last.setdefault(node, last[source])
+                    elif node in last:
+                        last[source] = last[node]
+    return frozenset(node for node, value in last.items() if value)
+
+
+def _alike(a: Sequence[int], b: Sequence[int]) -> bool:
+    """Same shape, or but for one size (an extra token), or with places swapped, or in a row (tokens of a map)."""
+    if len(a) != len(b):
+        return min(len(a), len(b)) > 2 and (a[0], a[-1], math.prod(a)) == (b[0], b[-1], math.prod(b))
+    return sum(x != y for x, y in zip(a, b, strict=True)) <= 1 or (sorted(a) == sorted(b) and a[-1] == b[-1])
+
+
+def count_positions(shape: tuple[int, ...], last: bool) -> int:
+    """The product of the spatial (or token) sizes; 1 where there are none. last: whether channels are the last axis."""
+    return math.prod(shape[1:-1] if last else shape[2:])

@@ -1,0 +1,241 @@
+"""The chain: the values through which every path from the inputs to the output passes (dominators).
+
+A region between two neighbors of the chain that hides most of the network (the body under a long skip, the encoder of
+a U-Net, everything behind the first tap of a feature pyramid) is opened by ignoring its bypass edges.
+"""
+
+from collections.abc import Iterable, Set
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import networkx as nx
+from torch import Tensor, fx
+
+from glcan_fx.capture.trace import Trace, is_float, within
+from glcan_fx.errors import PlanError
+from glcan_fx.pytree import tensors_in
+from glcan_fx.structure.nodes import common_path, input_dependent, tensor_of
+
+START: Any = "start"  # a virtual node before all inputs
+_GROWS = 1.5  # fewer positions than this factor more are padding or an extra token, not up-sampling
+
+Edge = tuple[fx.Node, fx.Node]
+
+
+@dataclass(frozen=True)
+class Region:
+    """The nodes between two neighbors of a chain, both excluded."""
+
+    start: fx.Node
+    end: fx.Node
+    nodes: set[fx.Node]
+
+
+@dataclass
+class Flow:
+    """The edges along which gradients flow from the inputs to the output.
+
+    positions: the number of spatial positions (or tokens) of every floating-point tensor. bypassed: the nodes that
+    removed bypass edges led to.
+    """
+
+    trace: Trace
+    graph: nx.DiGraph
+    positions: dict[fx.Node, int]
+    bypassed: set[fx.Node]
+
+    def open_chain(self) -> list[fx.Node]:
+        """The chain from the inputs to the output, once the bypasses around hidden networks are removed from the graph.
+        """
+        while True:
+            chain = dominators(self.graph, self.trace.output)
+            bypasses = self._next_bypasses(chain)
+            if not bypasses:
+                return chain
+            self.graph.remove_edges_from(bypasses)
+            self.bypassed.update(target for _, target in bypasses)
+
+    def _next_bypasses(self, chain: list[fx.Node]) -> list[Edge]:
+        """The bypasses of the first region in the trunk that hides the network."""
+        for start, end in pairwise(chain):
+            region = self.region(start, end)
+            bypasses = _bypasses(self.graph, region) if region.nodes and self._hides_network(region) else []
+            if bypasses or self.grows_between(start, end):
+                return bypasses
+        return []
+
+    def region(self, start: fx.Node, end: fx.Node) -> Region:
+        """What lies between two neighbors of the chain."""
+        return Region(start, end, between(self.graph, start, end))
+
+    def grows_between(self, start: fx.Node, end: fx.Node) -> bool:
+        """Whether the resolution grows from one value of the chain to the next, or the network ends."""
+        if end not in self.positions or start not in self.positions:
+            return _is_exit(end)
+        same_rank = tensor_of(start).dim() == tensor_of(end).dim()
+        return same_rank and self.positions[end] >= _GROWS * self.positions[start]
+
+    def pools_away(self, node: fx.Node) -> bool:
+        """Whether the positions are gone at ``node`` for good: neither it nor what follows has any."""
+        if self.positions.get(node, 1) > 1 or node.op == "placeholder":
+            return False
+        return all(self.positions.get(after, 1) <= 1 for after in nx.descendants(self.graph, node))
+
+    def _hides_network(self, region: Region) -> bool:
+        """Whether a region is more than one block: it ends in several outputs, is an hourglass, or holds other blocks.
+        """
+        if _is_exit(region.end):
+            return True
+        if self._is_hourglass(region) and (self.bypassed or self._holds_half(region)):
+            return True
+        return self._holds_most_layers(region) or self._holds_repeated_blocks(region)
+
+    def _is_hourglass(self, region: Region) -> bool:
+        """Whether the resolution shrinks inside a region, and grows again."""
+        rank = tensor_of(region.start).dim()  # values of another rank are attention's heads and the like
+        inside = [self.positions[n] for n in region.nodes if n in self.positions and tensor_of(n).dim() == rank]
+        outside = min(self.positions.get(region.start, 1), self.positions.get(region.end, 1))
+        return bool(inside) and 1 < min(inside) < outside / _GROWS and self._grows_inside(region)
+
+    def _grows_inside(self, region: Region) -> bool:
+        """Whether the resolution grows inside a region. Attention to fewer tokens has its positions from the queries.
+        """
+        rank, found = tensor_of(region.start).dim(), {region.start: self.positions.get(region.start, 1)}
+        for node in nx.topological_sort(self.graph.subgraph(region.nodes | {region.end})):
+            above = max(found.get(source, 1) for source in self.graph.predecessors(node))
+            same_rank = node in self.positions and tensor_of(node).dim() == rank
+            if same_rank and self.positions[node] >= _GROWS * above:
+                return True
+            found[node] = self.positions[node] if same_rank else above
+        return False
+
+    def _holds_half(self, region: Region) -> bool:
+        """Whether the module that closes a region holds half of the layers, so that it is the network and no block."""
+        home = common_path([*region.nodes, region.end])
+        layers = self.trace.layers
+        return not home or 2 * sum(within(node.meta["module"], home) for node in layers) >= len(layers)
+
+    def _holds_most_layers(self, region: Region) -> bool:
+        """Whether the model itself, not one of its blocks, closes a branch around most of its layers."""
+        layers = self.trace.layers
+        inside = len(region.nodes & layers)
+        closes = region.end.meta["module"]
+        outermost = not closes or within(common_path(layers), closes)
+        return outermost and inside > 2 and 2 * inside > len(layers)
+
+    def _holds_repeated_blocks(self, region: Region) -> bool:
+        """Whether two or more blocks of one kind, each with branches of its own, lie inside the region."""
+        bypasses = _bypasses(self.graph, region)
+        if not bypasses:
+            return False
+        inner = _without(_inside(self.graph, region), bypasses, region.start)
+        own = common_path([*region.nodes, region.end])
+        kinds: dict[type, set[str]] = {}
+        for start, end in pairwise(dominators(inner, region.end)):
+            inside = between(inner, start, end)
+            path = common_path([*inside, end])
+            if inside and start is not region.start and path != own:
+                kinds.setdefault(type(self.trace.shadow.get_submodule(path)), set()).add(path)
+        return any(len(paths) > 1 for paths in kinds.values())
+
+
+def dataflow(trace: Trace, positions: dict[fx.Node, int], data: Set[fx.Node]) -> Flow:
+    """Edges along which gradients flow from the data to the outputs; sizes, masks and context carry none.
+
+    positions: of every floating-point tensor; data: the inputs that are not context.
+
+    Raises PlanError where no output depends on a floating-point input.
+    """
+    graph = nx.DiGraph()
+    dependent = input_dependent(trace.graph)
+    integers: set[fx.Node] = set()  # integer inputs (pixels in uint8, tokens) until they become floating-point numbers
+    for node in trace.graph.nodes:
+        if node.op == "placeholder" and node not in data:
+            continue
+        starts = node.op == "placeholder" or any(source in integers for source in node.all_input_nodes)
+        carries = node.op == "output" or (node in dependent and is_float(node.meta["value"]))
+        if not carries:
+            if starts and _holds_tensor(node):
+                integers.add(node)
+            continue
+        if starts and node.op != "output":
+            graph.add_edge(START, node)
+        graph.add_edges_from((source, node) for source in node.all_input_nodes if source in graph)
+    if trace.output not in graph:
+        raise PlanError(
+            "no output depends on a floating-point input: there is nothing to cut. Pass example_inputs= with the "
+            "tensors that the model is trained on."
+        )
+    return Flow(trace, graph, positions, set())
+
+
+def _holds_tensor(node: fx.Node) -> bool:
+    value = node.meta.get("value")
+    return any(True for _ in tensors_in(value)) if node.op == "placeholder" else isinstance(value, Tensor)
+
+
+def dominators(graph: nx.DiGraph, end: fx.Node) -> list[fx.Node]:
+    """Values through which every path from the inputs to ``end`` passes, in order, inputs first."""
+    above = nx.immediate_dominators(graph, START)
+    chain = [end]
+    while above[chain[-1]] is not START:
+        chain.append(above[chain[-1]])
+    return chain[::-1]
+
+
+def between(graph: nx.DiGraph, start: fx.Node, end: fx.Node) -> set[fx.Node]:
+    """Nodes on the paths from ``start``, which dominates ``end``, to ``end``, both excluded."""
+    found: set[fx.Node] = set()
+    stack = [end]
+    while stack:
+        for node in graph.predecessors(stack.pop()):
+            if node is not start and node not in found:
+                found.add(node)
+                stack.append(node)
+    return found
+
+
+def _inside(graph: nx.DiGraph, region: Region) -> nx.DiGraph:
+    return graph.subgraph(region.nodes | {region.start, region.end})
+
+
+def _is_exit(node: fx.Node) -> bool:
+    """The end of the network, or a class that is made for it."""
+    return node.op == "output" or (isinstance(node.target, type) and all(user.op == "output" for user in node.users))
+
+
+def _bypasses(graph: nx.DiGraph, region: Region) -> list[Edge]:
+    """The fewest edges out of a region's start without which its heaviest path gets a chain of its own."""
+    start, end = region.start, region.end
+    inner = _inside(graph, region)
+    branches = {target: nx.descendants(inner, target) | {target} for target in inner.successors(start)}
+    kept: dict[frozenset[fx.Node], None] = {}
+    for node in _heaviest_path(inner, start):
+        kept[frozenset(target for target, reach in branches.items() if node in reach)] = None
+    for keep in sorted(kept, key=len, reverse=True):
+        bypasses = [(start, target) for target in branches if target not in keep]
+        if bypasses and len(dominators(_without(inner, bypasses, start), end)) > 2:
+            return bypasses
+    return []
+
+
+def _heaviest_path(graph: nx.DiGraph, start: fx.Node) -> Iterable[fx.Node]:
+    """The nodes behind ``start`` on the path with the most elements."""
+    weight: dict[fx.Node | None, int] = {None: 0}
+    after: dict[fx.Node, fx.Node | None] = {}
+    for node in reversed(list(nx.topological_sort(graph))):
+        after[node] = max(graph.successors(node), key=weight.__getitem__, default=None)
+        elements = sum(tensor.numel() for tensor in tensors_in(node.meta.get("value")))
+        weight[node] = elements + 1 + weight[after[node]]
+    node = after[start]
+    while node is not None:
+        yield node
+        node = after[node]
+
+
+def _without(graph: nx.DiGraph, edges: list[Edge], start: fx.Node) -> nx.DiGraph:
+    graph = graph.copy()
+    graph.remove_edges_from(edges)
+    graph.add_edge(START, start)
+    return graph

@@ -1,0 +1,210 @@
+"""Find the trunk of a recorded network, and divide it into units. Only the graph decides; no architecture is known.
+
+The trunk is the chain of dominators from the input on. It ends where the resolution first grows, where the spatial
+positions are pooled away, or where a bypass comes back for the last time.
+"""
+
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import replace
+from itertools import pairwise
+from types import MappingProxyType
+
+import networkx as nx
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from glcan_fx.capture.trace import Trace, within
+from glcan_fx.structure.context import data_inputs
+from glcan_fx.structure.layout import channels_last, count_positions
+from glcan_fx.structure.nodes import (
+    ancestors,
+    called_path,
+    common_path,
+    input_dependent,
+    is_float_tensor,
+    tensor_of,
+)
+from glcan_fx.structure.regions import Flow, between, dataflow
+from glcan_fx.structure.structure import Structure, Tap, Unit
+
+
+def analyze(trace: Trace) -> Structure:
+    """Find the structure of a recorded network.
+
+    Raises PlanError where no output depends on a floating-point input.
+    """
+    layouts = channels_last(trace)
+    found = [_structure(trace, data, layouts) for data in data_inputs(trace)]
+    return max(found, key=lambda structure: len(structure.units))
+
+
+def _structure(trace: Trace, data: frozenset[fx.Node], layouts: frozenset[fx.Node]) -> Structure:
+    """The structure with these inputs as the data."""
+    positions = {node: count_positions(tuple(tensor_of(node).shape), node in layouts)
+                 for node in trace.graph.nodes if is_float_tensor(node)}
+    flow = dataflow(trace, positions, data)
+    chain = _until_tail(flow, flow.open_chain())
+    units = _units(flow, chain)
+    chain = chain[: chain.index(units[-1].end) + 1] if units else chain
+    structure = Structure(trace, chain, units, [], layouts, data)
+    taps = _taps(trace, structure.trunk - structure.context, [unit.end for unit in units])
+    return replace(structure, taps=taps)
+
+
+def _until_tail(flow: Flow, chain: list[fx.Node]) -> list[fx.Node]:
+    """The chain up to the trunk's last value."""
+    stop = _before_long_skip(flow, chain, _last_before_tail(flow, chain))
+    # A neck's own projections belong to the tail: what shares a module with the event that ends the trunk.
+    event, trunk = chain[min(stop + 1, len(chain) - 1)], chain[: stop + 1]
+    home = event.meta.get("module", "") if event.op != "output" else ""
+    outside = [node for node in trunk if not (within(node.meta["module"], home) or within(called_path(node), home))]
+    return outside if len(outside) > len(trunk) / 2 else trunk
+
+
+def _last_before_tail(flow: Flow, chain: list[fx.Node]) -> int:
+    """The index of the last value before the resolution grows, or the positions are gone."""
+    positions = flow.positions
+    for index, (start, end) in enumerate(pairwise(chain)):
+        if flow.grows_between(start, end):
+            return index
+        weighted = not flow.trace.layers.isdisjoint({*between(flow.graph, start, end), end})
+        if weighted:
+            continue
+        flattened = start in positions and end in positions and tensor_of(start).dim() > 2 >= tensor_of(end).dim()
+        pooled = positions.get(start, 1) > 1 and flow.pools_away(end)
+        if pooled or flattened:
+            return index
+    return len(chain) - 1
+
+
+def _before_long_skip(flow: Flow, chain: list[fx.Node], stop: int) -> int:
+    """The index of the last value before a bypass that comes back behind the last block: a long skip, merged before
+    up-sampling, feeds the tail."""
+    returns = set()
+    for target in flow.bypassed:
+        behind = nx.descendants(flow.graph, target) | {target}
+        returns.add(next((node for node in chain if node in behind), None))
+    for index in reversed(range(1, stop + 1)):
+        if chain[index] in returns:
+            return index - 1
+        if between(flow.graph, chain[index - 1], chain[index]):
+            break
+    return stop
+
+
+def _units(flow: Flow, chain: list[fx.Node]) -> list[Unit]:
+    """Partition the chain into units: at block boundaries, each with trainable weights of its own."""
+    trace, kinds = flow.trace, _block_kinds(flow, chain)
+    ends: list[fx.Node] = []
+    cut: fx.Node | None = None  # where the present unit may end
+    at_block = weighted = False
+    done: set[fx.Node] = set()
+    for node in chain:
+        fresh = ancestors([node], done)
+        done |= fresh
+        if not trace.layers.isdisjoint(fresh):
+            if weighted and cut is not None:
+                ends.append(cut)
+                cut, at_block = None, False
+            weighted = True
+        may_end = weighted and not at_block and is_float_tensor(node) and not _inside_block(trace, node, kinds)
+        if may_end and (cut is None or _divides(node) <= _divides(cut)):
+            cut = node
+            at_block = any(type(trace.shadow.get_submodule(path)) in kinds for path in node.meta["returned_by"])
+    if weighted and (cut is not None or not ends):
+        ends.append(chain[-1])
+    elif ends:
+        ends[-1] = chain[-1]
+    inside = _nodes_in(ends)
+    return [Unit(end, *_names(trace, end, inside)) for end in ends]
+
+
+def _block_kinds(flow: Flow, chain: list[fx.Node]) -> set[type[nn.Module]]:
+    """The classes of modules that close a region, but for those that hold the whole chain."""
+    kinds = set()
+    for start, end in pairwise(chain):
+        region = between(flow.graph, start, end)
+        path = common_path([*region, end]) if region else ""
+        if path and not all(within(node.meta["module"], path) for node in chain[1:]):
+            kinds.add(type(flow.trace.shadow.get_submodule(path)))
+    return kinds
+
+
+def _divides(node: fx.Node) -> int:
+    """How many calls of modules a cut at a value divides."""
+    calls = node.meta["call"].around() if node.meta.get("call") else ()
+    return sum(call.path not in node.meta["returned_by"] for call in calls)
+
+
+def _inside_block(trace: Trace, node: fx.Node, kinds: set[type[nn.Module]]) -> bool:
+    """Whether a value is internal to a module of a block kind (and not what that module returns)."""
+    path = called_path(node) or node.meta["module"]
+    while path:
+        if type(trace.shadow.get_submodule(path)) in kinds and path not in node.meta["returned_by"]:
+            return True
+        path = path.rpartition(".")[0]
+    return False
+
+
+def _nodes_in(nodes: Iterable[fx.Node]) -> dict[str, set[fx.Node]]:
+    """Of every module, which of the nodes lie in it."""
+    found: dict[str, set[fx.Node]] = {}
+    for node in nodes:
+        for path in (node.meta["module"], called_path(node)):
+            while path:
+                found.setdefault(path, set()).add(node)
+                path = path.rpartition(".")[0]
+    return found
+
+
+def _names(
+    trace: Trace, node: fx.Node, inside: Mapping[str, Set[fx.Node]] = MappingProxyType({})
+) -> tuple[str, tuple[str, ...]]:
+    """A value's name in the user's module paths, and its other names.
+
+    The name is the outermost module that returns this value and holds none of the others (``inside``, by module).
+    """
+    paths = [path for path in node.meta["returned_by"] if path]
+    calls = {path: trace.returns[path].index(node) for path in paths}
+    if not paths:
+        inner = node.name.removeprefix(node.meta["module"].replace(".", "_") + "_")
+        return ".".join(filter(None, [node.meta["module"], inner])), ()
+    own = [p for p in paths if not inside.get(p, set()) - {node}]
+    unique = {path: f"{path}:{call}" if call else path for path, call in calls.items()}  # a module's later calls
+    name = own[-1] if own else paths[0]
+    return unique[name], tuple(unique[path] for path in paths if path != name)
+
+
+def _taps(trace: Trace, trunk: frozenset[fx.Node], ends: list[fx.Node]) -> list[Tap]:
+    """Values of the trunk, and inputs, that the tail reads, in graph order."""
+    dependent = input_dependent(trace.graph)
+    found: set[fx.Node] = set()
+    seen: set[fx.Node] = set()
+    stack: list[fx.Node] = [trace.output]
+    while stack:
+        node = stack.pop()
+        if node in seen or node not in dependent:
+            continue
+        seen.add(node)
+        holds_tensor = any(isinstance(leaf, Tensor) for leaf in tree_leaves(node.meta["value"]))
+        if node.op == "placeholder" or (node in trunk and holds_tensor):
+            found.add(node)
+        else:
+            stack.extend(node.all_input_nodes)
+
+    inside = _nodes_in(ends)
+    return [
+        Tap(node, str(node.target) if node.op == "placeholder" else _names(trace, node, inside)[0])
+        for node in trace.graph.nodes if node in found
+    ]
+
+
+def unit_at(structure: Structure, name: str) -> Unit | None:
+    """The unit that ends at a split point given by name: a unit's own, or any module path on the chain."""
+    for unit in structure.units:
+        if name == unit.name or name in unit.aliases:
+            return unit
+    for node in structure.chain:
+        if node.op != "placeholder" and (name in node.meta["returned_by"] or name == _names(structure.trace, node)[0]):
+            return Unit(node, name, ())
+    return None
