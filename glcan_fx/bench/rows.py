@@ -1,4 +1,4 @@
-"""Rows of a comparison, and the processes that fill them. Light imports only: the command line shows its help at once."""
+"""Rows of a comparison, and the processes that fill them. Light imports only: the command line helps at once."""
 
 from __future__ import annotations
 
