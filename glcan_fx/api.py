@@ -16,7 +16,7 @@ from glcan_fx.auxiliary.builder import Head, Method, Options, Predictors
 from glcan_fx.auxiliary.features import Rules
 from glcan_fx.auxiliary.tails import ending_of
 from glcan_fx.capture.ladder import trace
-from glcan_fx.capture.recorder import argument_names
+from glcan_fx.capture.modules import argument_names
 from glcan_fx.capture.replay import Call, Segments, arguments_of, calls_of, surroundings
 from glcan_fx.capture.shadow import cuda_devices
 from glcan_fx.errors import BudgetError, GlcanFxError, PlanError, TraceError
