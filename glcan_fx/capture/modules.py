@@ -1,6 +1,7 @@
-"""Modules while they are recorded: which stay whole, which attributes a forward reads, and a run on real values."""
+"""Modules while they are recorded: arguments, which stay whole, which attributes are read, a run on real values."""
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +14,23 @@ from glcan_fx.capture.symbolic import plain
 from glcan_fx.pytree import map_tensors, tensors_in
 
 _READS = "_glcan_fx_reads"
+
+
+def argument_names(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+    """A name for every argument of a call of ``root``: the parameter's; those of *args are numbered."""
+    names: list[str] = []
+    for parameter in inspect.signature(root.forward).parameters.values():
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            names.append(parameter.name)
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            names += [f"{parameter.name}_{index}" for index in range(len(names), len(args))]
+    names += [f"argument_{index}" for index in range(len(names), len(args))]
+    return [*names[: len(args)], *kwargs]
+
+
+def holds_containers(args: Any, kwargs: Any) -> bool:
+    """Called with lists or dicts of values: a module without children is plumbing then, and entered."""
+    return any(isinstance(value, list | tuple | dict) for value in [*args, *kwargs.values()])
 
 
 def is_torch_own(module: nn.Module) -> bool:

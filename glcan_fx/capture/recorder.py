@@ -8,7 +8,6 @@ graph cannot hold becomes one opaque node, the innermost such module first.
 """
 
 import contextlib
-import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from glcan_fx.capture.calls import Call, arguments_in, assign, detached, erase_unused
-from glcan_fx.capture.modules import is_torch_own, noting_class, reads_noted, run_really
+from glcan_fx.capture.modules import (
+    argument_names,
+    holds_containers,
+    is_torch_own,
+    noting_class,
+    reads_noted,
+    run_really,
+)
 from glcan_fx.capture.nodes import Nodes
 from glcan_fx.capture.patches import patched
 from glcan_fx.capture.shadow import kept_python_random, python_random
@@ -248,7 +254,7 @@ class Recorder(TorchFunctionMode):
         if path in self.forced:
             return self._as_opaque(module, path, args, kwargs, self.forced[path])
         with_children = any(True for _ in module.children())
-        if id(module) in self._whole or not with_children and not _holds_containers(args, kwargs):
+        if id(module) in self._whole or not with_children and not holds_containers(args, kwargs):
             try:
                 return self._leaf(module, path, args, kwargs)
             except Exception as error:  # noqa: BLE001
@@ -277,7 +283,7 @@ class Recorder(TorchFunctionMode):
                     raise Uncapturable("it draws random numbers outside of torch", replayable=False)
             self._check_state(module, state, attributes)
             with self._pause():
-                call.results = {self._stands_for(value): way for way, value in _parts_of_kind(out, (Tensor, Number))
+                call.results = {self.nodes.argument(value): way for way, value in _parts_of_kind(out, (Tensor, Number))
                                 if isinstance(value, Number) or self.nodes.knows(value)}
                 call.value = plain(out)
                 for name, value in vars(module).items():
@@ -291,9 +297,6 @@ class Recorder(TorchFunctionMode):
             self.calls.pop()
         self._returned(out, path)
         return out
-
-    def _stands_for(self, value: Any) -> fx.Node:
-        return value.fx_node if isinstance(value, Number) else self.nodes.node_of(value)
 
     def _reads_noted(self, module: nn.Module, path: str) -> contextlib.AbstractContextManager[None]:
         kind = type(module)
@@ -398,20 +401,3 @@ def _parts_of_kind(
     else:
         for step, part in parts_of(value):
             yield from _parts_of_kind(part, kinds, (*way, step))
-
-
-def argument_names(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
-    """A name for every argument of a call of ``root``: the parameter's; those of *args are numbered."""
-    names: list[str] = []
-    for parameter in inspect.signature(root.forward).parameters.values():
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-            names.append(parameter.name)
-        elif parameter.kind is parameter.VAR_POSITIONAL:
-            names += [f"{parameter.name}_{index}" for index in range(len(names), len(args))]
-    names += [f"argument_{index}" for index in range(len(names), len(args))]
-    return [*names[: len(args)], *kwargs]
-
-
-def _holds_containers(args: Any, kwargs: Any) -> bool:
-    """Called with lists or dicts of values: a module without children is plumbing then, and entered."""
-    return any(isinstance(value, list | tuple | dict) for value in [*args, *kwargs.values()])

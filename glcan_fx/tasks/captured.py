@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from glcan_fx.capture.ladder import trace
-from glcan_fx.capture.recorder import argument_names
+from glcan_fx.capture.modules import argument_names
 from glcan_fx.capture.replay import Call, Surroundings, arguments_of, calls_of, surroundings
 from glcan_fx.capture.shadow import cuda_devices
 from glcan_fx.errors import GlcanFxError, TraceError

@@ -1042,7 +1042,7 @@ def test_a_block_in_evaluation_mode_stays_in_it(name: str) -> None:
 
 
 class MostLayers(Net):
-    """One container holds most layers, and is no block: it cannot be opaque."""
+    """A cut divides a container whose own forward depends on its mode."""
 
     class Body(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
