@@ -28,7 +28,7 @@ def plan_from_json(text: str, kind: type[_P]) -> _P:
     """Read ``plan_to_json``'s text. Raises PlanError for text that is not a plan, with what is wrong and where."""
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise PlanError(f"this is not a plan in JSON: {error}") from error
     if not isinstance(data, dict) or data.pop("format", None) != _FORMAT:
         raise PlanError(f"this is not a plan in JSON: it has no \"format\": \"{_FORMAT}\"")

@@ -135,7 +135,7 @@ def test_without_a_mean_there_are_none(model: nn.Module, size: int, task: str) -
     given = {"task": task, "example_inputs": torch.empty(2, 3, size, size, device="meta")}
     assert glcan_fx.plan(model, k="natural", **given).method.hidden == 0
     with pytest.raises(PlanError, match="hidden=2.*no global average pooling"):
-        glcan_fx.plan(model, k="natural", **given, method=GLCAN(hidden=2))
+        glcan_fx.plan(model, k="natural", **given, hidden=2)
 
 
 @pytest.mark.parametrize("make", [Slopes, Flat, Window, Net])

@@ -84,7 +84,7 @@ class Scale(nn.Module):
 def test_a_memory_budget_where_narrow_networks_cannot_be_built() -> None:
     model, given = cifar()
     model.fc = nn.Sequential(nn.Linear(64, 64), Scale(64), nn.ReLU(), nn.Linear(64, 10))
-    natural = glcan_fx.plan(model, k="natural", **given, method=GLCAN(head="lean", width=1.0, hidden=0))
+    natural = glcan_fx.plan(model, k="natural", **given, head="lean", width=1.0, hidden=0)
     budget = int(1.001 * natural.memory.plan.peak)
     plan = glcan_fx.plan(model, memory_budget=budget, **given)
     assert plan.memory.plan.peak <= budget and plan.method.width == 1.0
@@ -112,10 +112,10 @@ def test_a_compute_budget_that_nothing_keeps() -> None:
     with pytest.raises(PlanError, match=r"compute_budget=0.5: with k=4 a step takes 0.9\d+ of"):
         glcan_fx.plan(model, k=4, compute_budget=0.5, **given)
     with pytest.raises(PlanError, match=r"compute_budget=1.01: .*another k"):
-        glcan_fx.plan(model, k=4, compute_budget=1.01, **given, method=GLCAN(head="full", hidden=4, width=1.0))
+        glcan_fx.plan(model, k=4, compute_budget=1.01, **given, head="full", hidden=4, width=1.0)
     assert glcan_fx.plan(model, k=1, compute_budget=1.0, **given).k == 1
     with pytest.raises(BudgetError, match=r"with k=2 a step takes 1\.\d+ of"):  # a cut inside a block
-        glcan_fx.plan(model, k=["stem.0"], compute_budget=1.0, **given, method=GLCAN(head="full", hidden=4, width=1.0))
+        glcan_fx.plan(model, k=["stem.0"], compute_budget=1.0, **given, head="full", hidden=4, width=1.0)
 
 
 class Transposed(nn.Module):
@@ -288,7 +288,7 @@ def test_the_fewest_where_nothing_is_saved(caplog: pytest.LogCaptureFixture) -> 
     plan = glcan_fx.plan(model, **given)
     assert plan.k == 1 and plan.memory.plan.peak <= 1.02 * plan.memory.backpropagation.peak
     assert "ResNet is not cut: on batches like the example inputs" in caplog.text
-    assert glcan_fx.plan(model, method="dgl", **given).k == glcan_fx.plan(model, **given, method=GLCAN(depth=1)).k == 2
+    assert glcan_fx.plan(model, method="dgl", **given).k == glcan_fx.plan(model, **given, depth=1).k == 2
 
 
 def test_the_fewest_within_a_compute_budget_that_many_modules_keep() -> None:

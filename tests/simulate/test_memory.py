@@ -21,7 +21,6 @@ from torchvision.models.detection.retinanet import RetinaNetClassificationHead
 
 import glcan_fx
 from glcan_fx import Options, PlanError, UnsupportedError
-from glcan_fx.methods import GLCAN
 from glcan_fx.models import edsr, retinanet, yolo
 from glcan_fx.peak_memory import PeakMemory
 from glcan_fx.step.runtime import SlicedHead
@@ -157,14 +156,16 @@ def test_estimates_for_models_plans_and_compiled_models() -> None:
     assert adam.parts["optimizer state"] == pytest.approx(2 * whole.parts["optimizer state"], rel=0.01)
     assert adam.peak > whole.peak
     again = glcan_fx.Plan.from_json(plan.to_json())
-    assert again.memory == plan.memory
-    with pytest.raises(PlanError, match="read from JSON"):
+    assert glcan_fx.plan(model, plan=again).memory == plan.memory
+    with pytest.raises(PlanError, match="must be a torch.nn.Module, not Plan"):
         glcan_fx.estimate_memory(again)
 
 
 def test_the_plan_prints_what_it_takes() -> None:
     model, given, _, _ = classifier()
-    text = str(glcan_fx.plan(model, k=3, **given))
+    plan = glcan_fx.plan(model, k=3, **given)
+    assert "backpropagation" not in str(plan)  # printing simulates nothing
+    text = str(plan.simulated())
     assert "backpropagation: " in text and "activation checkpointing, every block" in text and "this plan: " in text
 
 
@@ -366,7 +367,7 @@ def test_auxiliary_networks_stay_within_their_compute(model: nn.Module, task: st
     given = {"task": task, "example_inputs": torch.empty(4, 3, size, size, device="meta")}
     plan = glcan_fx.plan(model, k="natural", **given)
     assert plan.memory.plan.flops <= 1.05 * plan.memory.backpropagation.flops
-    full = glcan_fx.plan(model, k="natural", **given, method=GLCAN(width=1.0, head="full"))
+    full = glcan_fx.plan(model, k="natural", **given, width=1.0, head="full")
     assert full.memory.plan.flops > plan.memory.plan.flops
 
 
@@ -375,7 +376,7 @@ def test_a_budget_that_only_leaner_networks_meet() -> None:
     given = {"task": "classification", "example_inputs": torch.empty(64, 3, 64, 64, device="meta")}
     rich = glcan_fx.plan(model, k="natural", **given)
     k = list(rich.natural)
-    lean = glcan_fx.plan(model, k=k, **given, method=GLCAN(head="lean", width=0.125, hidden=0))
+    lean = glcan_fx.plan(model, k=k, **given, head="lean", width=0.125, hidden=0)
     assert lean.memory.plan.peak < 0.98 * rich.memory.plan.peak
     budget = lean.memory.plan.peak + 1
     plan = glcan_fx.plan(model, k=k, memory_budget=budget, **given)
@@ -384,7 +385,7 @@ def test_a_budget_that_only_leaner_networks_meet() -> None:
 
 def test_a_lean_super_resolution_network_predicts_from_its_own_output() -> None:
     model, given, x, y = super_resolution()
-    local = glcan_fx.transform(model, k="natural", **given, method=GLCAN(head="lean")).train()
+    local = glcan_fx.transform(model, k="natural", **given, head="lean").train()
     network = local.aux.get_submodule("1.network")
     weights = [part for part in network.modules() if isinstance(part, nn.Conv2d)]
     assert len(weights) == 1 and weights[0].out_channels == 12
@@ -395,7 +396,7 @@ def test_a_lean_super_resolution_network_predicts_from_its_own_output() -> None:
 
 def test_a_lean_detector_has_one_anchor_at_each_place_of_coarse_levels() -> None:
     model, given, inputs, targets = CASES["RetinaNet"]()
-    local = glcan_fx.transform(model, k=3, **given, method=GLCAN(head="lean", stride=16)).train()
+    local = glcan_fx.transform(model, k=3, **given, head="lean", stride=16).train()
     assert all(module.levels == (1, 2, 3, 4) for module in local.plan.modules[:-1])
     detector = local.aux.get_submodule("0.head.detector")
     assert detector.anchor_generator.num_anchors_per_location() == [1, 1, 1, 1]

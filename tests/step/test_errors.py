@@ -238,7 +238,7 @@ def test_unknown_task(task):
 
 
 def test_neither_task_nor_criterion():
-    refused(Net(), PlanError, r"task= \(classification.*criterion=", task=None)
+    refused(Net(), PlanError, r"task= or criterion= is required.*classification", task=None)
 
 
 def test_task_object_and_criterion():
@@ -336,17 +336,17 @@ def made(model: nn.Module | None = None) -> Plan:
     '{"format": "another", "version": 1}',
 ])
 def test_text_that_is_no_plan(text):
-    with pytest.raises(PlanError, match="no plan"):
+    with pytest.raises(PlanError, match="not a plan"):
         Plan.from_json(text)
 
 
 def test_plan_of_another_version():
     text = json.dumps(json.loads(made().to_json()) | {"version": 99})
-    with pytest.raises(PlanError, match=r"version 4.*glcan_fx\.plan\(\)"):
+    with pytest.raises(PlanError, match=r"version 5.*glcan_fx\.plan\(\)"):
         Plan.from_json(text)
 
 
-@pytest.mark.parametrize("field", ["modules", "options", "inputs", "natural", "task"])
+@pytest.mark.parametrize("field", ["modules", "method", "inputs", "natural", "task"])
 @pytest.mark.parametrize("value", [None, 3, [3], {"a": 1}, [{}]], ids=str)
 def test_damaged_plan(field, value):
     """It is refused when read, or at the latest when applied."""
@@ -382,7 +382,7 @@ def test_plan_for_a_model_that_needs_a_criterion():
 
 def test_plan_and_other_options():
     model, plan = Net(), made()
-    with untouched(model), pytest.raises(PlanError, match="already decides k, head"):
+    with untouched(model), pytest.raises(PlanError, match="already decides k, method"):
         glcan_fx.transform(model, plan=plan, k=2, method=GLCAN(head="full"))
 
 
