@@ -15,7 +15,6 @@ from torchvision.ops import StochasticDepth
 
 import glcan_fx
 from glcan_fx.layers import freshen, set_width
-from glcan_fx.methods import GLCAN
 
 
 def batch(index: int, size: int = 32, count: int = 8) -> tuple[Tensor, Tensor]:
@@ -145,7 +144,7 @@ def test_a_map_predicted_by_a_convolution_that_begins_at_zero() -> None:
     for head in ("lean", "light"):
         model = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), Block(8, 8, nn.BatchNorm2d), Block(8, 8, nn.BatchNorm2d),
                               nn.Conv2d(8, 32, 1), nn.PixelShuffle(2), zeroed(nn.Conv2d(8, 3, 3, 1, 1), bias=0.5))
-        local = compiled(model, "natural", 16, criterion=criterion, method=GLCAN(head=head))
+        local = compiled(model, "natural", 16, criterion=criterion, head=head)
         out = [part for part in local.aux.modules() if isinstance(part, nn.Conv2d) and part.out_channels in (3, 12)]
         assert out and all(0 < part.weight.std() < 0.1 and (part.bias == 0.5).all() for part in out)  # a prior is kept
         assert_learns(local, size=16)

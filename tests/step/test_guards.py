@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import glcan_fx
-from glcan_fx.methods import GLCAN
 
 
 class Block(nn.Module):
@@ -109,7 +108,7 @@ def test_a_hook_on_a_container_that_is_cut_is_refused(model):
 
 
 def test_with_one_local_module_everything_is_the_models_own(model):
-    local = compiled(model, k=1, method=GLCAN(head=None, width=None, hidden=None))
+    local = compiled(model, k=1, head=None, width=None, hidden=None)
     model.tau = 2.0
     model.stages[0].register_forward_hook(lambda module, args, out: out * 0.5)
     model.fc = nn.Linear(16, 7)

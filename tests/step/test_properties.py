@@ -670,7 +670,7 @@ def test_nothing_saved_for_backward_outlives_its_module(
     family: str, head: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = four_blocks(family, norm="layer", act="functional")
-    local = compiled(net, method=GLCAN(head=head))
+    local = compiled(net, head=head)
     alive: weakref.WeakSet[Kept] = weakref.WeakSet()
     seen: list[tuple[int, int]] = []  # at each boundary: saved in this module, still kept
     count = 0
@@ -900,7 +900,7 @@ def test_attention_is_no_hourglass(tokens: int) -> None:
 @pytest.mark.parametrize("act", ["inplace", "functional_inplace", "method_inplace", "silu_inplace"])
 def test_copied_blocks_may_begin_in_place(act: str) -> None:
     net = Architecture("preactivation", 8, ((8, 1),) * 4, norm="none", act=act)
-    local, plain = compiled(net, method=GLCAN(depth=2)), net.build()
+    local, plain = compiled(net, depth=2), net.build()
     images, targets = net.batch()
     expected = summed_loss_gradients(local, images, targets)
     out = local(images, targets)

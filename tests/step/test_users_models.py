@@ -159,7 +159,7 @@ def test_a_norm_layer_that_holds_an_activation(norm: type[nn.Module], last: type
     model = Net()
     for name, block in [("a", (8, 8)), ("b", (8, 16, 2)), ("c", (16, 16)), ("d", (16, 32, 2))]:
         setattr(model, name, NormsAct(norm, last(), *block))
-    local = compiled(model, method=GLCAN(width=width))
+    local = compiled(model, width=width)
     assert local.plan.cuts == ("stem", "a", "b", "c")
     assert local.plan.report.rung == 1
     stage = local.aux.get_submodule("0.network.stage1")
@@ -227,7 +227,7 @@ class TokenPyramid(nn.Module):
 def test_stages_of_tokens_between_maps(width: float) -> None:
     """Attention to fewer places does not open its block; a map is synthesised at any image size."""
     images, labels = torch.randn(2, 3, 32, 32), torch.randint(10, (2, 16, 16))
-    local = compiled(TokenPyramid(), example_inputs=images, method=GLCAN(width=width))
+    local = compiled(TokenPyramid(), example_inputs=images, width=width)
     blocks = [f"stages.{stage}.blocks.{block}" for stage in range(3) for block in range(2)]
     assert [name for name in local.plan.cuts if "blocks" in name] == blocks
     assert not local.plan.notes
@@ -253,7 +253,7 @@ def test_a_functional_activation_keeps_its_arguments() -> None:
 @pytest.mark.parametrize("width", [1.0, 0.5])
 def test_auxiliary_layers_are_initialised(width: float) -> None:
     """Each weight is random, with the deviation that its fan-in asks for; biases and norms begin as the source's."""
-    local = compiled(Net(), method=GLCAN(width=width))
+    local = compiled(Net(), width=width)
     for name, parameter in local.aux.named_parameters():
         if parameter.dim() > 1:
             fan_in = parameter[0].numel()
@@ -278,9 +278,9 @@ def test_priors_in_biases_are_copied(width: float) -> None:
 def test_what_is_frozen_keeps_its_values() -> None:
     model = Net()
     model.fc.requires_grad_(False)
-    tail = compiled(model, method=GLCAN(width=1.0)).aux.get_submodule("0.network.tail.fc")
+    tail = compiled(model, width=1.0).aux.get_submodule("0.network.tail.fc")
     assert torch.equal(tail.weight, model.fc.weight) and not tail.weight.requires_grad
-    narrow = compiled(model, method=GLCAN(width=0.5)).aux.get_submodule("0.network.tail.fc")
+    narrow = compiled(model, width=0.5).aux.get_submodule("0.network.tail.fc")
     assert narrow.weight.requires_grad
 
 
@@ -452,7 +452,7 @@ def test_synthesised_maps_have_the_sources_places() -> None:
     """The pooling of a squeeze-excitation, however many weights it has, is beside the main path."""
     model = Net()
     model.b, model.d = SqueezeExcitation(8, 16, 2), SqueezeExcitation(16, 32, 2)
-    local, seen = compiled(model, method=GLCAN(width=1.0)), []
+    local, seen = compiled(model, width=1.0), []
     for index in range(local.plan.k - 1):
         network = local.aux.get_submodule(f"{index}.network")
         assert not any(isinstance(part, nn.AdaptiveAvgPool2d) for part in network.modules())
