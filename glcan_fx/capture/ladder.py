@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from glcan_fx.capture.caches import clear_caches
 from glcan_fx.capture.calls import arguments_in, erase_unused
 from glcan_fx.capture.recorder import Recorder
 from glcan_fx.capture.shadow import fake_copy, replicate
@@ -95,8 +96,12 @@ def _record(
         root.train()
     recorder = Recorder(root.get_submodule(path), mode, model.get_submodule(path), forced)
     args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
-    with quiet():
-        recorder.record(tree_map_only(Tensor, convert, list(args)), tree_map_only(Tensor, convert, dict(kwargs)))
+    try:
+        with quiet():
+            recorder.record(tree_map_only(Tensor, convert, list(args)), tree_map_only(Tensor, convert, dict(kwargs)))
+    finally:
+        if recorder.hashed_sizes:
+            clear_caches()
     return recorder, root
 
 

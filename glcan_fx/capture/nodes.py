@@ -39,6 +39,7 @@ class Nodes:
         self._asked_dtypes: dict[torch.dtype, fx.Node] = {}  # of the operation that is being recorded
         self._objects: dict[int, tuple[fx.Node, list[int]]] = {}  # dataclasses that a node returned, and their tensors
         self._storages: dict[int, list[tuple[fx.Node, Tensor]]] = {}  # who shares memory
+        self._aliases: dict[int, Tensor] = {}
         self._keep: list[Any] = []  # what is known by identity must stay alive
         for tensor in [*root.parameters(), *root.buffers()]:
             self._devices.setdefault(id(tensor.device), (tensor.device, tensor))
@@ -46,8 +47,21 @@ class Nodes:
     def forget(self) -> None:
         """Let go of the values, at the end of a recording."""
         for table in (self._keep, self._undo, self._known, self._objects, self._parts, self._storages, self._devices,
-                      self._dtypes):
+                      self._dtypes, self._aliases):
             table.clear()
+
+    def alias(self, tensor: Tensor) -> Tensor:
+        """The same tensor as a value of its own, for a node that returns its argument."""
+        view = tensor.view_as(tensor)
+        self._aliases[id(view)] = tensor
+        self._keep.append(view)
+        return view
+
+    def is_alias(self, tensor: Tensor, other: Any) -> bool:
+        """Whether a tensor is, in eager mode, the same object as another."""
+        while tensor is not other and id(tensor) in self._aliases:
+            tensor = self._aliases[id(tensor)]
+        return tensor is other
 
     def knows(self, tensor: Tensor) -> bool:
         """Whether a recorded operation made this tensor, or it has been read."""

@@ -43,6 +43,7 @@ from glcan_fx.capture.source_lines import (
     users_place,
 )
 from glcan_fx.capture.symbolic import Number, Ratio, Size, plain
+from glcan_fx.capture.trace import within
 from glcan_fx.layers import is_norm
 from glcan_fx.pytree import map_tensors, parts_of, plain_data, tensors_in
 
@@ -70,9 +71,12 @@ class Recorder(TorchFunctionMode):
         self.opaque: dict[str, Opaque] = {}
         self.lost: dict[str, None] = {}
         self.nodes = Nodes(root, mode, self.stack, self.calls)
+        self.hashed_sizes = False  # whether sizes were looked up in a dict, or a cache
         self._paused = False
         self._noting_classes: dict[type, type] = {}
-        self._paths = {id(module): path for path, module in reversed(list(root.named_modules(remove_duplicate=False)))}
+        self._paths: dict[int, list[str]] = {}
+        for path, module in root.named_modules(remove_duplicate=False):
+            self._paths.setdefault(id(module), []).append(path)
         self._whole = {id(module) for module in root.modules() if is_torch_own(module) or is_norm(module)}
         self._held: list[Tensor] = []  # what is known by its storage must stay alive
         self._saved = {t.untyped_storage()._cdata for t in [*root.parameters(), *root.buffers()]}
@@ -182,7 +186,7 @@ class Recorder(TorchFunctionMode):
             self.nodes.describe(node, out)
             node = self.nodes.create("call_function", detached, (node,), {})
         given = {id(tensor) for tensor in sources} - {id(tensor) for tensor in changed}
-        out = map_tensors(out, lambda t: t.view_as(t) if id(t) in given else t)  # a value of its own for every node
+        out = map_tensors(out, lambda t: self.nodes.alias(t) if id(t) in given else t)
         self.nodes.describe(node, out)
         for tensor in changed:
             self.nodes.mutated(node, tensor)
@@ -248,9 +252,11 @@ class Recorder(TorchFunctionMode):
 
     def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Stands for ``module(*args, **kwargs)`` while recording."""
-        path = self._paths.get(id(module))
-        if self._paused or path is None:
+        paths = self._paths.get(id(module))
+        if self._paused or paths is None:
             return module.forward(*args, **kwargs)
+        # a module that is held in several places (one activation for all blocks) goes by its name in the caller
+        path = next((path for path in paths if within(path, self.stack[-1])), paths[0])
         if path in self.forced:
             return self._as_opaque(module, path, args, kwargs, self.forced[path])
         with_children = any(True for _ in module.children())
@@ -314,6 +320,8 @@ class Recorder(TorchFunctionMode):
                 raise Uncapturable(f"it replaces its own '{changed[0]}'", replayable=False)
         for name, value in vars(module).items():
             before = attributes.get(name)
+            if isinstance(value, Tensor) and self.nodes.is_alias(value, before):
+                continue  # a conversion that converts nothing: self.mean = self.mean.type_as(x)
             kept = isinstance(before, bool | int | float | Tensor) and isinstance(value, bool | int | float | Tensor)
             if isinstance(before, Tensor) and not self.nodes.knows(before):
                 continue  # overwritten unread: something that each call leaves, no state

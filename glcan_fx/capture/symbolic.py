@@ -15,6 +15,8 @@ class Records(Protocol):
     def number(self, function: Callable[..., Any], *args: Any) -> Any: ...
     def ask(self, answer: Any) -> None: ...
 
+    hashed_sizes: bool
+
 
 class Number:
     """A size, or a number computed from sizes: its value, and the node that computes it at run time."""
@@ -31,6 +33,7 @@ class Number:
         return self.value
 
     def __hash__(self) -> int:
+        self.recorder.hashed_sizes = True
         return hash(self._asked())
 
     def __repr__(self) -> str:
