@@ -21,10 +21,15 @@ def channels_last(trace: Trace) -> frozenset[fx.Node]:
             return True
         if isinstance(module, nn.LayerNorm):
             return channel_axis(module, tensor_of(node)) == -1
-        opaque = module is not None and any(True for _ in module.children())
-        if module is not None and not opaque and any(p.dim() >= 3 for p in module.parameters()):
-            return False
-        return None
+        if module is None:
+            return None
+        weights = [p for p in module.parameters() if p.dim() >= 2]
+        if not any(True for _ in module.children()):
+            return False if any(p.dim() >= 3 for p in weights) else None
+        # called as a whole: matrices alone, and one of the size of the last axis, as in a transformer's block
+        last_axis = tensor_of(node).shape[-1] if tensor_of(node).dim() > 2 else 0
+        matrices = bool(weights) and all(p.dim() == 2 for p in weights)
+        return True if matrices and any(last_axis in p.shape for p in weights) else None
 
     for node in nodes:
         own = evidence(node)
