@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,18 +28,22 @@ from glcan_fx.errors import TraceError
 log = logging.getLogger("glcan_fx")
 
 
-def trace(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any], *, path: str = "") -> Trace:
+def trace(
+    model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any], *, path: str = "", hooks: bool = False
+) -> Trace:
     """Capture one training-mode call of ``model`` (or its sub-module ``path``) on fake copies of ``example_inputs``.
 
     ``example_inputs`` are the call's arguments, a sequence of positional or a dict of keyword ones; containers of
-    tensors may be among them. Raises TraceError, with the module path and source line, when the call cannot be
-    captured or run.
+    tensors may be among them. ``hooks``: the hooks on the model's modules run, too, which they do not otherwise: they
+    are the user's, and see fake tensors. Raises TraceError, with the module path and source line, when the call cannot
+    be captured or run.
     """
     _check(model, example_inputs)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    recorder, root, forced = _climb(model, path, example_inputs, mode)
+    subject = _Subject(model, path, example_inputs, hooks)
+    recorder, root, forced = _climb(subject, mode)
     graph, constants = recorder.nodes.graph, recorder.nodes.constants
-    _follow_dtypes(model, path, example_inputs, forced, recorder)
+    _follow_dtypes(subject, forced, recorder)
     erase_unused(graph, arguments_in(graph))
     vars(root.get_submodule(path)).update(constants)
     if path:
@@ -48,17 +52,25 @@ def trace(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any], *
     log.info("%s captured on rung %d: %d nodes, %d specialisations, %d opaque modules", type(model).__name__,
              report.rung, len(graph.nodes), len(report.specialisations), len(report.opaque))
     reads = {_joined(path, inner): names for inner, names in recorder.reads.items()}
-    return Trace(graph, root, mode, constants, report, reads)
+    return Trace(graph, root, mode, constants, report, reads, hooks)
 
 
-def _climb(
-    model: nn.Module, path: str, inputs: Sequence[Any] | Mapping[str, Any], mode: FakeTensorMode
-) -> tuple[Recorder, nn.Module, dict[str, Opaque]]:
+class _Subject(NamedTuple):
+    """What is recorded: a model's sub-module ``path``, called with these inputs, with or without the user's hooks."""
+
+    model: nn.Module
+    path: str
+    inputs: Sequence[Any] | Mapping[str, Any]
+    hooks: bool
+
+
+def _climb(subject: _Subject, mode: FakeTensorMode) -> tuple[Recorder, nn.Module, dict[str, Opaque]]:
     """Record until no more modules have to be opaque; returns the recorder, the shadow, and the modules that were."""
+    model, path, inputs, _ = subject
     forced: dict[str, Opaque] = {}
     while True:
         try:
-            recorder, root = _record(model, path, inputs, mode, forced)
+            recorder, root = _record(subject, mode, forced)
         except NotMadeYet as error:
             message = (f"{type(model).__name__} cannot be captured yet: {error}. Please call the model once with a "
                        "batch, and transform it then.")
@@ -67,7 +79,7 @@ def _climb(
             message, reason = _explain(error, model, path, inputs)
             raise TraceError(message, reason, replayable=getattr(error, "replayable", True),
                              reached=partial(reached, model, path, inputs)) from error
-        found = _batch_baked(model, path, inputs, mode, forced, recorder)
+        found = _batch_baked(subject, mode, forced, recorder)
         if found.keys() <= forced.keys():
             recorder.lost |= {f"'{p}': {o.reason}, and it cannot be made opaque": None for p, o in found.items()}
             return recorder, root, forced
@@ -87,11 +99,11 @@ def _joined(*paths: str) -> str:
 
 
 def _record(
-    model: nn.Module, path: str, inputs: Sequence[Any] | Mapping[str, Any], mode: FakeTensorMode,
-    forced: Mapping[str, Opaque], *, floating: torch.dtype | None = None,
+    subject: _Subject, mode: FakeTensorMode, forced: Mapping[str, Opaque], *, floating: torch.dtype | None = None
 ) -> tuple[Recorder, nn.Module]:
+    model, path, inputs, hooks = subject
     convert = fake_copy(mode, floating)
-    root = replicate(model, convert)
+    root = replicate(model, convert, hooks=hooks)
     if not root.training:
         root.train()
     recorder = Recorder(root.get_submodule(path), mode, model.get_submodule(path), forced)
@@ -106,9 +118,10 @@ def _record(
 
 
 def _batch_baked(
-    model: nn.Module, path: str, inputs: Any, mode: FakeTensorMode, forced: Mapping[str, Opaque], main: Recorder
+    subject: _Subject, mode: FakeTensorMode, forced: Mapping[str, Opaque], main: Recorder
 ) -> dict[str, Opaque]:
     """Modules whose recording is another one at another batch size."""
+    model, path, inputs, _ = subject
     given = dict(inputs) if isinstance(inputs, Mapping) else list(inputs)
     batch = next((t.shape[0] for t in tree_leaves(given) if isinstance(t, Tensor) and t.dim() > 1), 0)
 
@@ -120,7 +133,8 @@ def _batch_baked(
     if not batch:
         return {}
     try:
-        second, _ = _record(model, path, tree_map_only(Tensor, larger, given), mode, {**forced, **main.opaque})
+        more = subject._replace(inputs=tree_map_only(Tensor, larger, given))
+        second, _ = _record(more, mode, {**forced, **main.opaque})
     except Exception as error:  # noqa: BLE001
         main.lost[f"the model does not run at batch size {batch + 1}: {type(error).__name__}"] = None
         return {}
@@ -131,9 +145,7 @@ def _batch_baked(
     return found
 
 
-def _follow_dtypes(
-    model: nn.Module, path: str, inputs: Any, forced: Mapping[str, Opaque], main: Recorder
-) -> None:
+def _follow_dtypes(subject: _Subject, forced: Mapping[str, Opaque], main: Recorder) -> None:
     """Where a type is that of a tensor (``y.to(x.dtype)``), let the graph ask that tensor: under autocast, or in a
     model that is converted later, it is another. A recording in another type tells such types from fixed ones."""
     graph = main.nodes.graph
@@ -142,8 +154,8 @@ def _follow_dtypes(
         return
     try:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        other = torch.float32 if any(p.dtype == torch.float64 for p in model.parameters()) else torch.float64
-        second, _ = _record(model, path, inputs, mode, {**forced, **main.opaque}, floating=other)
+        other = torch.float32 if any(p.dtype == torch.float64 for p in subject.model.parameters()) else torch.float64
+        second, _ = _record(subject, mode, {**forced, **main.opaque}, floating=other)
     except Exception as error:  # noqa: BLE001 - the types stay as they were recorded
         log.debug("not recorded in another type: %s", error)
         return

@@ -80,6 +80,7 @@ class Recorder(TorchFunctionMode):
         self._whole = {id(module) for module in root.modules() if is_torch_own(module) or is_norm(module)}
         self._held: list[Tensor] = []  # what is known by its storage must stay alive
         self._saved = {t.untyped_storage()._cdata for t in [*root.parameters(), *root.buffers()]}
+        self._first_hook = RemovableHandle.next_id
         self._hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
 
     def record(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> fx.Graph:
@@ -243,9 +244,11 @@ class Recorder(TorchFunctionMode):
             self.specialisations.setdefault((where, path), Specialisation(where, code, repr(answer), path))
 
     def note_hooks(self, keys: Sequence[int]) -> None:
-        """Calls in which a hook runs that was registered around them cannot be made whole: it will not be there."""
-        for call in self.calls if keys else ():
-            if min(keys) < call.hooks:
+        """Calls in which a hook runs that was registered around them, while recording, cannot be made whole: it will
+        not be there."""
+        recorded = [key for key in keys if key >= self._first_hook]
+        for call in self.calls if recorded else ():
+            if min(recorded) < call.hooks:
                 call.args = None
 
     # ---- module calls
@@ -292,6 +295,7 @@ class Recorder(TorchFunctionMode):
                 call.results = {self.nodes.argument(value): way for way, value in _parts_of_kind(out, (Tensor, Number))
                                 if isinstance(value, Number) or self.nodes.knows(value)}
                 call.value = plain(out)
+                self.reads[path] -= vars(module).keys() - attributes.keys()  # "installed": what it sets itself, once
                 for name, value in vars(module).items():
                     if isinstance(value, Tensor) and self.nodes.knows(value) and value is not attributes.get(name):
                         call.left[self.nodes.node_of(value)] = f"{path}.{name}" if path else name

@@ -25,13 +25,13 @@ _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
 _COMPILED = "_torchdynamo_orig_callable"  # where torch.compile keeps what it was given
 
 
-def replicate(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module:
-    """The same module tree with converted parameters and buffers and without hooks; shares nothing mutable.
+def replicate(module: nn.Module, convert: Callable[[Tensor], Tensor], *, hooks: bool = False) -> nn.Module:
+    """The same module tree with converted parameters and buffers; shares nothing mutable. ``hooks``: and with hooks.
 
     What instances keep beside their sub-modules (methods of modules, functions over them, lists and dicts of them)
     refers to the copies. What torch has compiled is called as it was written.
     """
-    return _Copies(convert).tree(module)
+    return _Copies(convert, hooks).tree(module)
 
 
 class Scripted(nn.Module):
@@ -74,8 +74,8 @@ class Scripted(nn.Module):
 class _Copies:
     """Copies of modules, of their tensors and of what refers to either; each is made once."""
 
-    def __init__(self, convert: Callable[[Tensor], Tensor]) -> None:
-        self.convert = convert
+    def __init__(self, convert: Callable[[Tensor], Tensor], hooks: bool) -> None:
+        self.convert, self.hooks = convert, hooks
         self.fake = isinstance(convert(torch.empty(0)), FakeTensor)
         self.registered: set[int] = set()  # modules of the tree
         self.modules: dict[int, nn.Module] = {}
@@ -115,6 +115,8 @@ class _Copies:
         for name, value in vars(module).items():
             if name in _HOOKS:
                 new[name] = type(value)()
+                if self.hooks:
+                    new[name].update({key: self.value(hook) for key, hook in value.items()})
             elif isinstance(value, Tensor) and (value.grad_fn is not None or name in weights):
                 new[name] = self.weight(value)
             elif name not in _TABLES and name != "_compiled_call_impl":

@@ -69,7 +69,7 @@ class Trace:
     - ``random``: whether it draws random numbers that do not depend on the inputs.
 
     ``constants`` are the tensors that are neither parameters nor buffers, by attribute name; ``reads`` are the names of
-    the attributes that recorded forwards read, by module path.
+    the attributes that recorded forwards read, by module path; ``hooks``: whether the user's hooks ran.
     """
 
     graph: fx.Graph
@@ -78,6 +78,7 @@ class Trace:
     constants: dict[str, Tensor] = field(default_factory=dict)
     report: Report = Report()
     reads: dict[str, set[str]] = field(default_factory=dict)
+    hooks: bool = False
 
     @property
     def placeholders(self) -> list[fx.Node]:

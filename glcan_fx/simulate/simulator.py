@@ -73,7 +73,7 @@ class Simulator:
 
     def shadow(self) -> nn.Module:
         """A copy of the model with fake tensors."""
-        return replicate(self.structure.trace.shadow, self.fake)
+        return replicate(self.structure.trace.shadow, self.fake, hooks=True)  # those that its forward installs
 
     @cached_property
     def fake(self) -> Callable[[Tensor], Tensor]:

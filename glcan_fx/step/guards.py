@@ -132,7 +132,7 @@ def _function_of(module: nn.Module, name: str) -> Callable[[], Any]:
 
 
 def _value_of(module: nn.Module, name: str) -> Any:
-    return _seen(getattr(module, name, None))
+    return _seen(getattr(module, name, _MISSING))
 
 
 class _Same:

@@ -42,7 +42,8 @@ def verify(local: LocalModel, emitted: Emitted, structure: Structure, targets: A
         return False
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), kept_python_random(), torch.no_grad():
-        _run_both(local, emitted.forward, device)
+        hooks = structure.trace.hooks
+        _run_both(local, emitted.forward, device, hooks)
         if local.task.result() == "output" and local.plan.around is None and not emitted_differs(local):
             _probe(local, structure, targets, device)
     return True
@@ -62,7 +63,7 @@ def _probe(local: LocalModel, structure: Structure, targets: Any, device: torch.
     if targets is not None:
         task = copy.copy(local.task)
     try:
-        trial = _trial(local, task)
+        trial = _trial(local, task, structure.trace.hooks)
         small = min(batch, _PROBED) - batch
         values = _random(local.plan.inputs, batch, small, device)
         given = values if isinstance(values, dict) else dict(zip(local.names(), values, strict=False))
@@ -84,13 +85,13 @@ def _probe(local: LocalModel, structure: Structure, targets: Any, device: torch.
             "trained. If it learns from your data, pass verify=False: the first training steps look again.")
 
 
-def _trial(local: LocalModel, task: Any) -> LocalModel:
+def _trial(local: LocalModel, task: Any, hooks: bool) -> LocalModel:
     """The compiled model on copies, with the model's own parameters and no hooks."""
     aux = copy.deepcopy(local.aux)
     for part in aux.modules():
         if isinstance(part, LossHead):
             part.__dict__["task"] = task
-    return assemble(_copy(local.original), aux, copy.deepcopy(local.graph), local.plan, task, {},
+    return assemble(_copy(local.original, hooks), aux, copy.deepcopy(local.graph), local.plan, task, {},
                     local.__dict__["_opened"]).train()
 
 
@@ -105,13 +106,13 @@ def _first(targets: Any, batch: int, some: int, device: torch.device) -> Any:
     return map_tensors(targets, values)
 
 
-def _run_both(local: LocalModel, forward: fx.Graph, device: torch.device) -> None:
+def _run_both(local: LocalModel, forward: fx.Graph, device: torch.device, hooks: bool) -> None:
     model, inputs, path = local.original, local.plan.inputs, local.plan.network
     graph = forward if path or emitted_differs(local) else without_losses(local.graph)
     batch = next((spec.shape[0] for spec in _specs(inputs) if len(spec.shape) > 1), 0)
     for extra in (0, 1) if batch else (0,):
         values = _random(inputs, batch, extra, device)
-        plain, other = _copy(model), _copy(model)
+        plain, other = _copy(model, hooks), _copy(model, hooks)
         network = plain.get_submodule(path)
         step = _module(local, other, graph)
         try:
@@ -183,9 +184,9 @@ def _random(inputs: Any, batch: int, extra: int, device: torch.device) -> Any:
     return inputs
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    """The same module tree with the same parameters and buffers of its own."""
-    return replicate(model, lambda t: t if isinstance(t, nn.Parameter) else t.detach().clone()).train()
+def _copy(model: nn.Module, hooks: bool) -> nn.Module:
+    """The same module tree with the same parameters and buffers of its own; with hooks, where the model needs them."""
+    return replicate(model, lambda t: t if isinstance(t, nn.Parameter) else t.detach().clone(), hooks=hooks).train()
 
 
 def _module(local: LocalModel, model: nn.Module, graph: fx.Graph) -> fx.GraphModule:

@@ -82,9 +82,16 @@ def capture_part(model: nn.Module, task: Task, inputs: Any, around: Surroundings
 
 
 def _structure(model: nn.Module, task: Task, inputs: Any) -> Structure:
+    """Record and analyze; where that fails without hooks, with those on the model: it may have installed them itself,
+    as collectors of features do."""
+    path = task.network(model)
     with torch.random.fork_rng(devices=cuda_devices(model)):
-        structure = analyze(trace(model, _example(inputs), path=task.network(model)))
-    return structure
+        try:
+            return analyze(trace(model, _example(inputs), path=path))
+        except GlcanFxError:
+            if not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+                raise
+        return analyze(trace(model, _example(inputs), path=path, hooks=True))
 
 
 def _example(inputs: Any) -> Any:
