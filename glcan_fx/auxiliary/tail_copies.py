@@ -11,11 +11,12 @@ from torch import fx, nn
 
 from glcan_fx.auxiliary.builder import Builder
 from glcan_fx.auxiliary.stage import convolution
-from glcan_fx.auxiliary.tails import Tail, towers_of
+from glcan_fx.auxiliary.tails import Tail, is_map, towers_of
 from glcan_fx.layers import (
     moments,
 )
 from glcan_fx.structure.nodes import tensor_of
+from glcan_fx.structure.structure import Structure
 
 if TYPE_CHECKING:
     pass
@@ -69,10 +70,27 @@ def _prediction(build: Builder, cut: fx.Node, node: fx.Node, value: fx.Node, nam
         build.moments.update({f"{name}.conv.{k}": replace(v, shape=torch.Size())  # of no shape: it is another layer
                               for k, v in own.items() if k in ("weight", "bias")})
     if shuffled:
-        return build.add(f"{name}.shuffle", nn.PixelShuffle(factor), out)
+        out = build.add(f"{name}.shuffle", nn.PixelShuffle(factor), out)
+        return out if not _is_dense(structure, node) else _as_large_as_the_input(build, out, len(large))
     made = tuple((a + 2 * (k // 2) - k) // s + 1 for a, k, s in zip(small, kernel, stride, strict=True))
     if made == large:
         return out
+    if _is_dense(structure, node):
+        return _as_large_as_the_input(build, out, len(large))
     scale = tuple(b / a for a, b in zip(made, large, strict=True))
-    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(large)]
-    return build.graph.call_function(F.interpolate, (out,), {"scale_factor": scale, "mode": mode})
+    return build.graph.call_function(F.interpolate, (out,), {"scale_factor": scale, "mode": _MODES[len(large)]})
+
+
+_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def _is_dense(structure: Structure, node: fx.Node) -> bool:
+    """Whether a map has the spatial size of the network's input, which no factor gives where the input's is odd."""
+    data = structure.chain[0]
+    return data.op == "placeholder" and is_map(data) and structure.spatial(node) == structure.spatial(data)
+
+
+def _as_large_as_the_input(build: Builder, value: fx.Node, rank: int) -> fx.Node:
+    shape = build.graph.call_function(getattr, (build.input(build.structure.chain[0]), "shape"))
+    size = build.graph.call_function(operator.getitem, (shape, slice(2, None)))
+    return build.graph.call_function(F.interpolate, (value,), {"size": size, "mode": _MODES[rank]})

@@ -129,7 +129,8 @@ def _outputs(structure: Structure, task: Task) -> Callable[[Any], Any]:
 
 def _named(structure: Structure, cut: Unit, inputs: Sequence[fx.Node]) -> tuple[str | None, ...]:
     """What an auxiliary network reads, by name: the cut, features, inputs; None for what has no name."""
-    names = {**{tap.node: tap.name for tap in structure.taps}, cut.end: cut.name}
+    inputs_of_the_network = {node: str(node.target) for node in structure.trace.placeholders}
+    names = {**inputs_of_the_network, **{tap.node: tap.name for tap in structure.taps}, cut.end: cut.name}
     return tuple(names.get(node) for node in inputs)
 
 
@@ -138,7 +139,8 @@ def build_again(local: LocalModel, structure: Structure) -> Emitted:
     PlanError where they do not fit."""
     plan, task = local.plan, local.task
     units = [unit_at(structure, name) for name in plan.cuts]
-    known = {tap.name: tap.node for tap in structure.taps}
+    known = {str(node.target): node for node in structure.trace.placeholders}
+    known |= {tap.name: tap.node for tap in structure.taps}
     inputs = []
     for unit, names in zip(units, plan.reads, strict=True):
         if unit is None:

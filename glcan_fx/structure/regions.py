@@ -4,7 +4,7 @@ A region between two neighbors of the chain that hides most of the network (the 
 a U-Net, everything behind the first tap of a feature pyramid) is opened by ignoring its bypass edges.
 """
 
-from collections.abc import Iterable, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -185,12 +185,16 @@ def dominators(graph: nx.DiGraph, end: fx.Node) -> list[fx.Node]:
 
 
 def between(graph: nx.DiGraph, start: fx.Node, end: fx.Node) -> set[fx.Node]:
-    """Nodes on the paths from ``start``, which dominates ``end``, to ``end``, both excluded."""
+    """Nodes on the paths from ``start`` to ``end``, both excluded; not those that a removed bypass led to."""
+    return _reached(graph.successors, start, end) & _reached(graph.predecessors, end, start)
+
+
+def _reached(step: Callable[[fx.Node], Iterator[fx.Node]], start: fx.Node, stop: fx.Node) -> set[fx.Node]:
     found: set[fx.Node] = set()
-    stack = [end]
+    stack = [start]
     while stack:
-        for node in graph.predecessors(stack.pop()):
-            if node is not start and node not in found:
+        for node in step(stack.pop()):
+            if node is not stop and node not in found:
                 found.add(node)
                 stack.append(node)
     return found
