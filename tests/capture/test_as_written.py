@@ -1,0 +1,171 @@
+"""Models as people write them: what eager mode leaves the same stays the same, and hides no block."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import glcan_fx
+from glcan_fx import LocalModel
+
+IMAGES, LABELS = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+
+
+class Residual(nn.Module):
+    def __init__(self, act: nn.Module, width: int = 8) -> None:
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(width, width, 3, padding=1), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.act(self.conv(x))
+
+
+class Net(nn.Module):
+    """Four blocks between a stem and a classifier; subclasses say how the blocks are called."""
+
+    def __init__(self, act: nn.Module | None = None) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
+        self.blocks = nn.ModuleList(Residual(act or nn.GELU()) for _ in range(4))
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.features(x).mean((2, 3)))
+
+
+def compiled(model: nn.Module) -> LocalModel:
+    return glcan_fx.transform(model, k="natural", criterion=F.cross_entropy, example_inputs=IMAGES).train()
+
+
+def assert_trains(local: LocalModel) -> None:
+    """The training output is the model's, every parameter gets a gradient, evaluation is the model's."""
+    out = local(IMAGES, LABELS)
+    torch.testing.assert_close(out.output, local.original.train()(IMAGES))
+    out.loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in local.original.parameters())
+    assert torch.equal(local.eval()(IMAGES), local.original.eval()(IMAGES))
+    local.train()(IMAGES, LABELS).loss.backward()  # after an evaluation, which may have changed the model
+
+
+def test_one_activation_object_for_all_blocks() -> None:
+    local = compiled(Net(nn.GELU()))
+    assert local.plan.cuts == compiled(Net()).plan.cuts and local.plan.k == 5
+    assert_trains(local)
+
+
+def test_a_buffer_that_takes_the_type_of_the_input() -> None:
+    class Normalized(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean = torch.full((1, 3, 1, 1), 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.mean = self.mean.type_as(x)
+            return super().forward(x - self.mean)
+
+    local = compiled(Normalized())
+    assert local.plan.k == 5
+    assert_trains(local)
+
+
+def test_a_state_that_really_changes_is_still_refused() -> None:
+    class Counts(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean = torch.zeros(1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.mean = self.mean + 1
+            return super().forward(x)
+
+    with pytest.raises(glcan_fx.TraceError, match="mean"):
+        compiled(Counts())
+
+
+def test_sizes_in_a_cache() -> None:
+    @functools.lru_cache
+    def halves(size: int) -> tuple[int, int]:
+        return size // 2, size - size // 2
+
+    class Halves(Net):
+        def features(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for block in self.blocks:
+                left, right = x.split(halves(x.shape[3]), 3)
+                x = torch.cat([block(left), right], 3)
+            return x
+
+    local = compiled(Halves())
+    assert_trains(local)
+    assert all(type(size) is int for size in halves(16))  # what a recording left would be of a graph that is gone
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_hooks_that_a_model_installs_once(called: bool) -> None:
+    class Collects(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            if not hasattr(self, "seen"):
+                self.seen: list[Tensor] = []
+                for block in self.blocks:
+                    block.register_forward_hook(lambda module, args, out: self.seen.append(out))
+            self.seen.clear()
+            self.features(x)
+            return self.fc(torch.stack(self.seen).mean(0).mean((2, 3)))
+
+    model = Collects()
+    if called:
+        model(IMAGES)
+    local = compiled(model)
+    assert local.plan.k > 1 and local.plan.memory.plan.peak > 0
+    assert_trains(local)
+
+
+def test_a_transformer_block_between_maps() -> None:
+    class Mixed(nn.Module):
+        def __init__(self, inputs: int) -> None:
+            super().__init__()
+            self.pre = nn.Conv2d(inputs, 16, 3, 2, 1)
+            self.attention = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.pre(x)
+            tokens = self.attention(x.flatten(2).transpose(1, 2))
+            return tokens.transpose(1, 2).reshape(x.shape)
+
+    class Hybrid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.fc = nn.Sequential(Mixed(3), Mixed(16)), nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.blocks(x).mean((2, 3)))
+
+    local = compiled(Hybrid())
+    assert {"blocks.0"} <= {*local.plan.cuts}
+    assert_trains(local)
+
+
+def test_dense_predictions_at_odd_sizes() -> None:
+    """Auxiliary networks predict maps of the image's size, which no factor gives where it is odd."""
+
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.down = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
+            self.head = nn.Conv2d(8, 5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.down(self.stem(x).relu()).relu()
+            return F.interpolate(self.head(y), size=x.shape[2:])
+
+    local = glcan_fx.transform(Dense(), k="natural", criterion=F.cross_entropy, example_inputs=IMAGES,
+                               head="lean").train()
+    assert local.plan.k > 1
+    local(torch.randn(4, 3, 17, 19), torch.zeros(4, 17, 19, dtype=torch.long)).loss.backward()
