@@ -24,7 +24,7 @@ from glcan_fx.planned import PlannedModel
 from glcan_fx.plans.plan import Block, LocalModule, Plan
 from glcan_fx.simulate.estimate import Estimate, Memory, Phase
 from glcan_fx.step.local_model import LocalModel
-from glcan_fx.step.runtime import LocalOutput
+from glcan_fx.step.output import LocalOutput
 from glcan_fx.tasks import Classification, CriterionTask, Detection, Segmentation, SuperResolution, Task
 
 __version__ = "0.1.0"

@@ -17,8 +17,9 @@ from glcan_fx.report.table import plan_text
 from glcan_fx.simulate.estimate import Estimate, Memory
 from glcan_fx.simulate.simulator import Simulator
 from glcan_fx.step.build import build
-from glcan_fx.step.local_model import LocalModel, warn_of_unstepped
+from glcan_fx.step.local_model import LocalModel
 from glcan_fx.step.segments import build_segments
+from glcan_fx.step.unstepped import warn_of_unstepped
 from glcan_fx.step.verify import verify as verify_step
 from glcan_fx.tasks import Task
 from glcan_fx.tasks.around import Around

@@ -22,7 +22,8 @@ from glcan_fx.errors import GlcanFxError, PlanError
 from glcan_fx.peak_memory import Log, PeakMemory
 from glcan_fx.pytree import tensors_in
 from glcan_fx.step.local_model import LocalModel
-from glcan_fx.step.runtime import LocalOutput, SlicedHead, total
+from glcan_fx.step.output import LocalOutput, total
+from glcan_fx.step.sliced import SlicedHead
 from glcan_fx.tasks import Task
 
 _POINTS = 400

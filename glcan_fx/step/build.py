@@ -16,7 +16,8 @@ from glcan_fx.errors import PlanError
 from glcan_fx.plans.plan import Plan
 from glcan_fx.step.emit import Emitted, emit, emit_whole, register, why_not_sliced
 from glcan_fx.step.local_model import LocalModel, assemble
-from glcan_fx.step.runtime import ReadOnly, shape_of
+from glcan_fx.step.output import shape_of
+from glcan_fx.step.parts import ReadOnly
 from glcan_fx.structure.structure import Structure, Unit
 from glcan_fx.structure.trunk import unit_at
 from glcan_fx.tasks import Task

@@ -16,9 +16,9 @@ from torch import Tensor, fx, nn
 from glcan_fx.auxiliary.builder import Auxiliary
 from glcan_fx.capture.trace import Trace, is_float
 from glcan_fx.fx_utils import Parts, with_headlines
-from glcan_fx.step import runtime
+from glcan_fx.step import output as passing
 from glcan_fx.step.calls import Label, whole_calls
-from glcan_fx.step.runtime import LocalLoss
+from glcan_fx.step.local_loss import LocalLoss
 from glcan_fx.structure.nodes import ancestors, common_path
 from glcan_fx.structure.structure import Structure
 from glcan_fx.tasks import Task
@@ -80,7 +80,7 @@ class _Emitter:
             return self.cut[node]
         if (node, module) not in self.read:
             self.read[node, module] = self.graph.create_node(
-                "call_function", runtime.cache_read, (self.cached.get(node, self.raw[node]),),
+                "call_function", passing.cache_read, (self.cached.get(node, self.raw[node]),),
                 name=f"focal_{node.name}"
             )
         return self.read[node, module]
@@ -130,7 +130,7 @@ class _Emitter:
     def cache(self, node: fx.Node, **options: Any) -> None:
         if node not in self.cached:
             self.cached[node] = self.graph.create_node(
-                "call_function", runtime.cache_write, (self.raw[node],), options, name=f"cache_{node.name}")
+                "call_function", passing.cache_write, (self.raw[node],), options, name=f"cache_{node.name}")
 
     def _copy(self, node: fx.Node, module: int, given: fx.Node | None = None) -> fx.Node:
         sources = {source: given or self.view(source, module) for source in node.all_input_nodes}
@@ -236,9 +236,9 @@ def emit_whole(
 
 def _finish(graph: fx.Graph, task: Task, losses: list[fx.Node], loss: fx.Node, result: Any) -> None:
     if task.result() == "dict":
-        final = graph.create_node("call_function", runtime.merge, (losses, loss), name="losses")
+        final = graph.create_node("call_function", passing.merge, (losses, loss), name="losses")
     else:
-        final = graph.create_node("call_function", runtime.collect, ([*losses, loss], result), name="result")
+        final = graph.create_node("call_function", passing.collect, ([*losses, loss], result), name="result")
     graph.output(final)
     with_headlines(graph)
     graph.lint()

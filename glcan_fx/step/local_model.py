@@ -7,20 +7,16 @@ import math
 import sys
 import warnings
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_leaves
 
-from glcan_fx.capture.replay import Surroundings
-from glcan_fx.capture.trace import only_asked, within
 from glcan_fx.errors import (
     ModelChangedError,
     ModelChangedWarning,
@@ -32,28 +28,16 @@ from glcan_fx.errors import (
 )
 from glcan_fx.fx_utils import Packed, Parts, pack, unpack
 from glcan_fx.pytree import tensors_in
+from glcan_fx.step.arguments import signature_of, unlike
+from glcan_fx.step.gradients import LocalBackward, LossScale, parameters_of, private_graph
 from glcan_fx.step.guards import Guards, Opened
+from glcan_fx.step.local_loss import Draws, LocalLoss, random_state
 from glcan_fx.step.optimizer_in_forward import OptimizerInForward, refuse_distributed
-from glcan_fx.step.runtime import (
-    Draws,
-    LocalBackward,
-    LocalLoss,
-    LocalOutput,
-    LossScale,
-    ReadOnly,
-    Recomputed,
-    SizeCheck,
-    SlicedHead,
-    Whole,
-    collect,
-    parameters_of,
-    private_graph,
-    random_state,
-    reported,
-    shape_of,
-    total,
-)
-from glcan_fx.tasks.base import LossHead, Spec
+from glcan_fx.step.output import LocalOutput, collect, reported, shape_of, total
+from glcan_fx.step.parts import ReadOnly, Recomputed, SizeCheck, Whole
+from glcan_fx.step.sliced import SlicedHead
+from glcan_fx.step.trained import backwards_of, called_by, targets_of, targets_of_last, trained_alone
+from glcan_fx.tasks.base import LossHead
 
 if TYPE_CHECKING:
     from glcan_fx.plans.plan import Plan
@@ -101,7 +85,7 @@ class LocalModel(nn.Module):
         asks = not task.network_is_part and plan.report.asks_about_sizes(opened)
         if "sizes" in aux._modules:
             aux.get_submodule("sizes").bind(partial(_check_sizes, weakref.ref(self)))  # type: ignore[operator]
-        called |= {path for part in parts.values() for path in _called(part.nodes)}
+        called |= {path for part in parts.values() for path in called_by(part.nodes)}
         self.__dict__.update(_original=model, plan=plan, task=task, graph=graph, _last_reached=[], _parts=parts,
                              _opened=opened, _guards=Guards(model, opened, called), _optimizer=_no_optimizer,
                              _compared=False, _steps={}, _asks=asks)
@@ -137,7 +121,7 @@ class LocalModel(nn.Module):
         def forward(self: "LocalModel", *args: Any, **kwargs: Any) -> Any:
             return self._train_step(args, kwargs) if self.training else self._evaluate(args, kwargs)
 
-        forward.__signature__ = _signature(self.original)  # type: ignore[attr-defined]
+        forward.__signature__ = signature_of(self.original)  # type: ignore[attr-defined]
         cls.forward = forward
 
     def _written(self, graph: fx.Graph) -> Any:
@@ -169,9 +153,9 @@ class LocalModel(nn.Module):
 
     def _train_also(self, graph: fx.Graph) -> None:
         """Let the local losses train what another step uses beside the parameters of the first one."""
-        for part in _backwards(self):
+        for part in backwards_of(self):
             index = next(i for i, module in enumerate(self.plan.modules) if module.name == part.name)
-            more = [(self.original, path) for path in _targets(graph, index)]
+            more = [(self.original, path) for path in targets_of(graph, index)]
             part.__dict__["trains"] = (*part.__dict__["trains"], *more)
 
     def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -240,7 +224,7 @@ class LocalModel(nn.Module):
         examples = self.plan.inputs.items() if isinstance(self.plan.inputs, dict) else zip(
             names, self.plan.inputs, strict=False)
         for name, example in examples if self.plan.k > 1 else ():
-            if name in given and (what := _unlike(example, given[name])):
+            if name in given and (what := unlike(example, given[name])):
                 raise ModelChangedError(
                     f"argument '{name}' of {self.plan.model} was {what[0]} in example_inputs=, which the training step "
                     f"was written for, and is {what[1]} now. Compile again with such an example.")
@@ -259,7 +243,7 @@ class LocalModel(nn.Module):
         stepping = optimizer is not None and torch.is_grad_enabled()
         try:
             with private_graph() if self.plan.k > 1 else nullcontext(), \
-                    optimizer.forward(_backwards(self)) if stepping else nullcontext():
+                    optimizer.forward(backwards_of(self)) if stepping else nullcontext():
                 result = step(**given)
                 if stepping:
                     optimizer.refuse_used_again(list(tensors_in(result)))
@@ -443,7 +427,7 @@ class LocalModel(nn.Module):
         module has the neck and head, and what no other trains."""
         left = {id(p): p for p in self.original.parameters()}
         found = {
-            info.name: [left.pop(id(p)) for p in parameters_of([(self.original, path) for path in _targets(
+            info.name: [left.pop(id(p)) for p in parameters_of([(self.original, path) for path in targets_of(
                 self.graph, index)]) if id(p) in left]
             for index, info in enumerate(self.plan.modules[:-1])}
         return {**found, self.plan.modules[-1].name: list(left.values())}
@@ -479,7 +463,7 @@ class LocalModel(nn.Module):
             raise UnsupportedError("LBFGS evaluates the loss of all parameters together, several times a step: local "
                                    "modules cannot be stepped one by one. Use another optimizer.")
         names = {id(parameter): name for name, parameter in self.named_parameters()}
-        optimizer = OptimizerInForward(inner, partial(_trained_alone, self), names, max_norm)
+        optimizer = OptimizerInForward(inner, partial(trained_alone, self), names, max_norm)
         self.__dict__["_optimizer"] = weakref.ref(optimizer)
         return optimizer
 
@@ -540,42 +524,6 @@ def _within_hooks(local: LocalModel, given: dict[str, Any]) -> Any:
     return result
 
 
-def _signature(model: nn.Module) -> inspect.Signature | None:
-    """Of the model's forward, with the targets of a training step behind its positional arguments."""
-    try:
-        known = list(inspect.signature(model.forward).parameters.values())
-    except (TypeError, ValueError):
-        return None
-    if any(parameter.name == "targets" for parameter in known):
-        return inspect.Signature([_SELF, *known])
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    before = [parameter for parameter in known if parameter.kind in positional]
-    targets = inspect.Parameter("targets", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
-    return inspect.Signature([_SELF, *before, targets, *(p for p in known if p.kind not in positional)])
-
-
-_SELF = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-
-
-def _unlike(example: Any, value: Any) -> tuple[str, str] | None:
-    """Where an argument is another kind of value than in the example, or another value of what has no numbers."""
-    if isinstance(example, Spec):
-        return None if isinstance(value, Tensor) else ("a tensor", repr(value)[:60])
-    if isinstance(example, list | tuple):
-        if not isinstance(value, list | tuple) or len(value) != len(example):
-            return f"a list of {len(example)}", repr(value)[:60]
-        return next(filter(None, map(_unlike, example, value)), None)
-    if isinstance(example, dict):
-        if not isinstance(value, dict) or value.keys() != example.keys():
-            return f"a dict with {', '.join(map(str, example))}", repr(value)[:60]
-        return next(filter(None, (_unlike(example[key], value[key]) for key in example)), None)
-    if type(example) in (int, float):
-        return None if type(value) in (int, float) else (repr(example), repr(value)[:60])
-    if isinstance(value, Tensor) or type(example) is not type(value) or example != value:
-        return repr(example)[:60], "a tensor" if isinstance(value, Tensor) else repr(value)[:60]
-    return None
-
-
 _MUCH = 4  # times the values of the example
 _RESERVED = ("aux", "plan", "task", "original", "graph", "code", "meta")
 
@@ -603,18 +551,18 @@ def assemble(
     aux.add_module("scale", scale)
     for index, info in enumerate(plan.modules[:-1]):
         part = aux.get_submodule(str(index))
-        trains = [(model, path) for path in _targets(graph, index)] + [(part, "network"), (part, "head")]
+        trains = [(model, path) for path in targets_of(graph, index)] + [(part, "network"), (part, "head")]
         if "task" in aux._modules:
             trains.append((aux, "task"))
         part.add_module("backward", LocalBackward(
             trains, scale, info.name, model, alone=plan.around is None))
         part.__dict__["reports"] = reports
     if plan.k > 1 and reports and plan.around is None:
-        trains = [(model, path) for path in _targets_of_last(model, graph, parts or {}, plan.k)]
+        trains = [(model, path) for path in targets_of_last(model, graph, parts or {}, plan.k)]
         if "task" in aux._modules:
             trains.append((aux, "task"))
         last.add_module("backward", LocalBackward(trains, scale, plan.modules[-1].name, model))
-    bound = {name: (partial(type(fx.GraphModule(model, part, "Part")).forward, model), _called(part.nodes))
+    bound = {name: (partial(type(fx.GraphModule(model, part, "Part")).forward, model), called_by(part.nodes))
              for name, part in (parts or {}).items()}
     if plan.slices > 1:
         criterion = [(aux, "task")] if "task" in aux._modules else []
@@ -624,91 +572,6 @@ def assemble(
     for name, (run, called) in bound.items():
         aux.add_module(name, Recomputed(run, model, called))
     return LocalModel(model, aux, graph, plan, task, parts or {}, opened or {})
-
-
-def _targets(graph: fx.Graph, index: int) -> list[str]:
-    """Paths of the modules and parameters that local module ``index`` uses."""
-    own = [node for node in graph.nodes if node.meta.get("local_module") == index]
-    named = [path for node in own for path in node.meta.get("trains", ())]
-    return list(dict.fromkeys([path for path in _called(own) if not path.startswith("aux.")] + named))
-
-
-def _targets_of_last(model: nn.Module, graph: fx.Graph, parts: Parts, k: int) -> list[str]:
-    """What the last local module trains: what it uses, and all that no other does."""
-    own = _targets(graph, k - 1) + (_called(parts["tail"].nodes) if "tail" in parts else [])
-    paths = own + [path for index in range(k - 1) for path in _targets(graph, index)]
-    known = {id(p) for p in parameters_of([(model, path) for path in paths])}
-    return own + [name for name, p in model.named_parameters() if id(p) not in known]
-
-
-def _called(nodes: Iterable[fx.Node]) -> list[str]:
-    return list(dict.fromkeys(str(node.target) for node in nodes if node.op == "call_module"
-                              or node.op == "get_attr" and not only_asked(node)))
-
-
-def _backwards(local: LocalModel) -> list[LocalBackward]:
-    parts: list[Any] = [local.aux.get_submodule(f"{index}.backward") for index in range(local.plan.k - 1)]
-    return parts
-
-
-def _trained_alone(local: LocalModel) -> dict[str, list[Tensor]]:
-    """The parameters that a local module trains and no other part of a step uses, by its name.
-
-    Others may: a criterion's, a layer that is called twice, what every module computes independently of the input,
-    and the last module's, which also runs what lies outside the compiled part.
-    """
-    model, plan = local.original, local.plan
-    last = _targets(local.graph, plan.k - 1)
-    last += _called(local.__dict__["_parts"]["tail"].nodes) if "tail" in local.__dict__["_parts"] else []
-    last += plan.around.behind if isinstance(plan.around, Surroundings) else []
-    outside = [(model, name) for name, _ in model.named_parameters(remove_duplicate=False)
-               if plan.network and not within(name, plan.network)]
-    found = [(part.name, part.__dict__["trains"]) for part in _backwards(local)]
-    users: dict[int, set[str]] = {}
-    tensors: dict[int, Tensor] = {}
-    for name, trains in [*found, ("", [*((model, path) for path in last), *outside, (local.aux, "task")])]:
-        for parameter in parameters_of(trains):
-            tensors[id(parameter)] = parameter
-            users.setdefault(id(parameter), set()).add(name)
-    alone: dict[str, list[Tensor]] = {name: [] for name, _ in found}
-    for key, names in users.items():
-        if len(names) == 1 and "" not in names:
-            alone[next(iter(names))].append(tensors[key])
-    return alone
-
-
-_STEPS = 10  # of one optimizer: another may step the auxiliary networks, later or less often
-_watched: weakref.WeakKeyDictionary[LocalModel, Counter[int]] = weakref.WeakKeyDictionary()  # steps of the model alone
-
-
-def warn_of_unstepped(local: LocalModel) -> None:
-    """From now on, until it is known: warn where an optimizer steps the model and none its auxiliary networks, as one
-    that was made before them does."""
-    _watch_optimizers()
-    _watched[local] = Counter()
-
-
-@cache
-def _watch_optimizers() -> None:
-    """Once in a process: PyTorch has no way to drop such a hook from inside it."""
-    register_optimizer_step_post_hook(_stepped)
-
-
-def _stepped(optimizer: Optimizer, *_: Any) -> None:
-    for compiled in list(_watched):
-        networks = {id(p) for index in range(compiled.plan.k - 1)
-                    for p in compiled.aux.get_submodule(str(index)).parameters() if p.requires_grad}
-        taken = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not networks or networks & taken:
-            del _watched[compiled]
-            continue
-        _watched[compiled][id(optimizer)] += any(id(p) in taken for p in compiled.original.parameters())
-        if _watched[compiled][id(optimizer)] == _STEPS:
-            del _watched[compiled]
-            warnings.warn(
-                f"{_STEPS} optimizer steps changed parameters of {type(compiled.original).__name__}, and none those of "
-                "its auxiliary networks, which stay as they were initialised. Create the optimizer after transform(), "
-                "from local.parameters() or local.parameter_groups().", UnusedGradientsWarning, stacklevel=3)
 
 
 def _no_optimizer() -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from glcan_fx.errors import UnsupportedError
-from glcan_fx.step.runtime import LocalBackward, is_half, leaves_of
+from glcan_fx.step.gradients import LocalBackward, leaves_of
+from glcan_fx.step.learning import is_half
 
 _INSTEAD = "or train with an ordinary optimizer, which steps everything behind backward()"
 

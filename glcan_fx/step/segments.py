@@ -24,8 +24,10 @@ from glcan_fx.layers import freshen, inner_activation, is_norm, moments, set_wid
 from glcan_fx.plans.plan import Plan
 from glcan_fx.pytree import map_tensors
 from glcan_fx.step.emit import register_task
-from glcan_fx.step.local_model import LocalModel, assemble, warn_of_unstepped
-from glcan_fx.step.runtime import LocalLoss, collect
+from glcan_fx.step.local_loss import LocalLoss
+from glcan_fx.step.local_model import LocalModel, assemble
+from glcan_fx.step.output import collect
+from glcan_fx.step.unstepped import warn_of_unstepped
 from glcan_fx.tasks.around import InSegments
 from glcan_fx.tasks.base import LossHead
 from glcan_fx.tasks.captured import Uncaptured

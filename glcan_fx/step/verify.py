@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from glcan_fx.capture.shadow import kept_python_random, replicate
 from glcan_fx.errors import ModelChangedError, NotLearningError, TraceError
 from glcan_fx.pytree import map_tensors, tensors_in
-from glcan_fx.step import runtime
+from glcan_fx.step import output as passing
 from glcan_fx.step.emit import Emitted
 from glcan_fx.step.local_model import LocalModel, assemble
 from glcan_fx.structure.structure import Structure, multiply_adds
@@ -144,7 +144,7 @@ def without_losses(graph: fx.Graph) -> fx.Graph:
         if node.op == "output":
             [result] = node.all_input_nodes
             new.output(fx.map_arg(result.args[1], made.__getitem__))
-        elif node.target is runtime.collect:
+        elif node.target is passing.collect:
             continue
         elif node.op == "call_module" and (node.target == "aux.last" or str(node.target).rpartition(".")[2].isdecimal()
                                            and str(node.target).startswith("aux.")):

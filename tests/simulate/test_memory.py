@@ -23,7 +23,7 @@ import glcan_fx
 from glcan_fx import Options, PlanError, UnsupportedError
 from glcan_fx.models import edsr, retinanet, yolo
 from glcan_fx.peak_memory import PeakMemory
-from glcan_fx.step.runtime import SlicedHead
+from glcan_fx.step.sliced import SlicedHead
 from glcan_fx.units import in_bytes
 
 BATCH = 4

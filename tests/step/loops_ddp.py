@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import glcan_fx
 from glcan_fx import LocalModel
-from glcan_fx.step.runtime import total
+from glcan_fx.step.output import total
 
 EXAMPLE = torch.empty(2, 3, 8, 8)
 Norm = Callable[[int], nn.Module]

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 import glcan_fx
 from glcan_fx import LocalModel, SmallExampleWarning, UnsupportedError, UnusedGradientsWarning
 from glcan_fx.models import retinanet
-from glcan_fx.step.local_model import _watched
+from glcan_fx.step.unstepped import watched
 
 
 def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: float) -> None:
@@ -852,13 +852,13 @@ def test_what_watches_optimizers_goes_with_the_model():
     local = build()
     alive = weakref.ref(local)
     torch.optim.SGD(local.original.parameters(), lr=0.1).step()
-    assert local in _watched
+    assert local in watched
     del local
     gc.collect()
     assert alive() is None
     local = build()
     torch.optim.SGD(local.parameters(), lr=0.1).step()
-    assert local not in _watched
+    assert local not in watched
 
 
 # ------------------------------------------------------------ parameters, modes
