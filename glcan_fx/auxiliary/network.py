@@ -44,9 +44,11 @@ def auxiliary_network(
     build.input(remainder.end)
     method.predict(build, remainder, features)
     results = fx.map_arg(remainder.outputs, lambda node: build.values[node])
-    for key, weight in remainder.weights.items():
-        if weight != 1:
-            results[key] = build.graph.call_function(scale_gradient, (results[key], weight))
+    weights = {key: weight for key, weight in remainder.weights.items() if weight != 1}
+    if weights:
+        results = dict(results)
+    for key, weight in weights.items():
+        results[key] = build.graph.call_function(scale_gradient, (results[key], weight))
     build.graph.output(results)
 
     network = Network(build.root, build.graph, class_name="AuxiliaryNetwork")
