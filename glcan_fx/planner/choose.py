@@ -14,7 +14,7 @@ from glcan_fx.auxiliary.remainder import levels_of
 from glcan_fx.auxiliary.tails import ending_of
 from glcan_fx.config import K, Options
 from glcan_fx.errors import BudgetError, PlanError
-from glcan_fx.methods import GLCAN
+from glcan_fx.methods import DGL, GLCAN
 from glcan_fx.planner.costs import CostTable
 from glcan_fx.planner.partition import partition
 from glcan_fx.planner.search import (
@@ -92,9 +92,20 @@ class NothingToCut(PlanError):
 
 
 def choose(captured: Captured, request: Request, simulator: Simulator) -> Plan:
-    """The plan that keeps the budgets, with the local modules asked for. Raises PlanError where there is none,
-    NothingToCut where no auxiliary network can be built at all."""
-    return _Choice(captured, request, simulator).plan()
+    """The plan that keeps the budgets, with the local modules asked for; where no simplified copy of a remainder can be
+    built, with auxiliary networks on each module's own output.
+
+    Raises PlanError where there is none, NothingToCut where no auxiliary network can be built at all.
+    """
+    try:
+        return _Choice(captured, request, simulator).plan()
+    except NothingToCut as error:
+        try:
+            plan = _Choice(captured, replace(request, method=DGL()), simulator).plan()
+        except PlanError:
+            raise error from None
+        note = f"auxiliary networks are decoupled greedy learning's, on each module's own output, since {error}"
+        return replace(plan, notes=(*plan.notes, note))
 
 
 class _Choice:
