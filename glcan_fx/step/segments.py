@@ -50,6 +50,8 @@ Groups = Sequence[Sequence[CallUnit]]
 
 def units_of(model: nn.Module, calls: Sequence[Call]) -> list[CallUnit]:
     """The sub-modules whose calls are looked at, in order of their first call: blocks, not the stages they are in."""
+    calls = [call for call in calls if "parametrizations" not in call.path.split(".")]  # what makes a layer's weight
+
     def inner(path: str) -> list[str]:
         below = {c.path for c in calls if within(c.path, path) and c.path != path} if path else {
             c.path for c in calls}
