@@ -375,9 +375,9 @@ def gradients(case: Case, local: Any) -> bool:
     """Gradients are those of the original model, cut by forward hooks, with the same auxiliary networks."""
     cuts = local.plan.cuts
     paths = dict(local.original.named_modules())
-    alone = all(names == (cut,) for cut, names in zip(cuts, local.plan.reads, strict=True))
     if not local.plan.reads:  # it runs as Python
         return False
+    alone = all(names == (cut,) for cut, names in zip(cuts, local.plan.reads, strict=True))
     if case.model.taps:  # the last module reads more than the last cut
         return False
     if not alone or any(cut not in paths or isinstance(paths[cut], torch.jit.ScriptModule | Pair) for cut in cuts):
