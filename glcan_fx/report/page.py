@@ -86,7 +86,7 @@ def _modules(plan: Plan, memory: Memory | None, local: LocalModel | None) -> lis
             ("ends behind", module.cut or "the network's output"), ("outputs", "x".join(map(str, module.shape))),
             ("stride, channels", f"{module.stride or '–'}, {module.channels}"),
             ("parameters", f"{module.parameters:,}"), ("auxiliary network's", f"{module.aux_parameters:,}"),
-            ("kept for backward", f"{size(kept[index][0])}, auxiliary network and loss {_known(kept[index][1])}"),
+            ("saved for backward", f"{size(kept[index][0])}, auxiliary network and loss {_known(kept[index][1])}"),
         ]
         if memory is not None:
             facts += [("share of compute", f"{100 * memory.plan.share(index):.1f} %"),

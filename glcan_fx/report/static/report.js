@@ -201,11 +201,12 @@
 
     function paint() {
       const width = box.clientWidth,
-        height = width < 600 ? 240 : 300;
+        names = width < 600 ? 0 : 15 * (steps.length - 1), // room for the labels of peaks, one above the other
+        height = width < 600 ? 240 : 300 + names;
       if (width === 0) return;
       const most = Math.max(...steps.map((step) => Math.max(step.peak, ...step.live)));
       const marks = ticks(most, 5),
-        top = 18,
+        top = 18 + names,
         bottom = height - 40;
       const end = marks.at(-1)[0];
       left = 12 + 7 * Math.max(...marks.map(([, text]) => text.length));
@@ -725,7 +726,7 @@
     const own = columns.findIndex(({ name }) => name.startsWith("kept"));
     const kept = own < 0 ? columns.length : own;
     const plain = !data.modules.length; // of something else than local modules: nothing to select
-    const all = own < 0 && !plain ? [...columns, { name: "kept for backward", align: "left" }] : columns;
+    const all = own < 0 && !plain ? [...columns, { name: "saved for backward", align: "left" }] : columns;
     const wordy = all.map((_, c) => rows.some((row) => (row[c] ?? "").length > 14 && c !== kept));
     const styleOf = (c) => (all[c].align === "right" ? "right" : wordy[c] ? "text" : null);
     const line = (texts, cell) => all.map((_, c) => make(cell, { class: styleOf(c) }, ...breakable(texts[c] ?? "")));
@@ -787,7 +788,7 @@
       return make(
         "ul",
         { class: "legend" },
-        make("li", {}, "Bars, kept for backward:"),
+        make("li", {}, "Bars, saved for backward:"),
         make("li", {}, swatch("var(--last)"), "by the module itself"),
         make("li", {}, swatch("var(--line-2)"), "by its auxiliary network"),
       );
