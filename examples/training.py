@@ -25,22 +25,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 import glcan_fx
-from glcan_fx.auxiliary.features import FeatureInfo, Source, State
+from glcan_fx import FeatureInfo
 from glcan_fx.demo.train import peak_of
 from glcan_fx.files import replacing, write
 from glcan_fx.pytree import map_tensors
-from glcan_fx.simulate.estimate import backpropagated, minimised, recompute
+from glcan_fx.simulate.estimate import backpropagated, minimised
 from glcan_fx.tasks import make_task
 
 
 class NoCache(glcan_fx.Rules):
     """What an earlier module made is synthesised anew, not read from the cache (the paper's Table 3)."""
 
-    def source(self, tap: FeatureInfo, module: FeatureInfo, state: State) -> Source:
+    def source(self, tap: FeatureInfo, module: FeatureInfo, state: str) -> str:
         return "own" if state == "own" else "synthesised"
 
 
@@ -48,7 +49,7 @@ class OneLevel(glcan_fx.Rules):
     """Of a detector's levels, the one whose stride is nearest to the module's own, the finer of two."""
 
     def levels(self, module: FeatureInfo, levels: Sequence[FeatureInfo]) -> Sequence[int]:
-        return [min(range(len(levels)), key=lambda index: abs(levels[index].stride - module.stride))]
+        return [min(range(len(levels)), key=lambda index: abs(levels[index].reduction - module.reduction))]
 
 
 RULES = {"no-cache": NoCache(), "own-level-twice": glcan_fx.Rules(own_level=2.0), "one-level": OneLevel()}
@@ -132,7 +133,9 @@ def prepared(experiment: Experiment, args: argparse.Namespace) -> tuple[nn.Modul
     k = int(args.k) if args.k.isdecimal() else args.k if named else [name.strip() for name in args.k.split(",")]
     if args.method == "checkpoint":
         plan = glcan_fx.plan(model, k=1, task=experiment.task, example_inputs=example)
-        recompute(model, plan.simulator.blocks[1])
+        for path in plan.blocks:
+            block = model.get_submodule(path)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         return model, None
     budgets = {"memory_budget": args.memory_budget, "compute_budget": args.compute_budget}
     method = glcan_fx.methods.DGL() if args.method == "dgl" else glcan_fx.methods.GLCAN(
