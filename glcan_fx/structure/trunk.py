@@ -20,6 +20,7 @@ from glcan_fx.structure.nodes import (
     ancestors,
     called_path,
     common_path,
+    descendants,
     input_dependent,
     is_float_tensor,
     tensor_of,
@@ -108,7 +109,7 @@ def _units(flow: Flow, chain: list[fx.Node]) -> list[Unit]:
                 cut, at_block = None, False
             weighted = True
         may_end = weighted and not at_block and is_float_tensor(node) and not _inside_block(trace, node, kinds)
-        if may_end and (cut is None or _divides(node) <= _divides(cut)):
+        if may_end and (cut is None or _divides(trace, node) <= _divides(trace, cut)):
             cut = node
             at_block = any(type(trace.shadow.get_submodule(path)) in kinds for path in node.meta["returned_by"])
     if weighted and (cut is not None or not ends):
@@ -130,10 +131,14 @@ def _block_kinds(flow: Flow, chain: list[fx.Node]) -> set[type[nn.Module]]:
     return kinds
 
 
-def _divides(node: fx.Node) -> int:
-    """How many calls of modules a cut at a value divides."""
+def _divides(trace: Trace, node: fx.Node) -> int:
+    """How many calls of modules a cut at a value divides: that go on behind it with layers."""
     calls = node.meta["call"].around() if node.meta.get("call") else ()
-    return sum(call.path not in node.meta["returned_by"] for call in calls)
+    under_way = [call for call in calls if call.path not in node.meta["returned_by"]]
+    if not under_way:
+        return 0
+    behind = descendants(node) & trace.layers
+    return sum(not behind.isdisjoint(trace.inside[call]) for call in under_way)
 
 
 def _inside_block(trace: Trace, node: fx.Node, kinds: set[type[nn.Module]]) -> bool:
