@@ -38,11 +38,11 @@ class TargetError(GlcanFxError):
 
 
 class LoadError(GlcanFxError):
-    """What a command line names is no model, or cannot be made one."""
+    """What a command line names is not a model, or cannot be made one."""
 
 
 class CriterionError(GlcanFxError):
-    """A criterion returned something that is no scalar loss, or is no function of outputs and targets."""
+    """A criterion returned something that is not a scalar loss, or is not a function of outputs and targets."""
 
 
 class UnsupportedError(GlcanFxError):

@@ -93,7 +93,7 @@ class _Noting(io.FileIO):
 
 
 def _is_device(path: Path) -> bool:
-    """Whether a path is no file that could be replaced: /dev/stdout, a pipe."""
+    """Whether a path is not a file that could be replaced: /dev/stdout, a pipe."""
     try:
         return not stat.S_ISREG(path.stat().st_mode) or path.parent in (Path("/dev"), Path("/dev/fd"))
     except OSError:

@@ -133,7 +133,7 @@ def set_width(module: Any, inputs: int, outputs: int | None = None) -> None:
         if hasattr(module, "normalized_shape"):
             module.normalized_shape = (inputs,)
         if hasattr(module, "num_groups"):
-            alone = module.num_groups == before  # one channel a group, which on a single place is always zero
+            alone = module.num_groups == before  # one channel a group, which at a single position is always zero
             module.num_groups = math.gcd(module.num_groups, inputs)
             if module.num_groups == inputs > 1 and not alone:
                 module.num_groups = inputs // next(n for n in range(2, inputs + 1) if inputs % n == 0)
@@ -404,7 +404,7 @@ def freshen(
 
 
 def is_vector(tensor: Tensor) -> bool:
-    """Whether a tensor is a number, or one value for each channel or place, however it is laid out."""
+    """Whether a tensor is a number, or one value for each channel or position, however it is laid out."""
     return tensor.dim() < 2 or tensor.numel() == max(tensor.shape)
 
 

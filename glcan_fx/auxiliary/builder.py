@@ -35,7 +35,7 @@ class Builder:
     inputs: list[fx.Node] = field(default_factory=list)
     moments: Moments = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
-    fresh: list[str] = field(default_factory=list)  # layers that are no copies: initialised at their final width
+    fresh: list[str] = field(default_factory=list)  # layers that are not copies: initialized at their final width
     full: set[str] = field(default_factory=set)  # prefixes of copies whose layers keep their widths
 
     def add(self, name: str, module: nn.Module, *args: fx.Node, fresh: bool = False) -> fx.Node:

@@ -106,7 +106,7 @@ GRID = 3
 
 def hidden_layers(build: Builder, tap: fx.Node, value: fx.Node, layers: int, half: bool) -> fx.Node:
     """Layers of a convolution and the trunk's kinds of norm and activation on ``value``, which stands for ``tap`` and
-    whose mean is taken next: 3x3, on half the size if ``half``, the last two a perceptron on a few places.
+    whose mean is taken next: 3x3, on half the size if ``half``, the last two a perceptron on a few positions.
 
     On so small a map they cost little (as in Belilovsky et al. 2020, arXiv 1901.08164, section 4.1), and the mean alone
     would hide from the module where its features are.
@@ -134,7 +134,7 @@ def hidden_layers(build: Builder, tap: fx.Node, value: fx.Node, layers: int, hal
         if last:
             value = _move_axis(build, value, rank, to_last=True)
         value = _normalised(build, value, f"{name}.layer{index}", channels, norm, activation)
-    if not last and not takes_any_size(structure, tap):  # a pooling layer that expects this many places
+    if not last and not takes_any_size(structure, tap):  # a pooling layer that expects this many positions
         value = build.graph.call_function(F.interpolate, (value,), {"size": sides})
     return value
 
@@ -151,7 +151,7 @@ def repeat(build: Builder, node: fx.Node, value: fx.Node, name: str) -> fx.Node:
 def fixes_size_of_all(
     structure: Structure, region: set[fx.Node], start: fx.Node, node: fx.Node, end: fx.Node
 ) -> bool:
-    """Whether a node fixes the number of places, and all of the region's values pass it: no branch beside it."""
+    """Whether a node fixes the spatial size, and all of the region's values pass it: no branch beside it."""
     if node not in fixed_sizes(structure):
         return False
     reached, stack = {node}, [start]
@@ -171,13 +171,13 @@ def region_between(structure: Structure, start: fx.Node, end: fx.Node) -> list[f
 def _heaviest_path(structure: Structure, region: set[fx.Node], start: fx.Node, end: fx.Node) -> list[fx.Node]:
     """The path from start (excluded) to end through the region with the most weights and values.
 
-    What has fewer places than the end is beside it (a squeeze-excitation's pooled branch).
+    What has fewer positions than the end is beside it (a squeeze-excitation's pooled branch).
     """
-    places = structure.positions(end)
+    positions = structure.positions(end)
     best: dict[fx.Node, tuple[int, fx.Node | None]] = {start: (0, None)}
     for node in structure.trace.graph.nodes:
         same_rank = is_map(node) and len(structure.shape(node)) == len(structure.shape(end))
-        if node in region and is_map(node) and not (same_rank and structure.positions(node) < places):
+        if node in region and is_map(node) and not (same_rank and structure.positions(node) < positions):
             above = [(best[source][0], source) for source in node.all_input_nodes if source in best]
             if above:
                 score, source = max(above, key=lambda pair: pair[0])
@@ -192,7 +192,7 @@ def _heaviest_path(structure: Structure, region: set[fx.Node], start: fx.Node, e
 
 
 def _shrinks(structure: Structure, before: fx.Node, node: fx.Node, start: fx.Node, end: fx.Node) -> bool:
-    """Whether places are lost on the way from ``start`` to ``end``; attention's heads and scores have none to lose."""
+    """Whether positions are lost on the way from ``start`` to ``end``; attention's heads and scores have none."""
     a, b, first, last = (structure.spatial(value) for value in (before, node, start, end))
     swapped = node.op != "call_module" and sorted(structure.shape(before)) == sorted(structure.shape(node))
     if swapped or not len(a) == len(b) == len(last):
@@ -207,7 +207,7 @@ def _is_pool(module: nn.Module | None) -> bool:
 
 
 def _reduce(build: Builder, node: fx.Node, module: nn.Module | None, value: fx.Node, name: str) -> fx.Node:
-    """A further reduction of the places: the source's own pooling, or its ratio."""
+    """A further reduction of the positions: the source's own pooling, or its ratio."""
     if module is not None and _is_pool(module):
         return build.add(name, build.clone(str(node.target)), value)
     before = next(source for source in node.all_input_nodes if is_map(source))

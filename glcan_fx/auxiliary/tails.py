@@ -141,7 +141,7 @@ _FIXED: "WeakKeyDictionary[fx.Graph, frozenset[fx.Node]]" = WeakKeyDictionary()
 
 
 def fixed_sizes(structure: Structure) -> frozenset[fx.Node]:
-    """The operations without weights that make the same number of places of every map: adaptive poolings, resizing or
+    """The operations without weights that make the same spatial size of every map: adaptive poolings, resizing or
     cutting to given sides. At the example's size they may keep the shape. Found by trying a larger map."""
     graph = structure.trace.graph
     if graph not in _FIXED:
@@ -156,11 +156,11 @@ def _fixes_size(structure: Structure, node: fx.Node) -> bool:
     source, module = sources[0], structure.trace.module(node)
     if not (is_map(source) and is_map(node)) or structure.trace.parameters(node):
         return False
-    shape, places = list(structure.shape(source)), structure.spatial(source)
-    if not places or len(places) != len(structure.spatial(node)):
+    shape, sizes = list(structure.shape(source)), structure.spatial(source)
+    if not sizes or len(sizes) != len(structure.spatial(node)):
         return False
     first = 1 if source in structure.channels_last else 2
-    shape[first: first + len(places)] = [2 * size + 1 for size in places]
+    shape[first: first + len(sizes)] = [2 * size + 1 for size in sizes]
     try:
         with quiet(), structure.trace.mode, torch.no_grad():
             larger = torch.empty(shape, dtype=tensor_of(source).dtype, device="cpu")

@@ -147,7 +147,7 @@ def _copy_region(
 
 def _resized(build: Builder, start: fx.Node, end: fx.Node, value: fx.Node, name: str) -> fx.Node:
     """``value`` in place of ``end``, where what lies between is dropped, as it keeps the example's shape: with as many
-    places as ``end`` has at every size."""
+    positions as ``end`` has at every size."""
     structure = build.structure
     alike = [node for node in fixed_sizes(structure) if structure.spatial(node) == structure.spatial(end)
              and len(structure.shape(node)) == len(structure.shape(end))

@@ -152,7 +152,7 @@ class Recorder(TorchFunctionMode):
         elif operation is not None and (name in _OPERATORS and len(args) == 2 or name.startswith("__")):
             op, target = "call_function", operation
 
-        def asked(out: Any) -> Any:  # answers that are no tensors
+        def asked(out: Any) -> Any:  # answers that are not tensors
             if name in _SIZES and isinstance(out, torch.Size):
                 return self._sizes(args[0], out)
             if name in _SIZES and type(out) is int:

@@ -45,7 +45,7 @@ def kwargs_of(text: str) -> dict[str, Any]:
 
 def sizes_of(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text):
-        raise argparse.ArgumentTypeError(f"'{text}' is no size: numbers above 0 with x between, as in 8x3x224x224")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size: numbers above 0 with x between, as in 8x3x224x224")
     return tuple(map(int, text.split("x")))
 
 
@@ -56,7 +56,7 @@ def bytes_of(text: str) -> int:
     try:
         return in_bytes(text)
     except PlanError as error:
-        raise argparse.ArgumentTypeError(f"'{text}' is no amount of memory: 6GiB, 800MiB, 6GB, or bytes") from error
+        raise argparse.ArgumentTypeError(f"'{text}' is not an amount of memory: 6GiB, 800MiB, 6GB, or bytes") from error
 
 
 def modules_of(text: str) -> int | str:

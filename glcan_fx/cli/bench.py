@@ -83,7 +83,7 @@ def _problem(args: argparse.Namespace) -> str | None:
     if args.target is None:
         return "name a model: a preset (see --list), file.py, file.py:attribute or package.module:attribute"
     if args.target not in PRESETS and not args.input:
-        return (f"'{args.target}' is no preset (see --list), so its inputs are not known: pass --input, "
+        return (f"'{args.target}' is not a preset (see --list), so its inputs are not known: pass --input, "
                 "for example --input 8x3x224x224")
     if args.memory_budget is None and "budget" in (args.methods or ()):
         return "the method 'budget' needs --memory-budget, for example --memory-budget 6GiB"

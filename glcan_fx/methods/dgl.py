@@ -29,7 +29,7 @@ class DGL(Method):
                         width=1.0 if self.width is OPEN else self.width)]
 
     def levels(self, module: FeatureInfo, levels: Sequence[FeatureInfo]) -> Sequence[int]:
-        """One level: the first that is no finer than the module's own output."""
+        """One level: the first that is not finer than the module's own output."""
         chosen = super().levels(module, levels)
         coarse = tuple(index for index in chosen if levels[index].reduction >= module.reduction)
         return coarse[:1] or chosen[-1:]

@@ -95,7 +95,7 @@ def _explicit(structure: Structure, names: Sequence[str]) -> list[Unit]:
             elif hasattr_path(structure.trace.shadow, str(name).partition(":")[0]):
                 reason = "is inside a block, or beside the trunk: other values pass it by"
             else:
-                reason = "is no module of this model"
+                reason = "is not a module of this model"
             raise PlanError(f"split point '{name}' {reason}. Natural split points: {offers}.")
         found[unit.end] = unit
     order = {node: index for index, node in enumerate(structure.chain)}

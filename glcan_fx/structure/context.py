@@ -24,7 +24,7 @@ def data_inputs(trace: Trace) -> list[frozenset[fx.Node]]:
     together = frozenset(data)
     if most == 0 or len(data) == 1:
         return [together]
-    # a second network beside the first (siamese, two streams) is no context: auxiliary networks would copy it
+    # a second network beside the first (siamese, two streams) is not context: auxiliary networks would copy it
     alone = [source for source in data if _is_float_input(source)
              and len(layers) - reached[source] <= _FEW * len(layers)]
     return [together, *(frozenset([source]) for source in alone)]

@@ -90,7 +90,7 @@ def _reader(walk: "_Walk", node: fx.Node) -> fx.Node:
 
 
 def _read_means(graph: fx.Graph, walk: "_Walk", node: fx.Node) -> None:
-    """Give a node the mean over the places, at every place, of what it reads."""
+    """Give a node the average of all positions, at every position, of what it reads."""
     reader = _reader(walk, node)
     means = {}
     with graph.inserting_before(node):
@@ -126,7 +126,7 @@ def _walked(structure: Structure) -> _Walked:
             with _alone():
                 _KNOWN[graph] = _walk(structure)
         except _Undecided as error:
-            log.debug("not decided which places depend on data: %s", error)
+            log.debug("not decided which positions depend on data: %s", error)
             _KNOWN[graph] = {}, None
     return _KNOWN[graph]
 
@@ -186,7 +186,7 @@ def makes_new(node: fx.Node) -> bool:
 
 
 def _may_join(module_of: Callable[[fx.Node], nn.Module | None], node: fx.Node, beside: bool) -> bool:
-    """Whether an operation on data that makes more of it can add what is no data; ``beside``: it reads such."""
+    """Whether an operation on data that enlarges it can add what is not data; ``beside``: it reads such."""
     def name(node: fx.Node) -> str:
         return (_name(node) if module_of(node) is None else type(module_of(node)).__name__).lower()
 
@@ -194,7 +194,7 @@ def _may_join(module_of: Callable[[fx.Node], nn.Module | None], node: fx.Node, b
     if module is not None and next(module.parameters(), None) is not None:
         return not type(module).__module__.startswith("torch.nn.")
     padded = "pad" in name(node) and not all("conv" in name(user) or "pool" in name(user) for user in node.users)
-    return beside or padded  # a convolution's own padding, written in front of it, adds no places
+    return beside or padded  # a convolution's own padding, written in front of it, adds no positions
 
 
 def _grows(made: Any, sources: list[Tensor]) -> bool:

@@ -50,7 +50,7 @@ def channels_last(trace: Trace) -> frozenset[fx.Node]:
 
 
 def _alike(a: Sequence[int], b: Sequence[int]) -> bool:
-    """Same shape, or but for one size (an extra token), or with places swapped, or in a row (tokens of a map)."""
+    """Same shape, or but for one size (an extra token), or with positions swapped, or in a row (tokens of a map)."""
     if len(a) != len(b):
         return min(len(a), len(b)) > 2 and (a[0], a[-1], math.prod(a)) == (b[0], b[-1], math.prod(b))
     return sum(x != y for x, y in zip(a, b, strict=True)) <= 1 or (sorted(a) == sorted(b) and a[-1] == b[-1])

@@ -65,11 +65,11 @@ class Structure:
         return shape[-1 if node in self.channels_last or len(shape) < 3 else 1] if len(shape) > 1 else 1
 
     def positions(self, node: fx.Node) -> int:
-        """Number of places per image: the product of the spatial (or token) sizes; 1 where there are none."""
+        """Number of positions per image: the product of the spatial (or token) sizes; 1 where there are none."""
         return count_positions(self.shape(node), node in self.channels_last)
 
     def stride(self, node: fx.Node) -> int:
-        """Input size over this value's size along the last spatial axis; 0 where the value has no places."""
+        """Input size over this value's size along the last spatial axis; 0 where the value has no positions."""
         source, value = self.spatial(self.chain[0]), self.spatial(node)
         return round(source[-1] / value[-1]) if source and len(value) == len(source) else 0
 
@@ -200,15 +200,15 @@ class Structure:
 
 
 def multiply_adds(structure: Structure, nodes: Iterable[fx.Node] | None = None) -> float:
-    """Of one forward pass at the example's size, or some of its nodes: from the layers' weights and the places that
+    """Of one forward pass at the example's size, or some of its nodes: from the layers' weights and the positions that
     they are applied to (a transposed convolution's are its input's)."""
     total = 0.0
     for node in structure.trace.graph.nodes if nodes is None else nodes:
         for tensor in list(tensors_in(node.meta.get("value")))[:1]:
             weights = sum(p.numel() for p in structure.trace.parameters(node) if p.dim() > 1)
             at = node.all_input_nodes[0] if weights and _is_transposed(structure.trace, node) else node
-            places = structure.positions(at) if isinstance(at.meta["value"], Tensor) else 1
-            total += weights * places * (tensor.shape[0] if tensor.dim() else 1)
+            positions = structure.positions(at) if isinstance(at.meta["value"], Tensor) else 1
+            total += weights * positions * (tensor.shape[0] if tensor.dim() else 1)
     return total
 
 

@@ -1,4 +1,4 @@
-"""Task adapters: with glcan_fx.models the only places that know a library's classes."""
+"""Task adapters: with glcan_fx.models the only rooms that know a library's classes."""
 
 from glcan_fx.errors import PlanError
 from glcan_fx.tasks.base import (

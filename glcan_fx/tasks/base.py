@@ -301,7 +301,7 @@ class Segmentation(Task):
     name = "segmentation"
 
     def fits(self, outputs: Any) -> None:
-        _dimensions(self, Segmentation, outputs, (3, 4, 5), "logits of places (N, classes, H, W)")
+        _dimensions(self, Segmentation, outputs, (3, 4, 5), "logits of pixels (N, classes, H, W)")
 
     def example_targets(self, model: nn.Module, inputs: Any, outputs: Any) -> Any:
         first = next(tensors_in(outputs))

@@ -146,7 +146,7 @@ def counted_in(entries: Mapping[str, Any]) -> list[str]:
 
 
 def reports_of(loss: Any) -> dict[str, Tensor] | None:
-    """Named values of a criterion, detached; None for a plain tensor. What is no number is left out."""
+    """Named values of a criterion, detached; None for a plain tensor. What is not a number is left out."""
     entries = None if isinstance(loss, Tensor) else entries_of(loss)
     if entries is None:
         return None

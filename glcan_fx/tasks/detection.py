@@ -288,7 +288,7 @@ def _retinanet_classification(targets: _Targets, outputs: dict[str, Tensor], mat
 def _fcos_loss(
     head: nn.Module, targets: _Targets, outputs: dict[str, Tensor], anchors: list[Tensor], matched: list[Tensor]
 ) -> dict[str, Tensor]:
-    """torchvision's: sums over the batch by the number of matched places in it."""
+    """torchvision's: sums over the batch by the number of matched positions in it."""
     own: Any = head
     losses: dict[str, Tensor] = own.compute_loss(
         targets, {**outputs, "cls_logits": outputs["cls_logits"].detach()}, anchors, matched)
@@ -369,7 +369,7 @@ def _make_template(
                     if not any(part in keep for part in detector.get_submodule(path).modules()):
                         replace(detector, path, nn.Identity())
             fit(detector, lambda: head(narrow, images, targets), width, keep)
-        # a part grows with the places, a part (sampled regions) only with the images: two sizes tell them apart
+        # a part grows with the positions, a part (sampled regions) only with the images: two sizes tell them apart
         large, _ = cost_of(detector, lambda: head(narrow, images, targets))
         smaller = _features(outputs, 2 * scale)
         images, targets, _ = _example(model, outputs, image, 2 * scale)
@@ -382,12 +382,12 @@ def _make_template(
 
 
 def _one_prediction_a_place(detector: nn.Module, predictors: Set[nn.Module]) -> None:
-    """Leave one anchor at each place, of middle size and nearest to a square, and its share of the predictions."""
+    """Leave one anchor at each position, of middle size and nearest to a square, and its share of the predictions."""
     own: Any = getattr(detector, "select_anchor", None)
     if callable(own):
         own()
         return
-    dense = set(getattr(detector, "rpn", detector).modules())  # region-based heads predict for regions, not places
+    dense = set(getattr(detector, "rpn", detector).modules())  # region-based heads predict for regions, not positions
     for part in detector.modules():
         if isinstance(part, AnchorGenerator):
             count = part.num_anchors_per_location()[0]
