@@ -217,10 +217,10 @@ def test_k_of_a_wrong_kind(k):
 
 
 @pytest.mark.parametrize(("name", "reason"), [
-    ("block9", "is no module"),
+    ("block9", "is not a module"),
     ("block1.shortcut", "inside a block, or beside the trunk"),
     ("fc", "inside a block, or beside the trunk"),
-    (3, "is no module"),
+    (3, "is not a module"),
     ("block3", "ends the trunk"),
 ])
 def test_split_points_that_do_not_exist(name, reason):

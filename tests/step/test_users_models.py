@@ -479,7 +479,7 @@ def test_a_plan_for_another_width_is_refused() -> None:
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"k": "4"}, "did you mean k=4"),
-    ({"k": ["down.1"]}, "is no module"),
+    ({"k": ["down.1"]}, "is not a module"),
     ({"k": ["b.conv"]}, "inside a block"),
     ({"criterion": nn.CrossEntropyLoss}, "not the class"),
     ({"criterion": None, "task": glcan_fx.Task}, "not the class"),
