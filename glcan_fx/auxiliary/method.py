@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
-from glcan_fx.auxiliary.builder import Builder
+from glcan_fx.auxiliary.builder import Auxiliary, Builder
 from glcan_fx.auxiliary.features import Feature, FeatureInfo, Rules
-from glcan_fx.auxiliary.remainder import Remainder, check_levels
+from glcan_fx.auxiliary.remainder import Remainder, check_levels, image_size
 from glcan_fx.auxiliary.tails import Ending
 from glcan_fx.errors import PlanError
 
@@ -88,3 +88,11 @@ def _is_number(value: Any) -> bool:
 def is_count(value: Any, least: int = 0) -> bool:
     """Whether an option is a whole number, ``least`` or more."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def head_request(remainder: Remainder, auxiliary: Auxiliary, method: Method) -> dict[str, Any]:
+    """What a task's ``head`` and ``head_cost`` are asked for: the head behind an auxiliary network."""
+    structure = remainder.structure
+    source = None if remainder.predicts else {key: node.meta["value"] for key, node in remainder.outputs.items()}
+    return {"outputs": auxiliary.outputs, "source": source, "levels": remainder.levels, "style": method.head,
+            "width": method.width, "image": image_size(structure)}

@@ -3,20 +3,16 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, fx
 
-from glcan_fx.auxiliary.builder import Auxiliary
 from glcan_fx.auxiliary.features import Feature, FeatureInfo, Rules, State
 from glcan_fx.auxiliary.tails import Tail, tail_of
 from glcan_fx.errors import PlanError
 from glcan_fx.structure.nodes import is_size
 from glcan_fx.structure.structure import Structure, Tap, Unit
 from glcan_fx.tasks import Task
-
-if TYPE_CHECKING:
-    from glcan_fx.auxiliary.method import Method
 
 
 @dataclass(frozen=True)
@@ -149,11 +145,3 @@ def image_size(structure: Structure) -> tuple[int, int]:
     """Height and width of the example images, in pixels."""
     *_, height, width = (1, 1, *structure.spatial(structure.chain[0]))
     return height, width
-
-
-def head_request(remainder: Remainder, auxiliary: Auxiliary, method: "Method") -> dict[str, Any]:
-    """What a task's ``head`` and ``head_cost`` are asked for: the head behind an auxiliary network."""
-    structure = remainder.structure
-    source = None if remainder.predicts else {key: node.meta["value"] for key, node in remainder.outputs.items()}
-    return {"outputs": auxiliary.outputs, "source": source, "levels": remainder.levels, "style": method.head,
-            "width": method.width, "image": image_size(structure)}

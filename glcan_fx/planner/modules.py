@@ -8,9 +8,9 @@ from torch import fx
 
 from glcan_fx.auxiliary.builder import Auxiliary
 from glcan_fx.auxiliary.features import Feature
-from glcan_fx.auxiliary.method import Method
+from glcan_fx.auxiliary.method import Method, head_request
 from glcan_fx.auxiliary.network import auxiliary_network, readable
-from glcan_fx.auxiliary.remainder import Remainder, head_request, image_size, levels_of, remainder_of
+from glcan_fx.auxiliary.remainder import Remainder, image_size, levels_of, remainder_of
 from glcan_fx.errors import PlanError
 from glcan_fx.layers import Cost, weights_in
 from glcan_fx.plans.plan import Block, LocalModule, Plan

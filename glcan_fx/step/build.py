@@ -9,8 +9,9 @@ import torch
 from torch import fx, nn
 
 from glcan_fx.auxiliary.builder import Auxiliary
+from glcan_fx.auxiliary.method import head_request
 from glcan_fx.auxiliary.network import auxiliary_network, readable
-from glcan_fx.auxiliary.remainder import head_request, levels_of, remainder_of
+from glcan_fx.auxiliary.remainder import levels_of, remainder_of
 from glcan_fx.capture.shadow import cuda_devices, fake_copy, replicate
 from glcan_fx.errors import PlanError
 from glcan_fx.plans.plan import Plan

@@ -9,7 +9,7 @@ arrives (1 / accumulation steps, a GradScaler's scale, a weight) and hands them 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,20 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from glcan_fx.errors import CriterionError, UnsupportedError
-
-if TYPE_CHECKING:
-    from glcan_fx.step.optimizer_in_forward import OptimizerInForward
 from glcan_fx.step.learning import Watch, is_half
 from glcan_fx.step.output import total
+
+
+class Stepping(Protocol):
+    """An optimizer that steps a local module's parameters as soon as their gradients exist."""
+
+    def refuse_used_again(self, losses: Sequence[Tensor]) -> None: ...
+
+    def take(
+        self, part: "LocalBackward", parameters: Sequence[Tensor], gradients: list[Tensor | None]
+    ) -> list[bool]: ...
+
+    def arrived(self, part: "LocalBackward", gradient: Tensor) -> None: ...
 
 
 class HandOver(torch.autograd.Function):
@@ -120,7 +129,7 @@ class LocalBackward(nn.Module):
         self.watch = Watch(name)
         self.delivered: list[bool] = []  # of the last step: [False], [True] after its backward, [] when there was none
         self.__dict__["scaler"] = scale  # registered once, beside the local modules
-        self.optimizer: OptimizerInForward | None = None  # during a forward pass that steps
+        self.optimizer: Stepping | None = None  # during a forward pass that steps
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # differentiating is eager: compiled graphs end here
     def forward(self, loss: Any, *inputs: Any) -> Tensor:

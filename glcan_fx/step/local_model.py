@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -64,6 +64,8 @@ class LocalModel(nn.Module):
     task: "Task"
     aux: nn.Module
     graph: fx.Graph
+    _written_for: ClassVar[Callable[..., Any]]  # for other sizes, and whether they need one: set by variants.py, which
+    _check_new_sizes: ClassVar[Callable[..., None]]  # records again
 
     def __new__(cls, *_: Any, **__: Any) -> "LocalModel":
         """Of a class of its own, whose ``forward`` has the signature of the model's."""
@@ -143,9 +145,7 @@ class LocalModel(nn.Module):
                     for t in tensors_in(given.get(name)))
         steps = self.__dict__["_steps"]
         if key not in steps:
-            from glcan_fx.step.variants import step_for  # as in _check_sizes
-
-            made = step_for(self, given)
+            made = type(self)._written_for(self, given)
             steps[key] = self._training_step if made is None else partial(self._written(made.graph), self)
             if made is not None:
                 self._train_also(made.graph)
@@ -153,7 +153,7 @@ class LocalModel(nn.Module):
 
     def _train_also(self, graph: fx.Graph) -> None:
         """Let the local losses train what another step uses beside the parameters of the first one."""
-        for part in backwards_of(self):
+        for part in backwards_of(self.aux, self.plan.k):
             index = next(i for i, module in enumerate(self.plan.modules) if module.name == part.name)
             more = [(self.original, path) for path in targets_of(graph, index)]
             part.__dict__["trains"] = (*part.__dict__["trains"], *more)
@@ -243,7 +243,7 @@ class LocalModel(nn.Module):
         stepping = optimizer is not None and torch.is_grad_enabled()
         try:
             with private_graph() if self.plan.k > 1 else nullcontext(), \
-                    optimizer.forward(backwards_of(self)) if stepping else nullcontext():
+                    optimizer.forward(backwards_of(self.aux, self.plan.k)) if stepping else nullcontext():
                 result = step(**given)
                 if stepping:
                     optimizer.refuse_used_again(list(tensors_in(result)))
@@ -463,9 +463,12 @@ class LocalModel(nn.Module):
             raise UnsupportedError("LBFGS evaluates the loss of all parameters together, several times a step: local "
                                    "modules cannot be stepped one by one. Use another optimizer.")
         names = {id(parameter): name for name, parameter in self.named_parameters()}
-        optimizer = OptimizerInForward(inner, partial(trained_alone, self), names, max_norm)
+        optimizer = OptimizerInForward(inner, self._trained_alone, names, max_norm)
         self.__dict__["_optimizer"] = weakref.ref(optimizer)
         return optimizer
+
+    def _trained_alone(self) -> dict[str, list[Tensor]]:
+        return trained_alone(self.original, self.aux, self.graph, self.plan, self.__dict__["_parts"])
 
     def original_state_dict(self) -> dict[str, Any]:
         """The original model's state dict: what to ship."""
@@ -487,11 +490,9 @@ class LocalModel(nn.Module):
 
 
 def _check_sizes(local: "weakref.ref[LocalModel]", values: tuple[Any, ...]) -> None:
-    from glcan_fx.step.variants import check_sizes  # it records again: the one import that points up
-
     made = local()
     assert made is not None
-    check_sizes(made, values)
+    type(made)._check_new_sizes(made, values)
 
 
 @_uncompiled

@@ -1,17 +1,15 @@
 """What each local module trains, read from the graph of the training step."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, fx, nn
 
 from glcan_fx.capture.replay import Surroundings
 from glcan_fx.capture.trace import only_asked, within
 from glcan_fx.fx_utils import Parts
+from glcan_fx.plans.plan import Plan
 from glcan_fx.step.gradients import LocalBackward, parameters_of
-
-if TYPE_CHECKING:
-    from glcan_fx.step.local_model import LocalModel
 
 
 def targets_of(graph: fx.Graph, index: int) -> list[str]:
@@ -34,27 +32,29 @@ def called_by(nodes: Iterable[fx.Node]) -> list[str]:
                               or node.op == "get_attr" and not only_asked(node)))
 
 
-def backwards_of(local: "LocalModel") -> list[LocalBackward]:
-    parts: list[Any] = [local.aux.get_submodule(f"{index}.backward") for index in range(local.plan.k - 1)]
+def backwards_of(aux: nn.Module, k: int) -> list[LocalBackward]:
+    """What differentiates the local losses, but for the last one's."""
+    parts: list[Any] = [aux.get_submodule(f"{index}.backward") for index in range(k - 1)]
     return parts
 
 
-def trained_alone(local: "LocalModel") -> dict[str, list[Tensor]]:
+def trained_alone(
+    model: nn.Module, aux: nn.Module, graph: fx.Graph, plan: Plan, parts: Parts
+) -> dict[str, list[Tensor]]:
     """The parameters that a local module trains and no other part of a step uses, by its name.
 
     Others may: a criterion's, a layer that is called twice, what every module computes independently of the input,
     and the last module's, which also runs what lies outside the compiled part.
     """
-    model, plan = local.original, local.plan
-    last = targets_of(local.graph, plan.k - 1)
-    last += called_by(local.__dict__["_parts"]["tail"].nodes) if "tail" in local.__dict__["_parts"] else []
+    last = targets_of(graph, plan.k - 1)
+    last += called_by(parts["tail"].nodes) if "tail" in parts else []
     last += plan.around.behind if isinstance(plan.around, Surroundings) else []
     outside = [(model, name) for name, _ in model.named_parameters(remove_duplicate=False)
                if plan.network and not within(name, plan.network)]
-    found = [(part.name, part.__dict__["trains"]) for part in backwards_of(local)]
+    found = [(part.name, part.__dict__["trains"]) for part in backwards_of(aux, plan.k)]
     users: dict[int, set[str]] = {}
     tensors: dict[int, Tensor] = {}
-    for name, trains in [*found, ("", [*((model, path) for path in last), *outside, (local.aux, "task")])]:
+    for name, trains in [*found, ("", [*((model, path) for path in last), *outside, (aux, "task")])]:
         for parameter in parameters_of(trains):
             tensors[id(parameter)] = parameter
             users.setdefault(id(parameter), set()).add(name)

@@ -62,5 +62,9 @@ def _refused(local: LocalModel, values: Any, reason: str) -> ModelChangedError:
         "answers, or compile again for these.")
 
 
+LocalModel._written_for = staticmethod(step_for)  # a compiled model asks for it, and does not know how to record
+LocalModel._check_new_sizes = staticmethod(check_sizes)
+
+
 def _sizes(values: Any) -> str:
     return ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(values))
