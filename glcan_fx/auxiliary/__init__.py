@@ -1,0 +1,1 @@
+"""Auxiliary networks: simplified copies of the remainder of a network behind a cut."""

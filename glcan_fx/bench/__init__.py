@@ -1,0 +1,1 @@
+"""Training methods compared on one model."""

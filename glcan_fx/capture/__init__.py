@@ -1,0 +1,1 @@
+"""A call of a model on fake tensors, recorded as a graph."""

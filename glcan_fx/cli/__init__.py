@@ -1,0 +1,1 @@
+"""The command line: arguments alone; what runs lies in the other rooms."""

@@ -1,0 +1,1 @@
+"""A small detector, trained twice."""

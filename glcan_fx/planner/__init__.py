@@ -1,0 +1,1 @@
+"""The choice of a plan: what the user asks for, and what is left open."""

@@ -1,0 +1,1 @@
+"""A plan: every decision of the compiler as plain data, and as JSON."""

@@ -1,0 +1,1 @@
+"""A plan for people: text, DOT, and a page."""

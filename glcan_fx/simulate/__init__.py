@@ -1,0 +1,1 @@
+"""Training steps on fake tensors: memory and compute, without either."""

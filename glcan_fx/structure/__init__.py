@@ -1,0 +1,1 @@
+"""Where a recorded network can be cut: trunk, units, taps, layouts."""
