@@ -8,7 +8,8 @@ from torch import fx, nn
 
 from glcan_fx.capture.trace import hasattr_path, shadow
 from glcan_fx.fx_utils import Network
-from glcan_fx.layers import Cost, Moments, moments, unhooked_copy
+from glcan_fx.initialization import Moments, moments, unhooked_copy
+from glcan_fx.layers import Cost
 from glcan_fx.structure.structure import Structure
 
 

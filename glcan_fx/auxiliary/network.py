@@ -14,15 +14,8 @@ from glcan_fx.auxiliary.stage import initialize
 from glcan_fx.capture.trace import quiet, shadow
 from glcan_fx.errors import PlanError
 from glcan_fx.fx_utils import Network
-from glcan_fx.layers import (
-    Cost,
-    cost_of,
-    fit,
-    freshen,
-    not_in_place,
-    scale_gradient,
-    set_width,
-)
+from glcan_fx.initialization import freshen
+from glcan_fx.layers import Cost, cost_of, fit, not_in_place, scale_gradient, set_width
 from glcan_fx.structure.influence import reach
 from glcan_fx.structure.structure import Structure
 

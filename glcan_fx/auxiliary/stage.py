@@ -11,15 +11,14 @@ from torch.nn.utils import skip_init
 
 from glcan_fx.auxiliary.builder import Builder
 from glcan_fx.auxiliary.tails import fixed_sizes, is_map, name_of, takes_any_size
+from glcan_fx.initialization import Moments, moments
 from glcan_fx.layers import (
     ACTIVATIONS,
-    Moments,
     channel_axis,
     fits,
     inner_activation,
     is_activation,
     is_norm,
-    moments,
     narrowed,
     set_width,
 )

@@ -12,9 +12,7 @@ from torch import fx, nn
 from glcan_fx.auxiliary.builder import Builder
 from glcan_fx.auxiliary.stage import convolution
 from glcan_fx.auxiliary.tails import Tail, is_map, towers_of
-from glcan_fx.layers import (
-    moments,
-)
+from glcan_fx.initialization import moments
 from glcan_fx.structure.nodes import tensor_of
 from glcan_fx.structure.structure import Structure
 

@@ -16,9 +16,7 @@ from glcan_fx.auxiliary.stage import fixes_size_of_all, region_between, repeat, 
 from glcan_fx.auxiliary.tails import fixed_sizes
 from glcan_fx.capture.trace import is_float
 from glcan_fx.errors import PlanError
-from glcan_fx.layers import (
-    narrowed,
-)
+from glcan_fx.layers import narrowed
 from glcan_fx.structure.nodes import ancestors, is_size, tensor_of
 from glcan_fx.structure.structure import Structure
 

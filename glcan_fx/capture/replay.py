@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from glcan_fx.capture.shadow import kept_python_random, random_like, real_copy, replicate
 from glcan_fx.capture.trace import within
 from glcan_fx.errors import UnsupportedError
-from glcan_fx.layers import freshen, moments, unhooked_copy
+from glcan_fx.initialization import freshen, moments, unhooked_copy
 from glcan_fx.pytree import map_tensors
 
 Record = dict[str, list[Any]]  # what sub-modules returned, by path, in order of their calls

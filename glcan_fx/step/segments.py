@@ -20,7 +20,8 @@ from glcan_fx.capture.shadow import cuda_devices
 from glcan_fx.capture.trace import within
 from glcan_fx.errors import PlanError
 from glcan_fx.fx_utils import with_headlines
-from glcan_fx.layers import freshen, inner_activation, is_norm, moments, set_width, unhooked_copy, weights_in
+from glcan_fx.initialization import freshen, moments, unhooked_copy
+from glcan_fx.layers import inner_activation, is_norm, set_width, weights_in
 from glcan_fx.plans.plan import Plan
 from glcan_fx.pytree import map_tensors
 from glcan_fx.step.emit import register_task

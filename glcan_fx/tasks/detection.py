@@ -23,20 +23,8 @@ from torchvision.models.detection.ssd import SSDScoringHead
 from torchvision.ops import MultiScaleRoIAlign
 
 from glcan_fx.errors import PlanError, TargetError
-from glcan_fx.layers import (
-    Cost,
-    Moments,
-    cost_of,
-    fit,
-    freshen,
-    keep_outputs,
-    moments,
-    not_in_place,
-    predictors,
-    replace,
-    towers,
-    unhooked_copy,
-)
+from glcan_fx.initialization import Moments, freshen, moments, unhooked_copy
+from glcan_fx.layers import Cost, cost_of, fit, keep_outputs, not_in_place, predictors, replace, towers
 from glcan_fx.tasks.base import Task
 from glcan_fx.tasks.criteria import refuse_edits, state_of
 from glcan_fx.tasks.focal_loss import focal_loss

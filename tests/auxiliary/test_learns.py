@@ -14,7 +14,8 @@ from torchvision.models import get_model
 from torchvision.ops import StochasticDepth
 
 import glcan_fx
-from glcan_fx.layers import freshen, set_width
+from glcan_fx.initialization import freshen
+from glcan_fx.layers import set_width
 
 
 def batch(index: int, size: int = 32, count: int = 8) -> tuple[Tensor, Tensor]:
