@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from glcan_fx import __version__
-from glcan_fx.bench.methods import COMPILE_BUDGET, PRECISION, Job
+from glcan_fx.bench.job import Job
+from glcan_fx.bench.measured import COMPILE_BUDGET, PRECISION
 from glcan_fx.bench.rows import EXPLAINED, Row
 from glcan_fx.files import replacing, write
 from glcan_fx.models.presets import PRESETS

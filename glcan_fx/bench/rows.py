@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from glcan_fx.bench.methods import Job
+    from glcan_fx.bench.job import Job
 
 METHODS = {
     "bp": "backpropagation",

@@ -17,7 +17,7 @@ from glcan_fx.cli.arguments import add_model
 from glcan_fx.models.presets import PRESETS, Preset
 
 if TYPE_CHECKING:
-    from glcan_fx.bench.methods import Job
+    from glcan_fx.bench.job import Job
 
 EPILOG = """examples:
   glcan-fx bench tiny
@@ -104,7 +104,7 @@ def _job(args: argparse.Namespace) -> tuple[Job, list[str]]:
     """What to do: the options, the preset's choices, the defaults."""
     import torch
 
-    from glcan_fx.bench.methods import Job
+    from glcan_fx.bench.job import Job
 
     preset = PRESETS.get(args.target) or Preset(args.target, tuple(args.input or ()), args.task)
     job = Job(

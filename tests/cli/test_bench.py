@@ -14,7 +14,9 @@ from torchvision.models.resnet import BasicBlock, ResNet
 for package in ("tqdm", "rich", "matplotlib"):
     pytest.importorskip(package)
 
-from glcan_fx.bench.methods import PREPARE, Elsewhere, Job, Skipped, at_batch, largest, measured
+from glcan_fx.bench.job import Job, Skipped, at_batch
+from glcan_fx.bench.measured import largest, measured
+from glcan_fx.bench.peers import PREPARE, Elsewhere
 from glcan_fx.cli import arguments, bench
 from glcan_fx.cli import main as cli
 from glcan_fx.peak_memory import PeakMemory

@@ -213,7 +213,7 @@ def test_records_and_pictures_on_a_full_disk(tmp_path):
     from matplotlib.figure import Figure
 
     from glcan_fx.bench import report as bench_report
-    from glcan_fx.bench.methods import Job
+    from glcan_fx.bench.job import Job
     from glcan_fx.bench.rows import Row
     from glcan_fx.demo import report as demo_report
 
