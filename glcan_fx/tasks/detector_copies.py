@@ -1,0 +1,155 @@
+"""Lighter copies of a detector behind its backbone: fewer levels, towers, channels and predictions."""
+
+import copy
+import math
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.ssd import SSDScoringHead
+from torchvision.ops import MultiScaleRoIAlign
+
+from glcan_fx.errors import PlanError
+from glcan_fx.initialization import Moments, moments, unhooked_copy
+from glcan_fx.layers import Cost, cost_of, fit, keep_outputs, not_in_place, predictors, replace, towers
+from glcan_fx.tasks.detector_head import BEFORE, DetectorHead
+
+EXAMPLE = 320  # pixels: large enough for every torchvision detector's coarsest level
+
+
+@dataclass(frozen=True)
+class Template:
+    """The detector behind its backbone, made lighter; what its copies are drawn from; what they cost."""
+
+    detector: nn.Module
+    moments: Moments
+    per_image: Cost
+    per_place: dict[str, float]  # saved, flops
+
+
+def make_template(
+    model: nn.Module, outputs: dict[str, Tensor], source: dict[str, Tensor], levels: Sequence[int], style: str,
+    width: float, image: tuple[int, int],
+) -> Template:
+    """Copy the detector without transform and backbone, on ``levels``.
+
+    The layers to leave out and the layers to keep are found by running the copy, on small random features.
+    """
+    detector = copy.copy(model)
+    detector.__dict__["_modules"] = {k: v for k, v in model._modules.items() if k not in BEFORE}
+    detector = unhooked_copy(detector).cpu().train()
+    not_in_place(detector)
+    _select_levels(detector, levels, list(outputs))
+    source_moments = moments(detector)
+    head = DetectorHead(detector)
+    images, targets, scale = example_of(model, outputs, image)
+    with torch.random.fork_rng(devices=[]):
+        full, narrow = random_features(source, scale), random_features(outputs, scale)
+        if style != "full" or width < 1:
+            if style == "lean":
+                _one_prediction_each(detector, predictors(detector, head(full, images, targets)))
+                source_moments = moments(detector)
+            keep = predictors(detector, head(full, images, targets))
+            if style != "full":
+                for path in towers(detector, lambda: head(full, images, targets)):
+                    if not any(part in keep for part in detector.get_submodule(path).modules()):
+                        replace(detector, path, nn.Identity())
+            fit(detector, lambda: head(narrow, images, targets), width, keep)
+        # a part grows with the positions, a part (sampled regions) only with the images: two sizes tell them apart
+        large, _ = cost_of(detector, lambda: head(narrow, images, targets))
+        smaller = random_features(outputs, 2 * scale)
+        images, targets, _ = example_of(model, outputs, image, 2 * scale)
+        small, _ = cost_of(detector, lambda: head(smaller, images, targets))
+    places, fewer = positions_of(narrow), positions_of(smaller)
+    per_place = {name: max(0.0, (getattr(large, name) - getattr(small, name)) / max(1, places - fewer))
+                 for name in ("saved", "flops")}
+    rest = {name: round(max(0.0, getattr(large, name) - per_place[name] * places) / 2) for name in per_place}
+    return Template(detector, source_moments, Cost(large.parameters, **rest), per_place)
+
+
+def _one_prediction_each(detector: nn.Module, predictors: Set[nn.Module]) -> None:
+    """Leave one anchor at each position, of middle size and nearest to a square, and its share of the predictions."""
+    own: Any = getattr(detector, "select_anchor", None)
+    if callable(own):
+        own()
+        return
+    dense = set(getattr(detector, "rpn", detector).modules())  # region-based heads predict for regions, not positions
+    for part in detector.modules():
+        if isinstance(part, AnchorGenerator):
+            count = part.num_anchors_per_location()[0]
+            sizes = tuple((sorted(level)[len(level) // 2],) for level in part.sizes)
+            ratios = tuple((min(level, key=lambda ratio: abs(math.log(ratio))),) for level in part.aspect_ratios)
+            part.sizes, part.aspect_ratios = sizes, ratios
+            part.cell_anchors = [part.generate_anchors(*pair) for pair in zip(sizes, ratios, strict=True)]
+            for layer in dense & predictors if count > 1 else ():
+                if isinstance(layer, nn.Conv2d) and layer.out_channels % count == 0:
+                    share = layer.out_channels // count
+                    keep_outputs(layer, slice(count // 2 * share, (count // 2 + 1) * share))
+
+
+def positions_of(features: dict[str, Tensor]) -> int:
+    return sum(value.shape[0] * math.prod(value.shape[2:]) for value in features.values())
+
+
+def random_features(like: dict[str, Tensor], scale: int) -> dict[str, Tensor]:
+    return {key: torch.randn(2, value.shape[1], *(-(-size // scale) for size in value.shape[2:]), dtype=value.dtype)
+            for key, value in like.items()}
+
+
+def example_of(
+    model: nn.Module, outputs: dict[str, Tensor], image: tuple[int, int], scale: int | None = None
+) -> tuple[ImageList, list[dict[str, Tensor]], int]:
+    """Two images with one object each, smaller than the example's by the returned factor (at least 1)."""
+    scale = scale or max(1, max(max(value.shape[2:]) for value in outputs.values()) // 20)
+    height, width = (-(-size // scale) for size in image)
+    dtype = next(iter(outputs.values())).dtype
+    targets = [example_objects(model, height, width, torch.tensor([0.5]), dtype) for _ in range(2)]
+    return ImageList(torch.zeros(2, 3, height, width, dtype=dtype), [(height, width)] * 2), targets, scale
+
+
+def example_objects(
+    model: nn.Module, height: int, width: int, sides: Tensor, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """A target with objects in the middle of an image, of the given sizes relative to it."""
+    predictor = getattr(getattr(model, "roi_heads", None), "keypoint_predictor", None)
+    keypoints = getattr(getattr(predictor, "kps_score_lowres", None), "out_channels", 17)
+    size = torch.tensor([width, height], dtype=dtype)
+    corners = (1 - sides[:, None].to(dtype)) / 2 * size
+    label = 1 if hasattr(model, "roi_heads") else 0  # region-based detectors count the background as class 0
+    target = {"boxes": torch.cat([corners, size - corners], 1), "labels": torch.full((len(sides),), label)}
+    if getattr(getattr(model, "roi_heads", None), "mask_predictor", None) is not None:
+        target["masks"] = torch.zeros(len(sides), height, width, dtype=torch.uint8)
+        target["masks"][:, height // 4: 3 * height // 4, width // 4: 3 * width // 4] = 1
+    if predictor is not None:
+        points = torch.tensor([width / 2, height / 2, 1.0])
+        target["keypoints"] = points.expand(len(sides), keypoints, 3).clone()
+    return target
+
+
+def _select_levels(detector: nn.Module, levels: Sequence[int], names: list[str]) -> None:
+    """Keep only some feature levels: their anchors, their own predictors, their place in the RoI pooling."""
+    own: Any = getattr(detector, "select_levels", None)
+    if callable(own):
+        own(levels)
+        return
+    for part in detector.modules():
+        if isinstance(part, AnchorGenerator):
+            for attribute in ("sizes", "aspect_ratios"):
+                setattr(part, attribute, tuple(getattr(part, attribute)[index] for index in levels))
+            part.cell_anchors = [part.cell_anchors[index] for index in levels]
+        elif isinstance(part, DefaultBoxGenerator):
+            for attribute in ("aspect_ratios", "scales", "steps", "_wh_pairs"):
+                values = getattr(part, attribute)
+                if values is not None:
+                    setattr(part, attribute, [values[index] for index in levels])
+        elif isinstance(part, SSDScoringHead):
+            part.module_list = nn.ModuleList([part.module_list[index] for index in levels])
+        elif isinstance(part, MultiScaleRoIAlign):
+            part.featmap_names = [name for name in part.featmap_names if name in names]
+            part.scales = part.map_levels = None
+            if not part.featmap_names:
+                raise PlanError("levels: a region-based head needs at least one of the levels that it pools from")
