@@ -120,9 +120,9 @@ def test_context_does_not_hide_the_network(name: str) -> None:
     still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not still
     local.eval()
-    for found, expected in zip(nn_leaves(local(*values)), nn_leaves(model.eval()(*values)), strict=True):
+    for found, expected in zip(tensors_of(local(*values)), tensors_of(model.eval()(*values)), strict=True):
         assert torch.equal(found, expected)
 
 
-def nn_leaves(value: Any) -> list[Tensor]:
+def tensors_of(value: Any) -> list[Tensor]:
     return list(value.values()) if isinstance(value, dict) else [value]
