@@ -22,12 +22,37 @@ def data_inputs(trace: Trace) -> list[frozenset[fx.Node]]:
     most = max(reached.values(), default=0)
     data = [source for source in inputs if reached[source] == most]
     together = frozenset(data)
-    if most == 0 or len(data) == 1:
+    if most == 0:
         return [together]
+    joined = frozenset().union(*(_in_one_batch(trace, source, set(layers)) for source in data))
+    if joined or len(data) == 1:
+        return [together | joined]
     # a second network beside the first (siamese, two streams) is not context: auxiliary networks would copy it
     alone = [source for source in data if _is_float_input(source)
              and len(layers) - reached[source] <= _FEW * len(layers)]
     return [together, *(frozenset([source]) for source in alone)]
+
+
+def _in_one_batch(trace: Trace, data: fx.Node, layers: set[fx.Node]) -> set[fx.Node]:
+    """Other inputs of the same shape that are put into one batch with the data before its first layer: two images that
+    one encoder reads."""
+    origins: dict[fx.Node, set[fx.Node]] = {}
+    joined: set[fx.Node] = set()
+    batch = next((tensor.shape[0] for tensor in tensors_in(data.meta["value"]) if tensor.dim()), 0)
+    for node in trace.graph.nodes:
+        if node.op == "output":
+            continue
+        origins[node] = {node} if node.op == "placeholder" else set()
+        if node not in layers:
+            origins[node].update(*(origins[source] for source in node.all_input_nodes))
+        sizes = [tensor.shape[0] for tensor in tensors_in(node.meta["value"]) if tensor.dim()]
+        if data in origins[node] and len(origins[node]) > 1 and sizes and sizes[0] > batch:
+            joined |= origins[node]
+    return {source for source in joined - {data} if _shapes(source) == _shapes(data)}
+
+
+def _shapes(node: fx.Node) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for tensor in tensors_in(node.meta["value"])]
 
 
 def _is_layer(trace: Trace, node: fx.Node) -> bool:
