@@ -75,8 +75,13 @@ class PlannedModel:
         return self.simulator.memory(self.plan, optimizer, in_forward)
 
     def simulated(self) -> "PlannedModel":
-        """The same, after its memory was simulated, so that it prints: ``print(plan.simulated())``."""
-        self._simulated()
+        """The same, after its memory was simulated, so that it prints: ``print(plan.simulated())``. Where it cannot be
+        simulated, the notes say why."""
+        try:
+            self.memory  # noqa: B018 - kept
+        except PlanError as error:
+            plan = replace(self.plan, notes=(*self.plan.notes, str(error)))
+            return PlannedModel(plan, self.captured, self._options, self._simulator)
         return self
 
     def simulate(self, optimizer: OptimizerLike = "sgd", *, in_forward: bool = False) -> Estimate:

@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from glcan_fx.capture.caches import clear_caches
 from glcan_fx.capture.calls import arguments_in, erase_unused
 from glcan_fx.capture.recorder import Recorder
 from glcan_fx.capture.shadow import fake_copy, replicate
@@ -112,8 +111,8 @@ def _record(
         with quiet():
             recorder.record(tree_map_only(Tensor, convert, list(args)), tree_map_only(Tensor, convert, dict(kwargs)))
     finally:
-        if recorder.hashed_sizes:
-            clear_caches()
+        if recorder.caches:
+            recorder.caches.clear_new()
     return recorder, root
 
 

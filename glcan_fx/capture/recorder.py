@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
+from glcan_fx.capture.caches import Caches
 from glcan_fx.capture.calls import Call, arguments_in, assign, detached, erase_unused
 from glcan_fx.capture.modules import (
     argument_names,
@@ -71,7 +72,7 @@ class Recorder(TorchFunctionMode):
         self.opaque: dict[str, Opaque] = {}
         self.lost: dict[str, None] = {}
         self.nodes = Nodes(root, mode, self.stack, self.calls)
-        self.hashed_sizes = False  # whether sizes were looked up in a dict, or a cache
+        self.caches: Caches | None = None  # as they were before a size was first looked up in one
         self._paused = False
         self._noting_classes: dict[type, type] = {}
         self._paths: dict[int, list[str]] = {}
@@ -242,6 +243,10 @@ class Recorder(TorchFunctionMode):
             where, code = users_place()
             path = self.stack[-1]
             self.specialisations.setdefault((where, path), Specialisation(where, code, repr(answer), path))
+
+    def hashes(self) -> None:
+        """Note that a size was looked up in a dict, or a cache."""
+        self.caches = self.caches or Caches()
 
     def note_hooks(self, keys: Sequence[int]) -> None:
         """Calls in which a hook runs that was registered around them, while recording, cannot be made whole: it will

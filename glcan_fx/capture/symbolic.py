@@ -14,8 +14,7 @@ class Records(Protocol):
 
     def number(self, function: Callable[..., Any], *args: Any) -> Any: ...
     def ask(self, answer: Any) -> None: ...
-
-    hashed_sizes: bool
+    def hashes(self) -> None: ...
 
 
 class Number:
@@ -33,7 +32,7 @@ class Number:
         return self.value
 
     def __hash__(self) -> int:
-        self.recorder.hashed_sizes = True
+        self.recorder.hashes()
         return hash(self._asked())
 
     def __repr__(self) -> str:

@@ -74,7 +74,19 @@ class Flow:
         if end not in self.positions or start not in self.positions:
             return _is_exit(end)
         same_rank = tensor_of(start).dim() == tensor_of(end).dim()
-        return same_rank and self.positions[end] >= _GROWS * self.positions[start]
+        grows = same_rank and self.positions[end] >= _GROWS * self.positions[start]
+        return grows and not self._given_back(end)
+
+    def _given_back(self, end: fx.Node) -> bool:
+        """Whether a block, less than half of the network, only restores at ``end`` the resolution that it was given."""
+        layers = self.trace.layers
+        for call in end.meta["call"].around() if "call" in end.meta else ():
+            if not call.path or 2 * sum(within(node.meta["module"], call.path) for node in layers) >= len(layers):
+                return False
+            given = [self.positions[node] for node in call.given() if node in self.positions]
+            if given and self.positions[end] < _GROWS * min(given):
+                return True
+        return False
 
     def pools_away(self, node: fx.Node) -> bool:
         """Whether the positions are gone at ``node`` for good: neither it nor what follows has any."""

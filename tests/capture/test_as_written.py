@@ -94,6 +94,10 @@ def test_sizes_in_a_cache() -> None:
     def halves(size: int) -> tuple[int, int]:
         return size // 2, size - size // 2
 
+    @functools.cache
+    def registry() -> dict[str, int]:
+        return {}
+
     class Halves(Net):
         def features(self, x: Tensor) -> Tensor:
             x = self.stem(x)
@@ -102,8 +106,10 @@ def test_sizes_in_a_cache() -> None:
                 x = torch.cat([block(left), right], 3)
             return x
 
+    kept = registry()
     local = compiled(Halves())
     assert_trains(local)
+    assert registry() is kept
     assert all(type(size) is int for size in halves(16))  # what a recording left would be of a graph that is gone
 
 
