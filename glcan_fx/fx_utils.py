@@ -1,6 +1,7 @@
 """fx graphs as plain data, so that what holds one can be saved and loaded without tracing it again."""
 
 import importlib
+import linecache
 import sys
 from dataclasses import dataclass
 from functools import reduce
@@ -73,6 +74,15 @@ def unpack(packed: Packed) -> fx.Graph:
         nodes[name].meta.update(meta)
     with_headlines(graph)
     return graph
+
+
+def function_of(graph: fx.Graph, name: str) -> Any:
+    """The function ``(self, *inputs)`` that a graph describes; ``name`` stands in tracebacks."""
+    made = graph.python_code("self")
+    space = dict(made.globals)
+    linecache.cache[name] = (len(made.src), None, made.src.splitlines(keepends=True), name)
+    exec(compile(made.src, name, "exec"), space)
+    return space["forward"]
 
 
 def with_headlines(graph: fx.Graph) -> None:

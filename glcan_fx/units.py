@@ -6,6 +6,8 @@ from glcan_fx.errors import PlanError
 
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
+_LEAST = 2**16  # bytes
+
 
 def size(count: int) -> str:
     """Bytes for people."""
@@ -15,10 +17,14 @@ def size(count: int) -> str:
 
 
 def in_bytes(budget: int | float | str) -> int:
-    """A memory budget in bytes, given as a number or as text ("6GiB", "500 MB"). Raises PlanError for anything else."""
+    """A memory budget in bytes, given as a number or as text ("6GiB", "500 MB"). Raises PlanError for anything else,
+    and for a number that can only be meant in another unit."""
     if not isinstance(budget, bool) and isinstance(budget, int | float) and budget > 0:
+        if budget < _LEAST:
+            raise PlanError(f"memory_budget={budget!r} is a number of bytes, too few for any training step: say the "
+                            f"unit, memory_budget='{budget:g}GiB' or '{budget:g}MiB'")
         return int(budget)
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", budget.lower()) if isinstance(budget, str) else None
     if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
-        raise PlanError(f"memory_budget={budget!r}: give bytes, or text such as '6GiB'")
+        raise PlanError(f"memory_budget={budget!r}: give bytes, or text such as '6GiB', or 'least'")
     return int(float(match[1]) * _UNITS[match[2]])

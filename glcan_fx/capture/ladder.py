@@ -174,7 +174,7 @@ def _asking_for_dtype(node: fx.Node, fixed: set[Any], value: Any) -> Any:
         return value
     with node.graph.inserting_before(node):
         asks = node.graph.call_function(getattr, (node.meta["dtypes"][value], "dtype"))
-    asks.meta.update({**node.meta, "value": value, "saved": 0, "storages": frozenset(), "mutates": set(),
+    asks.meta.update({**node.meta, "value": value, "saved": 0, "storages": {}, "mutates": set(),
                       "returned_by": []})
     return asks
 

@@ -96,7 +96,7 @@ class Nodes:
         """A new node at the end of the graph, with what is known of it before it runs (see ``Trace``)."""
         name = self.stack[-1].replace(".", "_") if op == "call_module" else None
         node = self.graph.create_node(op, target, args, kwargs, name=name)
-        node.meta.update(module=self.stack[-1], returned_by=[], saved=0, storages=frozenset(),
+        node.meta.update(module=self.stack[-1], returned_by=[], saved=0, storages={},
                          mutates=set(), overwritten=False, dtypes=self._asked_dtypes,
                          call=self.calls[-1] if self.calls else None,
                          dependent=any(source.meta["dependent"] for source in node.all_input_nodes))
@@ -107,7 +107,7 @@ class Nodes:
         """Note what a node stands for, so that its tensors are known."""
         node.meta.setdefault("module", "")
         node.meta.setdefault("saved", 0)
-        node.meta.setdefault("storages", frozenset())
+        node.meta.setdefault("storages", {})
         node.meta.setdefault("mutates", set())
         node.meta.setdefault("overwritten", False)
         node.meta["value"] = value if isinstance(value, Tensor) else plain_data(value)

@@ -179,7 +179,7 @@ class Recorder(TorchFunctionMode):
         if not changed and not any(True for _ in tensors_in(out)):
             return answer(out)
         node = self.nodes.create(op, target, self.nodes.argument(tuple(args)), self.nodes.argument(dict(kwargs)))
-        node.meta |= {"saved": sum(saved.values()), "storages": frozenset(saved)}
+        node.meta |= {"saved": sum(saved.values()), "storages": saved}
         if random:  # the same for all who read it
             node.meta |= {"random": True, "dependent": True}
         if not torch.is_grad_enabled():  # the same values as without no_grad, and no gradient

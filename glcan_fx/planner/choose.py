@@ -2,9 +2,9 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from typing import Literal
 
 import torch
 from torch import nn
@@ -12,29 +12,21 @@ from torch import nn
 from glcan_fx.auxiliary.method import OPEN, Method
 from glcan_fx.auxiliary.remainder import levels_of
 from glcan_fx.auxiliary.tails import ending_of
-from glcan_fx.config import K, Options
+from glcan_fx.config import K, OptimizerLike, Options
 from glcan_fx.errors import BudgetError, PlanError
 from glcan_fx.methods import DGL, GLCAN
 from glcan_fx.planner.costs import CostTable
 from glcan_fx.planner.partition import partition
-from glcan_fx.planner.search import (
-    EXTRA_MEMORY,
-    Savings,
-    allowances,
-    fewest,
-    richest,
-    with_richest,
-    within_budget,
-    within_compute,
-)
+from glcan_fx.planner.predict import Foretold, Predictor, Savings
+from glcan_fx.planner.search import ALIKE, COMPUTE, EXTRA_MEMORY, Candidate, Search, allowances, in_words
 from glcan_fx.plans.plan import Plan
 from glcan_fx.simulate.estimate import Estimate
 from glcan_fx.simulate.simulator import Simulator
-from glcan_fx.step.emit import why_not_sliced
+from glcan_fx.step.emit import sliced_tail, why_not_sliced
 from glcan_fx.structure.structure import Structure, Unit
 from glcan_fx.tasks.around import Around
 from glcan_fx.tasks.captured import Captured
-from glcan_fx.units import in_bytes
+from glcan_fx.units import in_bytes, size
 
 log = logging.getLogger("glcan_fx")
 
@@ -44,11 +36,11 @@ _SLICES = 4  # more would save little: other modules are then the peak
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks for; memory_budget: in bytes, or None."""
+    """What the user asks for; memory_budget: in bytes, the least that there is, or None."""
 
     k: K
     method: Method
-    memory_budget: int | None
+    memory_budget: int | Literal["least"] | None
     compute_budget: float | None
     options: Options
 
@@ -77,7 +69,8 @@ def request_for(
             isinstance(compute_budget, bool) or not isinstance(compute_budget, int | float) or not compute_budget > 0):
         raise PlanError(f"compute_budget={compute_budget!r}: give a training step's compute relative to "
                         "backpropagation's, such as 1.3")
-    budget = None if memory_budget is None else in_bytes(memory_budget)
+    budget: int | Literal["least"] | None = "least" if memory_budget == "least" else (
+        None if memory_budget is None else in_bytes(memory_budget))
     if budget is None and k == "auto":
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         if device.type != "cuda":
@@ -123,6 +116,9 @@ class _Choice:
         if isinstance(request.k, int | str):  # the choice of cuts is ours
             self.refused = self.table.refused(self._plain())
         self.units = [unit for unit in self.structure.units if unit.name not in self.refused]
+        self.predictor = Predictor(self.table, self._simulate, _states(request.options.optimizer),
+                                   bool(sliced_tail(self.structure, captured.task)))
+        self._candidates: dict[tuple[str, Method, float], Candidate | None] = {}
 
     def _plain(self) -> Method:
         """The richest method without hidden layers, to find out whether a network can be built at all."""
@@ -133,72 +129,191 @@ class _Choice:
         if len(self.units) == 1 and self.refused and request.k != 1:
             first = next(iter(self.refused.values()))
             raise first if request.needs_graph else NothingToCut(str(first))
-        if request.compute_budget is None:
-            return self._within_memory(self.choices)
+        if request.memory_budget is not None:
+            return self._within_memory(request.memory_budget)
+        if request.k == "fewest":
+            return self._fewest()
+        return self._planned(self._richest(request.k), self._savings)
+
+    # ---- what is asked for
+
+    def _richest(self, k: K) -> Candidate:
+        """The richest local modules that may be had. Raises BudgetError where the compute budget allows none."""
+        candidate = next(self.candidates(k))
+        budget = self.request.compute_budget
+        if budget is not None and candidate.compute > budget:
+            raise BudgetError(
+                f"compute_budget={budget:g}: with k={candidate.k} a step takes "
+                f"{math.ceil(1000 * candidate.compute) / 1000:.3f} of backpropagation's compute. Give at least that, "
+                "choose another k, or leave auxiliary networks to the planner.")
+        return candidate
+
+    def _fewest(self) -> Plan:
+        """As little memory as one local module per block takes, with as few as possible."""
+        natural = self._richest("natural")
+        plan = self._planned(natural, self._savings)
+        if natural.k <= self._least_k:
+            return plan
         try:
-            return within_compute(request.compute_budget, self.choices, self._within_memory, self._compute)
-        except BudgetError:
-            if request.k != "fewest" or request.memory_budget is not None:
-                raise
-            natural = partial(self._planned, k="natural", savings=self._savings)
-            return within_compute(request.compute_budget, self.choices, natural, self._compute)
+            least = self.predictor.learn(plan, natural.cuts).peak
+        except PlanError as error:
+            log.warning("k=%d, one local module per block: %s", plan.k, error)
+            return replace(plan, notes=(*plan.notes, f"k={plan.k}, one local module per block: {error}"))
+        search = self._search(range(self._least_k, natural.k), [self._savings], lambda savings: None)
+        limit = int(ALIKE * least)
+        found = search.within(limit) or plan
+        beside = f"as little memory as k={plan.k}, to 2 %" if found is not plan else "no fewer need as little memory"
+        tried = "; ".join(filter(None, [f"k={plan.k}: {size(least)}", search.note()]))
+        notes = [f"{_named(found)}: {beside}; simulated: {tried}", *self._exactly(search, found, limit)]
+        return replace(found, notes=(*found.notes, *notes))
+
+    def _within_memory(self, budget: int | Literal["least"]) -> Plan:
+        """The fewest local modules that a memory budget and the compute allow; where none do, the least compute that
+        the memory allows."""
+        k = None if isinstance(self.request.k, str) and self.request.k != "natural" else self.request.k
+        self._given = k
+        kinds = [self._savings]
+        if self._may_slice():
+            kinds.append(Savings(self._savings.fused, max(self._savings.slices, _SLICES)))
+        numbers = range(self._least_k, len(self.units) + 1) if k is None else [next(self.candidates(k)).k]
+        search = self._search(numbers, kinds, self._learn)
+        if budget == "least":
+            budget = int(ALIKE * search.least())
+        found = search.within(budget)
+        if found is not None:
+            notes = [f"memory budget {size(budget)}; simulated: {search.note()}"]
+            return replace(found, notes=(*found.notes, *notes, *self._exactly(search, found, budget)))
+        found = search.cheapest(budget)
+        if found is None:
+            raise self._nothing_fits(search, budget)
+        compute = self._simulate(found).flops / self.simulator.backpropagation(self.request.options.optimizer).flops
+        most = self.request.compute_budget
+        asked = f"compute_budget={most:g}" if most is not None else f"{COMPUTE:g} of backpropagation's compute"
+        note = (f"memory budget {size(budget)}: nothing fits it and {asked}; this plan takes {compute:.2f}, the least "
+                f"that was found; simulated: {search.note()}")
+        if most is not None:
+            log.warning("%s", note)
+        return replace(found, notes=(*found.notes, note))
+
+    def _nothing_fits(self, search: Search, budget: int) -> BudgetError:
+        least = self._simulate(smallest := search.smallest())
+        parts = ", ".join(f"{name} {size(part)}" for name, part in sorted(least.parts.items(), key=lambda x: -x[1]))
+        return BudgetError(
+            f"no plan fits memory_budget {size(budget)}: the least found is {size(least.peak)} ({in_words(smallest)}), "
+            f"during {least.when}: {parts}. Use a smaller batch or smaller images, or give at least that budget.")
+
+    def _exactly(self, search: Search, found: Plan, limit: int) -> list[str]:
+        """What backpropagation's own gradients would take, where the plan has others."""
+        if found.k == 1 or self._least_k > 1 or isinstance(self.request.k, int | Sequence) and not isinstance(
+                self.request.k, str):
+            return []
+        exact = search.exact(limit)
+        if exact is None:
+            least = min(self.predictor.least((), found.method, savings) for savings in search.kinds)
+            return [f"exact gradients (k=1) need about {size(least)} at least, with blocks that run again"]
+        budget = math.ceil(100 * exact.compute + 1) / 100
+        return [f"exact gradients (k=1) fit the same memory at about {exact.compute:.2f} of backpropagation's compute: "
+                f"compute_budget={budget:g}"]
+
+    # ---- what there is
 
     @property
     def _savings(self) -> Savings:
-        return Savings(self.request.options.fused_loss, self.request.options.slices)
+        options, task = self.request.options, self.captured.task
+        return Savings(options.fused_loss and task.fuses_losses(self.captured.model), options.slices)
 
-    def _within_memory(self, choices: Sequence[Method]) -> Plan:
-        """The plan that keeps the memory budget; without one, as little memory as the natural plan."""
-        request, planned = self.request, partial(self._planned, choices)
-        if request.memory_budget is not None:
-            return self._within_budget(request.memory_budget, choices)
-        if request.k == "fewest":
-            return fewest(self._savings, planned, self._simulate, least_k=2 if request.wants_auxiliary else 1)
-        return planned(request.k, self._savings)
+    @property
+    def _least_k(self) -> int:
+        return min(len(self.units), 2) if self.request.wants_auxiliary else 1
 
-    def _within_budget(self, budget: int, choices: Sequence[Method]) -> Plan:
-        task, model = self.captured.task, self.captured.model
-        averages = task.averages_images(model, levels_of(self.structure, task))
-        slices = _SLICES if averages and not why_not_sliced(self.structure, task) else 1
-        k = None if isinstance(self.request.k, str) else self.request.k
-        return with_richest(choices, lambda left: within_budget(
-            budget, len(self.units), slices, task.fuses_losses(model), partial(self._planned, left), self._simulate,
-            k=k))
+    def _may_slice(self) -> bool:
+        task = self.captured.task
+        return task.averages_images(self.captured.model, levels_of(self.structure, task)) and not why_not_sliced(
+            self.structure, task)
+
+    def _search(
+        self, numbers: Sequence[int], kinds: Sequence[Savings], learn: Callable[[Savings], None]
+    ) -> Search:
+        return Search(self.predictor, self._numbered, numbers, kinds, self._planned, self._simulate, learn,
+                      self.request.compute_budget)
+
+    def _numbered(self, k: int) -> Iterator[Candidate]:
+        return self.candidates(k if self._given is None else self._given)
+
+    _given: K | None = None
+
+    def _learn(self, savings: Savings) -> None:
+        """Simulate a step to learn from, once for each kind of savings."""
+        *_, candidate = self.candidates("natural" if self._given is None else self._given)
+        if not self.predictor.knows(candidate.cuts, savings):
+            self.predictor.learn(self._planned(candidate, savings), candidate.cuts)
 
     def _simulate(self, plan: Plan) -> Estimate:
         return self.simulator.simulate(plan, self.request.options.optimizer)
 
-    def _compute(self, plan: Plan) -> float:
-        """Compute of a plan's step relative to backpropagation's, without activation checkpointing."""
-        modules = tuple(replace(module, recompute=False) for module in plan.modules)
-        plain = self.simulator.backpropagation(self.request.options.optimizer)
-        return self._simulate(replace(plan, modules=modules)).flops / plain.flops
+    def candidates(self, k: K) -> Iterator[Candidate]:
+        """The local modules that may be planned for ``k``: with auxiliary networks that add no more compute and memory
+        than they may, the richest first; where none are, those that add the least. Raises PlanError where none can be
+        built."""
+        found = False
+        errors: list[PlanError] = []
+        for method in self.choices:
+            try:
+                candidate = self._candidate(k, method, self.allowed[method])
+            except PlanError as error:  # a layer that cannot be made narrower
+                log.debug("%s: %s", method, error)
+                errors.append(error)
+                continue
+            if candidate is not None:
+                found = True
+                yield candidate
+                if candidate.k == 1:
+                    return
+        if not found:
+            if len(errors) == len(self.choices):
+                raise errors[0]
+            yield self._least_excess(k)
+
+    def _candidate(self, k: K, method: Method, allowed: float) -> Candidate | None:
+        """The local modules with a method's auxiliary networks, unless they add more than they may."""
+        key = repr(k), method, allowed
+        if key not in self._candidates:
+            cuts = self._cuts(k, method)
+            if method.predictors == "model" and cuts and not self.table.reads_model(cuts, method):
+                raise PlanError("predictors='model': no auxiliary network ends with a layer of the shape of the "
+                                "model's last one. Remove it, or make them wider: width=1, head='light'.")
+            extra = self.table.extra(cuts, method, allowed) if cuts else 0.0
+            heavy = extra < math.inf > allowed and self.table.weight(cuts, method) > EXTRA_MEMORY
+            fits = extra < math.inf and not heavy
+            self._candidates[key] = Candidate(tuple(cuts), method, 1 + extra) if fits else None
+        return self._candidates[key]
+
+    def _least_excess(self, k: K) -> Candidate:
+        found: list[tuple[float, int, Candidate]] = []
+        for index, method in enumerate(self.choices):
+            try:
+                candidate = self._candidate(k, method, math.inf)
+            except PlanError:
+                continue
+            assert candidate is not None
+            excess = max(candidate.compute - 1 - self.allowed[method],
+                         self.table.weight(candidate.cuts, method) - EXTRA_MEMORY)
+            found.append((excess, -index, candidate))
+        return min(found, key=lambda one: one[:2])[2]
 
     def _cuts(self, k: K, method: Method) -> list[Unit]:
         return partition(self.structure, k, self.units, lambda unit: self.table.auxiliary(unit, method).saved,
                          lambda: self.table.tail.saved)
 
-    def _planned(self, choices: Sequence[Method], k: K, savings: Savings) -> Plan:
-        """The plan for a number of local modules."""
-        def excess(method: Method) -> float:
-            try:
-                cuts = self._cuts(k, method)
-                return max(self.table.extra(cuts, method) - self.allowed[method],
-                           self.table.weight(cuts, method) - EXTRA_MEMORY)
-            except PlanError as error:  # a layer that cannot be made narrower
-                log.debug("%s: %s", method, error)
-                return math.inf
-
-        method = richest(choices, excess) if len(choices) > 1 else choices[0]
-        cuts = self._cuts(k, method)
-        if method.predictors == "model" and cuts and not self.table.reads_model(cuts, method):
-            raise PlanError("predictors='model': no auxiliary network ends with a layer of the shape of the model's "
-                            "last one. Remove it, or make them wider: width=1, head='light'.")
+    def _planned(self, candidate: Candidate, savings: Savings, foretold: Foretold | None = None) -> Plan:
+        """The plan with these local modules."""
+        cuts, method = candidate.cuts, candidate.method
         modules = [*(self.table.module(unit, cuts, method) for unit in cuts), self.table.last(cuts)]
+        runs = foretold.runs if foretold else ((),) * len(modules)
         task, optimizer = self.captured.task, self.request.options.optimizer
         return Plan(
             model=type(self.captured.model).__name__, task=task.name, network=task.network(self.captured.model),
-            modules=tuple(replace(m, recompute=i in savings.recompute) for i, m in enumerate(modules)),
+            modules=tuple(replace(m, recompute=again) for m, again in zip(modules, runs, strict=True)),
             natural=tuple(unit.name for unit in self.units[:-1]), inputs=self.captured.inputs, method=method,
             fused_loss=savings.fused, slices=savings.slices, notes=self._notes(),
             report=self.structure.trace.report, around=task.around if isinstance(task, Around) else None,
@@ -207,6 +322,17 @@ class _Choice:
     def _notes(self) -> tuple[str, ...]:
         refused = (f"no cut behind '{name}': {str(error)[:200]}" for name, error in self.refused.items())
         return (*_facts(self.structure, self.captured.model), *refused)
+
+
+def _states(optimizer: OptimizerLike) -> int:
+    """How many numbers an optimizer keeps for each parameter; of one's own, momentum is taken for granted."""
+    return {"sgd": 1, "adam": 2, None: 0}.get(optimizer, 1) if isinstance(optimizer, str | None) else 1
+
+
+def _named(plan: Plan) -> str:
+    again = any(module.recompute for module in plan.modules)
+    exact = ", plain backpropagation" if not again else ", backpropagation's gradients"
+    return f"k={plan.k}{exact * (plan.k == 1)}"
 
 
 def _facts(structure: Structure, model: nn.Module) -> list[str]:

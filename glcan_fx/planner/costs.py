@@ -1,5 +1,6 @@
 """The cost of plans, from what their local modules cost: operations and weights, without simulating a step."""
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -70,11 +71,16 @@ class CostTable:
             self._steps[ends] = max(1.0, total)
         return self._steps[ends]
 
-    def extra(self, cuts: Sequence[Unit], method: Method) -> float:
+    def extra(self, cuts: Sequence[Unit], method: Method, most: float = math.inf) -> float:
         """Compute of a training step beyond backpropagation's, relative to it: what auxiliary networks take (backward
-        is twice forward), less the gradients that no longer pass a cut."""
-        auxiliary = 3 * sum(self.auxiliary(unit, method).flops for unit in cuts)
-        return (auxiliary + self.step(cuts)) / self.step() - 1
+        is twice forward), less the gradients that no longer pass a cut. Infinite above ``most``: those of further
+        modules are not built then."""
+        found = self.step(cuts) / self.step() - 1
+        for unit in cuts:
+            found += 3 * self.auxiliary(unit, method).flops / self.step()
+            if found > most:
+                return math.inf
+        return found
 
     def weight(self, cuts: Sequence[Unit], method: Method) -> float:
         """Memory of the auxiliary networks' weights, with gradients and momentum, relative to backpropagation's."""

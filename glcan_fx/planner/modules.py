@@ -1,6 +1,6 @@
 """Local modules, as a plan describes them: one function plans a module, one checks a planned one against a model."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +13,10 @@ from glcan_fx.auxiliary.network import auxiliary_network, readable
 from glcan_fx.auxiliary.remainder import Remainder, image_size, levels_of, remainder_of
 from glcan_fx.errors import PlanError
 from glcan_fx.layers import Cost, weights_in
-from glcan_fx.plans.plan import Block, LocalModule, Plan
+from glcan_fx.plans.plan import Block, LocalModule, Plan, Run
 from glcan_fx.structure.influence import reads_some
 from glcan_fx.structure.nodes import is_size
+from glcan_fx.structure.parts import parts_of
 from glcan_fx.structure.structure import Structure, Unit
 from glcan_fx.structure.trunk import unit_at
 from glcan_fx.tasks.captured import Captured
@@ -76,8 +77,21 @@ def check_plan(plan: Plan, captured: Captured) -> Plan:
     cuts = cuts_of(plan, captured)
     modules = [_check_module(costs, planned, unit, cuts, plan.method)
                for planned, unit in zip(plan.modules, cuts, strict=False)]
-    last = replace(last_module(captured, cuts), recompute=plan.modules[-1].recompute)
-    return replace(plan, modules=(*modules, last))
+    modules.append(replace(last_module(captured, cuts), recompute=plan.modules[-1].recompute))
+    for module in modules:
+        _check_runs(module, module.recompute, {name for run in module.each for name in run.blocks})
+    return replace(plan, modules=tuple(modules))
+
+
+def _check_runs(module: LocalModule, runs: Sequence[Run], known: Set[str]) -> None:
+    """Raise PlanError where an edited plan lets something run again that the module, or the run around, does not have.
+    """
+    for run in runs:
+        unknown = [name for name in run.blocks if name not in known]
+        if unknown:
+            raise PlanError(f"recompute: '{unknown[0]}' is no block of local module '{module.name}', or not of the run "
+                            f"around it, which has {', '.join(known)}.")
+        _check_runs(module, run.inside, set(run.blocks))
 
 
 def cuts_of(plan: Plan, captured: Captured) -> list[Unit]:
@@ -162,7 +176,8 @@ def last_module(captured: Captured, cuts: Sequence[Unit]) -> LocalModule:
     others = sum(p.numel() for p in structure.trace.shadow.parameters() if id(p) not in recorded)
     return LocalModule(
         **_extent(structure, cuts, last), cut=None, parameters=parameters + others, aux_parameters=0,
-        saved=saved + tail_cost(captured).saved, aux_saved=0, aux_flops=0, features=features, levels=(), sigma=())
+        saved=saved + tail_cost(captured).saved, aux_saved=0, aux_flops=0, features=features, levels=(), sigma=(),
+        behind=parts_of(structure).behind)
 
 
 def _extent(structure: Structure, cuts: Sequence[Unit], index: int) -> dict[str, Any]:

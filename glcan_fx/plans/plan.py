@@ -24,6 +24,17 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Run:
+    """Neighbouring blocks that run again in backward together: until then only what they are given is kept.
+
+    blocks: their names, in order. inside: runs of some of them, which run again once more inside.
+    """
+
+    blocks: tuple[str, ...]
+    inside: "tuple[Run, ...]" = ()
+
+
+@dataclass(frozen=True)
 class LocalModule:
     """One gradient-isolated local module, as planned.
 
@@ -33,8 +44,8 @@ class LocalModule:
     parameters: a parameter that several modules use is counted in the first of them. features: V_m, the taps its loss
     reads, those of the last module's neck and head included. levels: output levels kept, sigma: their weights (eq. 8);
     both empty where the network has no levels. saved, aux_saved: bytes kept for backward at the example size by the
-    module and by its auxiliary network, which takes aux_flops floating-point operations forward. recompute: its blocks
-    keep nothing but their inputs and run again in backward.
+    module and by its auxiliary network, which takes aux_flops floating-point operations forward. behind: of the last
+    module, the parts of neck and head. recompute: which of its blocks, and of these parts, run again in backward.
     """
 
     name: str
@@ -52,7 +63,13 @@ class LocalModule:
     features: tuple[Feature, ...]
     levels: tuple[int, ...]
     sigma: tuple[float, ...]
-    recompute: bool = False
+    behind: tuple[str, ...] = ()
+    recompute: tuple[Run, ...] = ()
+
+    @property
+    def each(self) -> tuple[Run, ...]:
+        """Every block, and every part of neck and head, as a run of its own."""
+        return tuple(Run((name,)) for name in (*(block.name for block in self.blocks), *self.behind))
 
     def headline(self, index: int) -> str:
         """What the generated code says above this module's lines."""

@@ -12,7 +12,7 @@ from glcan_fx.errors import PlanError
 from glcan_fx.methods import METHODS
 from glcan_fx.tasks import Spec
 
-_FORMAT, _VERSION = "glcan_fx.plan", 5
+_FORMAT, _VERSION = "glcan_fx.plan", 6
 
 _P = TypeVar("_P")
 

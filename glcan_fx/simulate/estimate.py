@@ -49,7 +49,7 @@ class Estimate:
     convolutions, matrix products and attention, forward and backward. live: live bytes over the step, thinned out: the
     most in each of 400 parts in which equally many bytes are allocated and released, which stands for time. kept: of
     each local module, the bytes of its own activations and those of its auxiliary network and loss that are live when
-    its backward begins; its input counts for the module that made it.
+    its backward begins; its input counts for the module that made it. start: bytes that are live when the step begins.
     """
 
     peak: int
@@ -59,6 +59,7 @@ class Estimate:
     flops: int
     live: tuple[int, ...] = field(default=(), compare=False, repr=False)
     kept: tuple[tuple[int, int], ...] = ()
+    start: int = 0
 
     def share(self, module: int) -> float:
         """A local module's part of the step's operations, its auxiliary network's included; from 0 to 1."""
@@ -229,7 +230,7 @@ def _account(log: Log, flops: int, names: Sequence[str]) -> Estimate:
             timeline.append(Phase(_readable(phase, names), _module(phase, names), max(live[start:end], default=0),
                                   after - before, moved[min(start - begin, len(moved) - 1)] / max(1, moved[-1])))
     return Estimate(peak, _readable(when, names), parts, tuple(timeline), flops, curve(live[begin:]),
-                    _kept(log, names))
+                    _kept(log, names), live[begin - 1] if begin else 0)
 
 
 def _kept(log: Log, names: Sequence[str]) -> tuple[tuple[int, int], ...]:

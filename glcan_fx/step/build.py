@@ -110,8 +110,8 @@ def _emitted(plan: Plan, captured: Captured, ends: list[fx.Node], auxiliaries: S
         raise PlanError(f"slices={plan.slices}: {reason}. Use slices=1.")
     outputs = _outputs(structure, task)
     comments = [module.headline(index) for index, module in enumerate(plan.modules)]
-    again = {index for index, module in enumerate(plan.modules) if module.recompute}
-    if ends or again or plan.slices > 1:
+    again = [module.recompute for module in plan.modules]
+    if ends or any(again) or plan.slices > 1:
         return emit(structure, ends, auxiliaries, task, comments, outputs, slices=plan.slices, recomputed=again)
     return emit_whole(structure, task, comments[0], outputs, isinstance(plan.inputs, dict), plan.network)
 

@@ -18,11 +18,11 @@ from glcan_fx.pytree import plain_data
 
 
 class Label(NamedTuple):
-    """What must be the same of all that a whole call computes: its local module, its block where blocks run again, and
-    whether it is the tail that runs slice by slice."""
+    """What must be the same of all that a whole call computes: its local module, the runs of blocks that run again that
+    it lies in, outermost first, and whether it is the tail that runs slice by slice."""
 
     module: int
-    block: Any = None
+    runs: tuple[int, ...] = ()
     tail: bool = False
 
 
@@ -136,7 +136,7 @@ class _Folding:
             "module": call.path.rpartition(".")[0], "returned_by": [call.path], "value": plain_data(call.value),
             "returned": call.value,
             "saved": sum(node.meta["saved"] for node in nodes), "mutates": {self.at[source] for source in outside},
-            "storages": frozenset[int]().union(*(node.meta["storages"] for node in nodes)),
+            "storages": {key: size for node in nodes for key, size in node.meta["storages"].items()},
             "random": any(node.meta.get("random") for node in nodes), "recorded": nodes,
             "overwritten": any(node.meta["overwritten"] for node in nodes if call.results.get(node) == ())}
         labels = {self.label[node] for node in nodes if node in self.label}
@@ -158,10 +158,10 @@ class _Folding:
         elif node in call.left:
             owner, _, name = call.left[node].rpartition(".")
             holder = self.graph.create_node("get_attr", owner, (), {})
-            holder.meta = {"module": owner, "mutates": set(), "saved": 0, "storages": frozenset(), "overwritten": False,
+            holder.meta = {"module": owner, "mutates": set(), "saved": 0, "storages": {}, "overwritten": False,
                            "value": None, "returned_by": []}
             self.at[node] = self.graph.create_node("call_function", left_on, (holder, name, made), {})
-            self.at[node].meta = {**node.meta, "mutates": set(), "saved": 0, "storages": frozenset()}
+            self.at[node].meta = {**node.meta, "mutates": set(), "saved": 0, "storages": {}}
         else:  # made again of what there is
             for source in node.all_input_nodes:
                 if source in nodes and not (node.target is after_change and source is not node.args[0]):
@@ -180,7 +180,7 @@ class _Folding:
         part = self.graph.create_node("call_function", function, (whole, key), {})
         value = function(whole.meta["returned"], key)
         part.meta = {"module": whole.meta["module"], "returned_by": [], "value": plain_data(value), "returned": value,
-                     "saved": 0, "mutates": set(), "storages": frozenset(), "overwritten": False, "derived": True}
+                     "saved": 0, "mutates": set(), "storages": {}, "overwritten": False, "derived": True}
         if whole in self.labels:
             self.labels[part] = self.labels[whole]
         return part

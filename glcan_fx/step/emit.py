@@ -6,7 +6,7 @@ use, which is what frees a module's activations, and a cached feature after its 
 """
 
 import operator
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Any
@@ -16,12 +16,17 @@ from torch import Tensor, fx, nn
 from glcan_fx.auxiliary.builder import Auxiliary
 from glcan_fx.capture.trace import Trace, is_float
 from glcan_fx.fx_utils import Parts, with_headlines
+from glcan_fx.plans.plan import Run
 from glcan_fx.step import output as passing
-from glcan_fx.step.calls import Label, whole_calls
+from glcan_fx.step.calls import Label, WholeCalls, whole_calls
 from glcan_fx.step.local_loss import LocalLoss
-from glcan_fx.structure.nodes import ancestors, common_path
+from glcan_fx.structure.nodes import ancestors
+from glcan_fx.structure.parts import parts_of
 from glcan_fx.structure.structure import Structure
 from glcan_fx.tasks import Task
+
+Readers = Mapping[fx.Node, Set[int]]
+"""The local modules, other than its own, that read each value."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class _Emitter:
 
     def __init__(
         self, structure: Structure, cuts: Sequence[fx.Node], auxiliaries: Sequence[Auxiliary], tail: Sequence[fx.Node],
-        recomputed: Set[int],
+        recomputed: Sequence[Sequence[Run]],
     ) -> None:
         self.graph = fx.Graph()
         self.trace = structure.trace
@@ -48,11 +53,11 @@ class _Emitter:
                             [*cuts, *(node for auxiliary in auxiliaries for node in auxiliary.inputs)])
         self.calls = calls
         self.opened = tuple(dict.fromkeys(call.path for call in calls.opened))
+        pool_first(structure.trace, calls, [calls.at[cut] for cut in cuts])
         self.nodes = [node for node in calls.graph.nodes if node.op != "placeholder"]
         self.cuts = [calls.at[cut] for cut in cuts]
         self.owner = {node: label.module for node, label in calls.label.items()}
         self.tail = self._tail()
-        self.pooled = pooled_activations(structure.trace, calls.graph, self.owner, self.cuts)
         self.raw: dict[fx.Node, fx.Node] = {}
         self.constant: dict[tuple[fx.Node, int], fx.Node] = {}
         self.cut: dict[fx.Node, fx.Node] = {}
@@ -86,39 +91,43 @@ class _Emitter:
         return self.read[node, module]
 
     def emit(self, node: fx.Node, module: int, read_later: bool) -> None:
-        if node in self.pooled.values():
-            return
-        activation = self.pooled.get(node)
-        if activation is None:
-            self.raw[node] = self._copy(node, module)
-        else:
-            [source] = activation.all_input_nodes
-            pooled = self._copy(node, module, self.view(source, module))
-            self.raw[node] = self._copy(activation, module, pooled)
+        self.raw[node] = self._copy(node, module)
         if read_later and node.meta["overwritten"] and is_float(node.meta["value"]):
             self.cache(node, keep=True)  # before the operation that overwrites it
 
-    def may_run_again(self, group: Sequence[fx.Node], readers: Mapping[fx.Node, Set[int]]) -> bool:
-        """Whether a block keeps something for backward, changes nothing that others see, and is the same twice (random
+    def may_run_again(self, group: Sequence[fx.Node], readers: Readers) -> bool:
+        """Whether a part keeps something for backward, changes nothing that others see, and is the same twice (random
         numbers outside torch make a module opaque)."""
         inside = set(group)
         opaque = {part.path for part in self.trace.report.opaque}
-        swapped = {*self.pooled, *self.pooled.values()}
 
         def is_opaque(node: fx.Node) -> bool:
             return any(str(part.target) in opaque for part in node.meta.get("recorded", (node,)))
 
         return sum(node.meta["saved"] for node in group) > 0 and not any(
-            not node.meta["mutates"] <= inside or node in swapped or is_opaque(node)
+            not node.meta["mutates"] <= inside or is_opaque(node)
             or node.meta["overwritten"] and (readers.get(node) or not inside.issuperset(node.users)) for node in group)
 
-    def emit_again(self, group: Sequence[fx.Node], module: int, readers: Mapping[fx.Node, Set[int]]) -> None:
-        """One call for a block, which runs again in backward."""
-        inside = set(group)
-        inputs = list(dict.fromkeys(s for node in group for s in node.all_input_nodes if s not in inside))
-        ends = [node for node in group if readers.get(node) or not inside.issuperset(node.users)]
-        name = f"block_{module}_{sum(part.startswith(f'block_{module}_') for part in self.parts)}"
-        self.parts[name] = _subgraph(group, inputs, tuple(ends))
+    def emit_all(self, nodes: Sequence[fx.Node], module: int, readers: Readers, depth: int = 0) -> None:
+        """Neighbouring nodes of one local module; runs of them that run again as one call each."""
+        for again, group in self._runs(nodes, depth):
+            if again and self.may_run_again(group, readers):
+                self.emit_again(group, module, readers, depth + 1)
+            elif again:
+                self.emit_all(group, module, readers, depth + 1)
+            else:
+                for node in group:
+                    self.emit(node, module, bool(readers.get(node)))
+
+    def _runs(self, nodes: Sequence[fx.Node], depth: int) -> list[tuple[bool, list[fx.Node]]]:
+        """Neighbouring nodes of one run at this depth, and whether they are of one."""
+        def key(node: fx.Node) -> tuple[int, ...]:
+            return self.calls.label[node].runs[depth: depth + 1]
+        return [(bool(run), list(group)) for run, group in groupby(nodes, key)]
+
+    def emit_again(self, group: Sequence[fx.Node], module: int, readers: Readers, depth: int) -> None:
+        """One call for blocks that run again in backward."""
+        name, inputs, ends = self._part(group, module, readers, depth)
         called = self.graph.create_node(
             "call_module", f"aux.{name}", tuple(self.view(node, module) for node in inputs), name=name)
         trains = [str(node.target) for node in group if node.op in ("call_module", "get_attr")]
@@ -127,13 +136,43 @@ class _Emitter:
             self.raw[node] = self.graph.create_node("call_function", operator.getitem, (called, index), name=node.name)
             self.raw[node].meta = {"local_module": module, "traced": node.name}
 
+    def _part(
+        self, group: Sequence[fx.Node], module: int, readers: Readers, depth: int
+    ) -> tuple[str, list[fx.Node], list[fx.Node]]:
+        """A part of its own for blocks that run again, in which runs at ``depth`` run again once more: its name, its
+        inputs and outputs."""
+        inside = set(group)
+        inputs = list(dict.fromkeys(s for node in group for s in node.all_input_nodes if s not in inside))
+        ends = [node for node in group if readers.get(node) or not inside.issuperset(node.users)]
+        name = f"block_{module}_{sum(part.startswith(f'block_{module}_') for part in self.parts)}"
+        self.parts[name] = graph = fx.Graph()
+        made = {node: graph.placeholder(node.name) for node in inputs}
+
+        def copy(nodes: Sequence[fx.Node], depth: int) -> None:
+            for again, some in self._runs(nodes, depth):
+                if again and self.may_run_again(some, readers):
+                    inner, given, returned = self._part(some, module, readers, depth + 1)
+                    called = graph.call_module(f"aux.{inner}", tuple(made[node] for node in given))
+                    for index, node in enumerate(returned):
+                        made[node] = graph.call_function(operator.getitem, (called, index))
+                elif again:
+                    copy(some, depth + 1)
+                else:
+                    for node in some:
+                        made[node] = graph.node_copy(node, made.__getitem__)
+                        made[node].meta = {}
+
+        copy(group, depth)
+        graph.output(tuple(made[node] for node in ends))
+        return name, inputs, ends
+
     def cache(self, node: fx.Node, **options: Any) -> None:
         if node not in self.cached:
             self.cached[node] = self.graph.create_node(
                 "call_function", passing.cache_write, (self.raw[node],), options, name=f"cache_{node.name}")
 
-    def _copy(self, node: fx.Node, module: int, given: fx.Node | None = None) -> fx.Node:
-        sources = {source: given or self.view(source, module) for source in node.all_input_nodes}
+    def _copy(self, node: fx.Node, module: int) -> fx.Node:
+        sources = {source: self.view(source, module) for source in node.all_input_nodes}
         new = self.graph.node_copy(node, lambda source: sources[source])
         if node.op == "get_attr" and str(node.target).rpartition(".")[2] in self.trace.constants:
             new.target = f"aux.constants.{str(node.target).rpartition('.')[2]}"
@@ -142,34 +181,32 @@ class _Emitter:
 
 
 def _labels(
-    structure: Structure, cuts: Sequence[fx.Node], tail: Sequence[fx.Node], recomputed: Set[int]
+    structure: Structure, cuts: Sequence[fx.Node], tail: Sequence[fx.Node], recomputed: Sequence[Sequence[Run]]
 ) -> dict[fx.Node, Label]:
     owner, sliced = structure.assign(cuts), set(tail)
-    block = _blocks(structure) if recomputed else {}
-    return {node: Label(owner[node], block.get(node) if owner[node] in recomputed else None, node in sliced)
+    part = parts_of(structure).of if any(recomputed) else {}
+    inside = [dict(_runs_of(runs)) for runs in recomputed] or [{}] * (len(cuts) + 1)
+    return {node: Label(owner[node], () if node in sliced else inside[owner[node]].get(part.get(node, ""), ()),
+                        node in sliced)
             for node in structure.dependent if node.op not in ("placeholder", "output")}
 
 
-def _blocks(structure: Structure) -> dict[fx.Node, Any]:
-    """Of every node the unit of the trunk, or the part of the neck and head, that it belongs to."""
-    owner = structure.assign([unit.end for unit in structure.units])
-    home = common_path(node for node in owner if node not in structure.trunk).split(".")
-
-    def part(node: fx.Node) -> Any:
-        path = (str(node.target) if node.op == "call_module" else node.meta["module"]).split(".")
-        return tuple(path[: len(home) + 1] if path[: len(home)] == home else path)
-
-    return {node: index if node in structure.trunk else part(node) for node, index in owner.items()}
+def _runs_of(runs: Sequence[Run], around: tuple[int, ...] = ()) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Of every block in some runs the runs that it lies in, outermost first."""
+    for index, run in enumerate(runs):
+        yield from ((name, (*around, index)) for name in run.blocks)
+        yield from _runs_of(run.inside, (*around, index))
 
 
 def emit(
     structure: Structure, cuts: Sequence[fx.Node], auxiliaries: Sequence[Auxiliary], task: Task,
-    comments: Sequence[str], outputs: Callable[[Any], Any], *, slices: int = 1, recomputed: Set[int] = frozenset(),
+    comments: Sequence[str], outputs: Callable[[Any], Any], *, slices: int = 1,
+    recomputed: Sequence[Sequence[Run]] = (),
 ) -> Emitted:
     """The graph of a training step.
 
     ``outputs`` maps the compiled part's output to what the last head is given; ``slices``: the tail and the last loss
-    run in so many slices of the batch; ``recomputed``: local modules whose blocks run again in backward.
+    run in so many slices of the batch; ``recomputed``: of each local module, the blocks that run again in backward.
     """
     out = _Emitter(structure, cuts, auxiliaries, sliced_tail(structure, task) if slices > 1 else [], recomputed)
     graph, calls = out.graph, out.calls
@@ -187,12 +224,7 @@ def emit(
     for module in range(len(cuts) + 1):
         before = len(graph.nodes)
         mine = [node for node in nodes if out.owner[node] == module]
-        for group in _groups(out, mine) if module in recomputed else [[node] for node in mine]:
-            if module in recomputed and out.may_run_again(group, readers):
-                out.emit_again(group, module, readers)
-                continue
-            for node in group:
-                out.emit(node, module, bool(readers.get(node)))
+        out.emit_all(mine, module, readers)
         if module < len(cuts):
             given: dict[str, Any] = {"inputs": tuple(inputs)} if module == 0 else {}
             losses.append(graph.create_node(
@@ -255,27 +287,32 @@ def _subgraph(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Any)
     return graph
 
 
-def _groups(out: _Emitter, nodes: Sequence[fx.Node]) -> list[list[fx.Node]]:
-    """Neighbouring nodes of one block."""
-    return [list(group) for _, group in groupby(nodes, lambda node: out.calls.label[node])]
-
-
-def pooled_activations(
-    trace: Trace, graph: fx.Graph, owner: Mapping[fx.Node, int], cuts: Sequence[fx.Node]
-) -> dict[fx.Node, fx.Node]:
-    """Max-pooling layers and the ReLU that only they read, where both are written out: pooled first, autograd keeps and
-    makes no map of the ReLU's size. Values and gradients are the same, bit for bit: a window's largest value stays its
+def pool_first(trace: Trace, calls: WholeCalls, cuts: Sequence[fx.Node]) -> None:
+    """Put max-pooling layers before the ReLU that only they read, where both are written out: autograd keeps and makes
+    no map of the ReLU's size. Values and gradients are the same, bit for bit: a window's largest value stays its
     largest, and where all are negative the gradient is 0 either way."""
-    found = {}
-    for node in graph.nodes:
-        pool = trace.module(node)
-        if isinstance(pool, nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d) and not pool.return_indices:
-            source = node.all_input_nodes[0]
-            together = owner[node] == owner.get(source) and source not in cuts
-            if together and isinstance(trace.module(source), nn.ReLU) and len(source.users) == 1 and (
-                    len(source.all_input_nodes[0].users) == 1):
-                found[node] = source
-    return found
+    for pool in list(calls.graph.nodes):
+        layer = trace.module(pool)
+        if not isinstance(layer, nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d) or layer.return_indices:
+            continue
+        [relu] = pool.all_input_nodes
+        together = calls.label[pool] == calls.label.get(relu) and relu not in cuts
+        if not together or not isinstance(trace.module(relu), nn.ReLU) or len(relu.users) > 1:
+            continue
+        [source] = relu.all_input_nodes
+        if len(source.users) > 1:
+            continue
+        pool.replace_all_uses_with(relu)
+        pool.replace_input_with(relu, source)
+        relu.replace_input_with(source, pool)
+        pool.append(relu)
+        for name in ("value", "returned_by"):
+            relu.meta[name] = pool.meta[name]
+        in_place = bool(relu.meta["mutates"])
+        relu.meta["overwritten"], pool.meta["overwritten"], source.meta["overwritten"] = (
+            pool.meta["overwritten"], in_place, False)
+        relu.meta["mutates"] = {pool} if in_place else set()
+        calls.at.update({node: relu for node, made in calls.at.items() if made is pool})
 
 
 def sliced_tail(structure: Structure, task: Task) -> list[fx.Node]:

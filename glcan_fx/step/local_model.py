@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import linecache
 import math
 import sys
 import warnings
@@ -26,7 +25,7 @@ from glcan_fx.errors import (
     UnsupportedError,
     UnusedGradientsWarning,
 )
-from glcan_fx.fx_utils import Packed, Parts, pack, unpack
+from glcan_fx.fx_utils import Packed, Parts, function_of, pack, unpack
 from glcan_fx.pytree import tensors_in
 from glcan_fx.step.arguments import signature_of, unlike
 from glcan_fx.step.gradients import LocalBackward, LossScale, parameters_of, private_graph
@@ -34,9 +33,9 @@ from glcan_fx.step.guards import Guards, Opened
 from glcan_fx.step.local_loss import Draws, LocalLoss, random_state
 from glcan_fx.step.optimizer_in_forward import OptimizerInForward, refuse_distributed
 from glcan_fx.step.output import LocalOutput, collect, reported, shape_of, total
-from glcan_fx.step.parts import ReadOnly, Recomputed, SizeCheck, Whole
+from glcan_fx.step.parts import ReadOnly, Recomputed, SizeCheck, Whole, WithAux
 from glcan_fx.step.sliced import SlicedHead
-from glcan_fx.step.trained import backwards_of, called_by, targets_of, targets_of_last, trained_alone
+from glcan_fx.step.trained import backwards_of, called_by, layers_of, targets_of, targets_of_last, trained_alone
 from glcan_fx.tasks.base import LossHead
 
 if TYPE_CHECKING:
@@ -128,11 +127,7 @@ class LocalModel(nn.Module):
 
     def _written(self, graph: fx.Graph) -> Any:
         """The function that a graph describes."""
-        made = graph.python_code("self")
-        name, space = f"<training step of {type(self.original).__name__} {id(graph):x}>", dict(made.globals)
-        linecache.cache[name] = (len(made.src), None, made.src.splitlines(keepends=True), name)  # for tracebacks
-        exec(compile(made.src, name, "exec"), space)
-        return space["forward"]
+        return function_of(graph, f"<training step of {type(self.original).__name__} {id(graph):x}>")
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _step_for(self, given: dict[str, Any]) -> Any:
@@ -563,8 +558,8 @@ def assemble(
         if "task" in aux._modules:
             trains.append((aux, "task"))
         last.add_module("backward", LocalBackward(trains, scale, plan.modules[-1].name, model))
-    bound = {name: (partial(type(fx.GraphModule(model, part, "Part")).forward, model), called_by(part.nodes))
-             for name, part in (parts or {}).items()}
+    bound = {name: (partial(function_of(part, f"<{name} of {type(model).__name__} {id(part):x}>"), WithAux(model, aux)),
+                    layers_of(parts or {}, name)) for name, part in (parts or {}).items()}
     if plan.slices > 1:
         criterion = [(aux, "task")] if "task" in aux._modules else []
         tail, behind = bound.pop("tail", (None, task.behind(model)))

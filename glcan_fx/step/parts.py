@@ -34,6 +34,16 @@ class Whole(OfModel):
         return self.__dict__["model"](*args, **kwargs)
 
 
+class WithAux:
+    """A model's attributes, with ``aux`` beside them, for parts that call others."""
+
+    def __init__(self, model: nn.Module, aux: nn.Module) -> None:
+        self.__dict__.update(_model_itself=model, aux=aux)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_model_itself"], name)
+
+
 class ReadOnly(OfModel):
     """A layer of the model, by its path, on the weights that it has at the moment: gradients pass through to what is in
     front of it, and do not train it. ``bind`` says whose."""

@@ -32,6 +32,15 @@ def called_by(nodes: Iterable[fx.Node]) -> list[str]:
                               or node.op == "get_attr" and not only_asked(node)))
 
 
+def layers_of(parts: Parts, name: str) -> list[str]:
+    """Paths of the model's modules and parameters that a part uses, those in parts inside it included."""
+    found = []
+    for path in called_by(parts[name].nodes):
+        inner = path.removeprefix("aux.")
+        found += layers_of(parts, inner) if inner in parts and path != inner else [path]
+    return list(dict.fromkeys(found))
+
+
 def backwards_of(aux: nn.Module, k: int) -> list[LocalBackward]:
     """What differentiates the local losses, but for the last one's."""
     parts: list[Any] = [aux.get_submodule(f"{index}.backward") for index in range(k - 1)]

@@ -266,7 +266,7 @@ def same(plan: glcan_fx.Plan, other: glcan_fx.Plan, model: nn.Module, inputs: An
 def test_blocks_that_run_again_change_no_bit(case: str, k: int) -> None:
     model, given, inputs, targets = CASES[case]()
     plan = glcan_fx.plan(model, k=k, **given)
-    again = plan.replace(modules=tuple(replace(module, recompute=True) for module in plan.modules))
+    again = plan.replace(modules=tuple(replace(module, recompute=module.each) for module in plan.modules))
     same(plan, again, model, inputs, targets, 0.0)
     assert "block_" in glcan_fx.transform(model, plan=again).code
 
@@ -601,7 +601,7 @@ class PowerIteration(nn.Module):
 def test_both_runs_of_a_block_begin_with_the_same_buffers() -> None:
     model, x, y = PowerIteration(), torch.randn(4, 3, 16, 16), torch.randint(10, (4,))
     plan = glcan_fx.plan(model, k=1, task="classification", example_inputs=x)
-    again = plan.replace(modules=tuple(replace(module, recompute=True) for module in plan.modules))
+    again = plan.replace(modules=tuple(replace(module, recompute=module.each) for module in plan.modules))
     assert "block_" in glcan_fx.transform(model, plan=again).code
     same(plan, again, model, x, y, 0.0)
 
@@ -655,7 +655,7 @@ def test_blocks_with_random_numbers_of_pythons_do_not_run_again() -> None:
                           nn.Linear(8, 10))
     x, y = torch.randn(4, 3, 16, 16), torch.randint(10, (4,))
     plan = glcan_fx.plan(model, k=1, task="classification", example_inputs=x)
-    again = plan.replace(modules=tuple(replace(module, recompute=True) for module in plan.modules))
+    again = plan.replace(modules=tuple(replace(module, recompute=module.each) for module in plan.modules))
     local = glcan_fx.transform(model, plan=again).train()
     for _ in range(4):
         local(x, y).loss.backward()
@@ -685,7 +685,7 @@ def test_unknown_optimizers() -> None:
 def test_recomputed_blocks_and_compile() -> None:
     model, given, x, y = classifier()
     plan = glcan_fx.plan(model, k=2, **given)
-    again = plan.replace(modules=tuple(replace(module, recompute=True) for module in plan.modules))
+    again = plan.replace(modules=tuple(replace(module, recompute=module.each) for module in plan.modules))
     local = glcan_fx.transform(model, plan=again).train()
     torch.compile(local, backend="eager")(x, y).loss.backward()
     assert all(p.grad is not None for p in local.parameters())

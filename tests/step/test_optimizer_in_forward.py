@@ -112,7 +112,7 @@ def test_savings_go_together(options):
         plan = glcan_fx.plan(model, k="natural", task="classification", example_inputs=EXAMPLE,
                              options=Options(slices=options.get("slices", 1)))
         if "recompute" in options:
-            plan = plan.replace(modules=tuple(replace(module, recompute=True) for module in plan.modules))
+            plan = plan.replace(modules=tuple(replace(module, recompute=module.each) for module in plan.modules))
         return glcan_fx.transform(model, plan=plan)
 
     local = assert_same_training(make, SGD, classes)

@@ -1,0 +1,144 @@
+"""What a plan's training step takes, foretold from one simulated step of the same model, and what would run again."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+from glcan_fx.auxiliary.method import Method
+from glcan_fx.planner.costs import CostTable
+from glcan_fx.planner.rerun import Rerun
+from glcan_fx.planner.stages import Stages
+from glcan_fx.plans.plan import Plan, Run
+from glcan_fx.simulate.estimate import Estimate
+from glcan_fx.structure.structure import Unit
+
+
+class Savings(NamedTuple):
+    """What changes no gradient and costs no operations. fused, slices: see ``config.Options``."""
+
+    fused: bool = False
+    slices: int = 1
+
+
+class Foretold(NamedTuple):
+    """A step: its compute relative to backpropagation's, and the blocks that run again in each local module."""
+
+    compute: float
+    runs: tuple[tuple[Run, ...], ...]
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """What was learned of local modules with one end. behind: bytes that the auxiliary network, or head, and loss need;
+    off: by how much a simulated step was above what is foretold; saved: what the auxiliary network keeps."""
+
+    behind: int
+    off: int
+    saved: int
+
+
+class _Part(NamedTuple):
+    """A local module: its stages, what it ends with, bytes that are live beside it, its auxiliary network's weights."""
+
+    rerun: Rerun
+    beside: int
+    start: int
+    end: int
+    unit: Unit | None
+
+
+class Predictor:
+    """Foretells steps of a model. simulate: a plan's step; states: of the optimizer, for each parameter; cut_tail:
+    whether neck and head run in slices, where there are slices."""
+
+    def __init__(
+        self, table: CostTable, simulate: Callable[[Plan], Estimate], states: int, cut_tail: bool
+    ) -> None:
+        self.table, self.structure = table, table.structure
+        self.stages = Stages(table.structure)
+        self._simulate, self._cut_tail = simulate, cut_tail
+        self._element = max((p.element_size() for p in table.structure.trace.shadow.parameters()), default=4)
+        self._each = self._element * (1 + states)
+        self._endings: dict[tuple[str | None, Savings], _Ending] = {}
+        self._reruns: dict[tuple[int, int, int, int], Rerun] = {}
+        self._fixed = self._floor = 0
+        self._order = {node: index for index, node in enumerate(self.structure.chain)}
+
+    def learn(self, plan: Plan, cuts: Sequence[Unit]) -> Estimate:
+        """Simulate a step of a plan in which nothing runs again, with ``cuts``, and learn from it. Raises PlanError
+        where it cannot be simulated."""
+        step, savings = self._simulate(plan), Savings(plan.fused_loss, plan.slices)
+        weights = sum(module.aux_parameters for module in plan.modules)
+        self._fixed = step.start - self._each * weights
+        self._floor = max((phase.peak for phase in step.timeline if phase.module is None), default=0) - step.start
+        for index, part in enumerate(self._parts(cuts, plan.method, savings, learned=False)):
+            name = part.unit.name if part.unit else None
+            rerun = part.rerun
+            phases = [phase for phase in step.timeline if phase.module == index]
+            later = max((phase.peak for phase in phases if not phase.name.startswith("forward")), default=0)
+            behind = later - step.start - part.beside - rerun.saved
+            rerun = self._rerun(part.start, part.end, behind, rerun.gradients)
+            most = max((phase.peak for phase in phases), default=0)
+            self._endings[name, savings] = _Ending(
+                max(0, behind), most - step.start - part.beside - rerun.kept_all, plan.modules[index].aux_saved)
+        return step
+
+    def knows(self, cuts: Sequence[Unit], savings: Savings) -> bool:
+        """Whether steps with these cuts can be foretold."""
+        return all((name, savings) in self._endings for name in (*(unit.name for unit in cuts), None))
+
+    def foretell(self, cuts: Sequence[Unit], method: Method, savings: Savings, limit: float) -> Foretold | None:
+        """The step with the least compute that takes no more than ``limit`` bytes; None where there is none."""
+        fixed = self._start(cuts, method)
+        if fixed + self._floor > limit:
+            return None
+        again, runs = 0.0, []
+        for part in self._parts(cuts, method, savings):
+            room = limit - fixed - part.beside - self._off(part, savings)
+            again += part.rerun.extra(room)
+            if again == float("inf"):
+                return None
+            runs.append(part.rerun.runs(room))
+        extra = self.table.extra(cuts, method) if cuts else 0.0
+        return Foretold(1 + extra + again / self.table.step(), tuple(runs))
+
+    def least(self, cuts: Sequence[Unit], method: Method, savings: Savings) -> int:
+        """The fewest bytes with which there is a step."""
+        fixed = self._start(cuts, method)
+        return fixed + max(self._floor, *(part.beside + part.rerun.least() + self._off(part, savings)
+                                          for part in self._parts(cuts, method, savings)))
+
+    def _off(self, part: _Part, savings: Savings) -> int:
+        return self._endings[part.unit.name if part.unit else None, savings].off
+
+    def _start(self, cuts: Sequence[Unit], method: Method) -> int:
+        return self._fixed + self._each * sum(self.table.auxiliary(unit, method).parameters for unit in cuts)
+
+    def _parts(
+        self, cuts: Sequence[Unit], method: Method, savings: Savings, learned: bool = True
+    ) -> list[_Part]:
+        """The local modules; what their auxiliary networks need is left out unless it was ``learned``."""
+        tail = self.stages.trunk if self._cut_tail and savings.slices > 1 else len(self.stages.names)
+        bounds = [0, *(self._stages_up_to(unit) for unit in cuts), tail]
+        found, done = [], 0
+        for (start, end), unit in zip(pairwise(bounds), (*cuts, None), strict=True):
+            cost = self.table.auxiliary(unit, method) if unit else None
+            gradients = self._element * cost.parameters if cost else 0
+            behind = 0
+            if learned:
+                ending = self._endings[unit.name if unit else None, savings]
+                behind = max(0, ending.behind + (cost.saved - ending.saved if cost else 0))
+            found.append(_Part(self._rerun(start, end, behind, gradients), self.stages.crossing(0, start) + done,
+                               start, end, unit))
+            done += gradients + sum(stage.gradients for stage in self.stages.stages[start:end])
+        return found
+
+    def _rerun(self, start: int, end: int, behind: int, gradients: int) -> Rerun:
+        key = start, end, behind, gradients
+        if key not in self._reruns:
+            self._reruns[key] = Rerun(self.stages, *key)
+        return self._reruns[key]
+
+    def _stages_up_to(self, unit: Unit) -> int:
+        return sum(self._order[other.end] <= self._order[unit.end] for other in self.structure.units)

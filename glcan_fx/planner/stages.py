@@ -1,0 +1,106 @@
+"""What the blocks of a network take in a training step: bytes for backward, gradients, and operations to run again."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import fx
+
+from glcan_fx.pytree import tensors_in
+from glcan_fx.structure.nodes import is_size
+from glcan_fx.structure.parts import parts_of
+from glcan_fx.structure.structure import Structure, multiply_adds
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A block of the trunk, or a part of neck and head. In bytes: ``saved`` is what it keeps for backward, its output
+    included; ``needs`` is that and the gradients of values at the layer where both are most; ``gradients`` are those of its
+    parameters. ``flops``: operations of its forward pass. ``since``, ``until``: a run of stages that runs again may begin with stage ``since``
+    at the latest, and must end with ``until`` at the earliest (values that are changed in place); ``again``: whether it
+    may run again at all."""
+
+    name: str
+    saved: int
+    needs: int
+    gradients: int
+    flops: float
+    since: int
+    until: int
+    again: bool
+
+
+class Stages:
+    """The stages of a network in order, the trunk's blocks first, and the values that pass from one to others."""
+
+    def __init__(self, structure: Structure) -> None:
+        self.structure = structure
+        self._parts = parts_of(structure)
+        self.names = [*self._parts.names, *self._parts.behind]
+        self.trunk = len(self._parts.names)
+        place = {name: index for index, name in enumerate(self.names)}
+        self._nodes: list[list[fx.Node]] = [[] for _ in self.names]
+        self._at: dict[fx.Node, int] = {}
+        for node in structure.trace.graph.nodes:
+            index = place.get(self._parts.of.get(node, ""))
+            if index is not None:
+                self._nodes[index].append(node)
+                self._at[node] = index
+        self._sizes: dict[int, int] = {}
+        self._made: dict[int, int] = {}
+        self._last: dict[int, int] = {}
+        self._values()
+        self.stages = [self._stage(index) for index in range(len(self.names))]
+
+    def _values(self) -> None:
+        for node, index in self._at.items():
+            if node.op in ("placeholder", "get_attr"):
+                continue
+            last = max([index, *(self._at.get(user, len(self.names)) for user in node.users if not is_size(user))])
+            for key, size in _storages(node):
+                self._sizes[key] = size
+                self._made.setdefault(key, index)
+                self._last[key] = max(self._last.get(key, index), last)
+
+    def _stage(self, index: int) -> Stage:
+        nodes, structure = self._nodes[index], self.structure
+        passed = set(self._crossing(index, index + 1))
+        kept: dict[int, int] = {}
+        needs = 0
+        for node in nodes:
+            for key, size in (*node.meta["storages"].items(), *_storages(node)):
+                if key in node.meta["storages"] or key in passed:
+                    if self._made.get(key, index) == index:  # what earlier ones made is their output
+                        kept[key] = size
+            gradients = [size for value in (node, *node.all_input_nodes) if value in self._at
+                         for _, size in _storages(value)]
+            needs = max(needs, sum(kept.values()) + sum(gradients))
+        parameters = {id(p): p for node in nodes for p in structure.trace.parameters(node) if p.requires_grad}
+        gradients = sum(p.numel() * p.element_size() for p in parameters.values())
+        opaque = {part.path for part in structure.trace.report.opaque}
+        changed = [self._at.get(source, -1) for node in nodes for source in node.meta["mutates"]]
+        over = [self._at.get(user, len(self.names)) for node in nodes if node.meta["overwritten"] for user in node.users]
+        return Stage(self.names[index], sum(kept.values()), needs, gradients,
+                     2 * multiply_adds(structure, nodes), min([index, *changed]), max([index, *over]),
+                     bool(kept) and not any(str(node.target) in opaque for node in nodes))
+
+    def _crossing(self, start: int, at: int) -> list[int]:
+        """The values made by stages ``start`` and later, before ``at``, and read by ``at`` or later ones."""
+        return [key for key, made in self._made.items() if start <= made < at <= self._last[key]]
+
+    def crossing(self, start: int, at: int) -> int:
+        """Bytes of the values that stages from ``start`` on made before ``at``, and that ``at`` or later ones read."""
+        if (start, at) not in self._known:
+            self._known[start, at] = sum(self._sizes[key] for key in self._crossing(start, at))
+        return self._known[start, at]
+
+    @cached_property
+    def _known(self) -> dict[tuple[int, int], int]:
+        return {}
+
+
+def _storages(node: fx.Node) -> Iterable[tuple[int, int]]:
+    """The memory of a node's values, by key, with its bytes."""
+    for tensor in tensors_in(node.meta.get("value")):
+        storage = tensor.untyped_storage()
+        yield storage._cdata, storage.nbytes()
