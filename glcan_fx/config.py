@@ -29,8 +29,7 @@ class Options:
     Args:
         optimizer: that memory is simulated with: "sgd" (with momentum), "adam", a function of the parameters, or None.
         example_targets: targets of one batch, to simulate a step with a criterion of your own.
-        fused_loss: compute a dense focal loss from class ids in the last module, too: the same gradients, less memory. It
-            is on unless turned off.
+        fused_loss: compute a dense focal loss from class ids in the last module, too: the same gradients, less memory.
         slices: run the last module's end (a detector's head, an upsampler, and the loss) in so many slices of the
             batch, each with its backward: the same gradients where the loss is a mean over images, which the first
             steps check.

@@ -111,7 +111,8 @@ class Rerun:
             if not self._may_run(start, way):
                 continue
             again = sum(self._flops[start:way]) + self._tie
-            found = again + _after(self._costs(way, end, last), self._stored(start, way)) + self._costs(start, way, False)
+            found = (again + _after(self._costs(way, end, last), self._stored(start, way))
+                     + self._costs(start, way, False))
             better = found < costs
             costs, ways = np.where(better, found, costs), np.where(better, way, ways)
         self._tables[key], self._ways[key] = costs, ways

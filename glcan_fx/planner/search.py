@@ -195,7 +195,6 @@ class Search:
 
 def in_words(plan: Plan) -> str:
     """A plan, in a few words."""
-    again = sum(len(run.blocks) for module in plan.modules for run in module.recompute)
-    parts = [f"k={plan.k}", *["losses from class ids"] * plan.fused_loss, *[f"{plan.slices} slices"] * (plan.slices > 1),
-             *[f"{again} block{'s' * (again > 1)} again"] * bool(again)]
-    return ", ".join(parts)
+    again = sum(len(module.again) for module in plan.modules)
+    slices = [f"{plan.slices} slices"] * (plan.slices > 1)
+    return ", ".join([f"k={plan.k}", *slices, *[f"{again} block{'s' * (again > 1)} again"] * bool(again)])

@@ -14,11 +14,13 @@ from glcan_fx.structure.structure import Structure, multiply_adds
 
 @dataclass(frozen=True)
 class Stage:
-    """A block of the trunk, or a part of neck and head. In bytes: ``saved`` is what it keeps for backward, its output
-    included; ``needs`` is that and the gradients of values at the layer where both are most; ``gradients`` are those of its
-    parameters. ``flops``: operations of its forward pass. ``since``, ``until``: a run of stages that runs again may begin with stage ``since``
-    at the latest, and must end with ``until`` at the earliest (values that are changed in place); ``again``: whether it
-    may run again at all."""
+    """A block of the trunk, or a part of neck and head.
+
+    In bytes: ``saved`` is what it keeps for backward, its output included; ``needs`` is that and the gradients of
+    values, at the layer where both are most; ``gradients`` are those of its parameters. ``flops``: operations of its
+    forward pass. ``since``, ``until``: a run of stages that runs again may begin with stage ``since`` at the latest, and
+    must end with ``until`` at the earliest (values that are changed in place); ``again``: whether it may run again.
+    """
 
     name: str
     saved: int
@@ -69,17 +71,18 @@ class Stages:
         needs = 0
         for node in nodes:
             for key, size in (*node.meta["storages"].items(), *_storages(node)):
-                if key in node.meta["storages"] or key in passed:
-                    if self._made.get(key, index) == index:  # what earlier ones made is their output
-                        kept[key] = size
-            gradients = [size for value in (node, *node.all_input_nodes) if value in self._at
-                         for _, size in _storages(value)]
-            needs = max(needs, sum(kept.values()) + sum(gradients))
+                mine = self._made.get(key, index) == index  # what earlier ones made is their output
+                if mine and (key in node.meta["storages"] or key in passed):
+                    kept[key] = size
+            of_values = sum(size for value in (node, *node.all_input_nodes) if value in self._at
+                            for _, size in _storages(value))
+            needs = max(needs, sum(kept.values()) + of_values)
         parameters = {id(p): p for node in nodes for p in structure.trace.parameters(node) if p.requires_grad}
         gradients = sum(p.numel() * p.element_size() for p in parameters.values())
         opaque = {part.path for part in structure.trace.report.opaque}
         changed = [self._at.get(source, -1) for node in nodes for source in node.meta["mutates"]]
-        over = [self._at.get(user, len(self.names)) for node in nodes if node.meta["overwritten"] for user in node.users]
+        over = [self._at.get(user, len(self.names))
+                for node in nodes if node.meta["overwritten"] for user in node.users]
         return Stage(self.names[index], sum(kept.values()), needs, gradients,
                      2 * multiply_adds(structure, nodes), min([index, *changed]), max([index, *over]),
                      bool(kept) and not any(str(node.target) in opaque for node in nodes))

@@ -71,6 +71,11 @@ class LocalModule:
         """Every block, and every part of neck and head, as a run of its own."""
         return tuple(Run((name,)) for name in (*(block.name for block in self.blocks), *self.behind))
 
+    @property
+    def again(self) -> tuple[str, ...]:
+        """The blocks and parts that run again in backward."""
+        return tuple(name for run in self.recompute for name in run.blocks)
+
     def headline(self, index: int) -> str:
         """What the generated code says above this module's lines."""
         parts = [f"local module {index}: {self.name}"]

@@ -15,7 +15,7 @@ from torch import fx
 
 from glcan_fx.errors import PlanError, UnsupportedError
 from glcan_fx.plans.plan import LocalModule, Plan
-from glcan_fx.report.table import common_prefix, heading, input_sizes, saved_bytes, span, taps
+from glcan_fx.report.table import common_prefix, heading, input_sizes, run_again, saved_bytes, span, taps
 from glcan_fx.simulate.estimate import Memory
 from glcan_fx.structure.structure import Structure
 from glcan_fx.structure.trunk import unit_at
@@ -224,7 +224,7 @@ def _module(row: _Row, prefix: str, grown: int, depth: str) -> str:
     lines.append(_text(", ".join(where)))
     each = " each" * (count > 1)
     lines.append(_text(f"{first.parameters:,} parameters{each}"))
-    lines.append(_text(f"keeps {size(row.kept[0])}{each}{', runs again' * first.recompute}"))
+    lines.append(_text(f"keeps {size(row.kept[0])}{each}{', ' * bool(first.recompute)}{run_again(first)}"))
     text = "<BR/>".join(lines)
     inner = ""
     if depth == "blocks" and blocks > 1:

@@ -18,6 +18,7 @@ from glcan_fx.report.table import (
     heading,
     legend,
     memory_text,
+    run_text,
     saved_bytes,
     settings,
     span,
@@ -97,7 +98,7 @@ def _modules(plan: Plan, memory: Memory | None, local: LocalModel | None) -> lis
             facts.append(("levels, weights", ", ".join(f"{a}: {b:g}" for a, b in zip(module.levels, module.sigma,
                                                                                        strict=True))))
         if module.recompute:
-            facts.append(("blocks", "run again in backward"))
+            facts.append(("run again in backward", "; ".join(map(run_text, module.recompute))))
         facts += [(f"block {block.name.removeprefix(prefix)}",
                    f"{'x'.join(map(str, block.shape))}, {block.parameters:,} parameters, keeps {size(block.saved)}")
                   for block in module.blocks if len(module.blocks) > 1]

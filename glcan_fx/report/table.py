@@ -9,7 +9,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from glcan_fx.plans.plan import LocalModule, Plan
+from glcan_fx.plans.plan import LocalModule, Plan, Run
 from glcan_fx.simulate.estimate import Memory
 from glcan_fx.units import size
 
@@ -135,10 +135,28 @@ def settings(plan: Plan) -> list[str]:
     savings = ["losses from class ids"] * plan.fused_loss + [f"{plan.slices} slices"] * (plan.slices > 1)
     if savings:
         lines.append(f"Last module: {', '.join(savings)}.")
-    again = [str(index) for index, module in enumerate(plan.modules) if module.recompute]
+    again = [f"{run_again(module)} in local module {index}"
+             for index, module in enumerate(plan.modules) if module.recompute]
     if again:
-        lines.append(f"Blocks run again in backward in local module{'s' * (len(again) > 1)} {', '.join(again)}.")
+        lines.append(f"In backward, {', '.join(again)}.")
     return lines
+
+
+def run_again(module: LocalModule) -> str:
+    """How many of a local module's blocks and parts run again, in words."""
+    if not module.recompute:
+        return ""
+    count, of = len(module.again), len(module.each)
+    if of == 1:
+        return "its block runs again"
+    return f"{f'all {of}' if count == of else f'{count} of {of}'} blocks run again"
+
+
+def run_text(run: Run) -> str:
+    """The blocks that run again together, those that run again once more inside in brackets."""
+    inside = f" ({'; '.join(map(run_text, run.inside))})" if run.inside else ""
+    first, last = run.blocks[0], run.blocks[-1]
+    return f"{first if first == last else f'{first} … {last}'}{inside}"
 
 
 _OPTIMIZERS = {"sgd": " with SGD and momentum", "adam": " with Adam"}

@@ -31,8 +31,8 @@ def parts_of(structure: Structure) -> PartsOf:
         groups.setdefault(".".join(path[: depth + 1]), []).append(node)
     of = {node: units[min(index, len(units) - 1)] for node, index in owner.items() if node in structure.trunk}
     behind = []
-    for path, nodes in groups.items():
-        name = common_path(nodes) or path
+    for group, nodes in groups.items():
+        name = common_path(nodes) or group
         of |= dict.fromkeys(nodes, name)
         if name and any(node.meta["saved"] for node in nodes):
             behind.append(name)
