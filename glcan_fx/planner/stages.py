@@ -18,8 +18,8 @@ class Stage:
 
     In bytes: ``saved`` is what it keeps for backward, its output included; ``needs`` is that and the gradients of
     values, at the layer where both are most; ``gradients`` are those of its parameters. ``flops``: operations of its
-    forward pass. ``since``, ``until``: a run of stages that runs again may begin with stage ``since`` at the latest, and
-    must end with ``until`` at the earliest (values that are changed in place); ``again``: whether it may run again.
+    forward pass. ``since``, ``until``: a run of stages that runs again begins with stage ``since`` at the latest, and
+    ends with ``until`` at the earliest (values that are changed in place); ``again``: whether it may run again.
     """
 
     name: str
