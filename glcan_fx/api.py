@@ -117,7 +117,7 @@ def plan(
         calls = capture_calls(model, made, inputs, TraceError(str(error)))
         return PlannedModel(plan_segments(calls, request), calls, options)
     _tell(chosen, captured.structure.units, request)
-    return PlannedModel(chosen, captured, options, simulator)
+    return PlannedModel(chosen, captured, options, simulator, request.method)
 
 
 @_one_at_a_time

@@ -6,9 +6,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from glcan_fx.auxiliary.method import Method
 from glcan_fx.config import OptimizerLike, Options
 from glcan_fx.errors import PlanError
 from glcan_fx.files import write
+from glcan_fx.planner.choose import Request, frontier_of
+from glcan_fx.planner.frontier import Point
 from glcan_fx.planner.modules import check_plan
 from glcan_fx.plans.plan import Plan
 from glcan_fx.report.dot import PICTURES, picture, plan_dot
@@ -36,10 +39,11 @@ class PlannedModel:
     """
 
     def __init__(
-        self, plan: Plan, captured: Captured | Uncaptured, options: Options, simulator: Simulator | None = None
+        self, plan: Plan, captured: Captured | Uncaptured, options: Options, simulator: Simulator | None = None,
+        method: Method | None = None
     ) -> None:
         self.plan = plan
-        self.captured, self._options = captured, options
+        self.captured, self._options, self._method = captured, options, method
         if simulator is None and isinstance(captured, Captured):
             simulator = Simulator(captured, options.example_targets)
         self._simulator = simulator
@@ -74,6 +78,20 @@ class PlannedModel:
         plan's step with ``optimizer_in_forward``."""
         return self.simulator.memory(self.plan, optimizer, in_forward)
 
+    @cached_property
+    def frontier(self) -> tuple[Point, ...]:
+        """What can be had: plans that no other is better than, in the order of exactness, then of compute, with this
+        plan, backpropagation and activation checkpointing among them. ``transform(model, plan=point.plan)`` takes one.
+
+        Every one is simulated, which takes from seconds to a minute, once. Raises PlanError where a step cannot be
+        simulated.
+        """
+        if not isinstance(self.captured, Captured):
+            raise PlanError(f"no frontier: {self.plan.model} runs as Python, and its steps cannot be simulated.")
+        method = self._method or type(self.plan.method)()
+        request = Request("fewest", method, None, None, self._options)
+        return frontier_of(self.captured, request, self.simulator, self.plan)
+
     def simulated(self) -> "PlannedModel":
         """The same, after its memory was simulated, so that it prints: ``print(plan.simulated())``. Where it cannot be
         simulated, the notes say why."""
@@ -81,7 +99,7 @@ class PlannedModel:
             self.memory  # noqa: B018 - kept
         except PlanError as error:
             plan = replace(self.plan, notes=(*self.plan.notes, str(error)))
-            return PlannedModel(plan, self.captured, self._options, self._simulator)
+            return PlannedModel(plan, self.captured, self._options, self._simulator, self._method)
         return self
 
     def simulate(self, optimizer: OptimizerLike = "sgd", *, in_forward: bool = False) -> Estimate:
@@ -104,7 +122,7 @@ class PlannedModel:
         plan = replace(self.plan, **changes)
         if isinstance(self.captured, Captured):
             plan = check_plan(plan, self.captured)
-        return PlannedModel(plan, self.captured, self._options, self._simulator)
+        return PlannedModel(plan, self.captured, self._options, self._simulator, self._method)
 
     @property
     def task_object(self) -> Task:
@@ -132,7 +150,7 @@ class PlannedModel:
 
     def _attach(self, local: LocalModel) -> None:
         """Let a compiled model's plan know the model, too."""
-        known = PlannedModel(local.plan, self.captured, self._options, self._simulator)
+        known = PlannedModel(local.plan, self.captured, self._options, self._simulator, self._method)
         known.__dict__.update({key: value for key, value in vars(self).items() if key == "memory"})
         local.__dict__["plan"] = known
 
@@ -162,10 +180,11 @@ class PlannedModel:
         return plan_dot(self.plan, self._simulated(), depth, structure)
 
     def to_html(self, depth: str | None = None) -> str:
-        """A report as one HTML page, which needs nothing else: the graph, memory over a step, the table, the code."""
+        """A report as one HTML page, which needs nothing else: the graph, memory over a step, the table, the code; with
+        the frontier where that was computed before."""
         structure = self.captured.structure if isinstance(self.captured, Captured) else None
         local = self._simulator.local(self.plan) if self._simulator else None
-        return plan_report(self.plan, self._simulated(), depth, structure, local)
+        return plan_report(self.plan, self._simulated(), depth, structure, local, self.__dict__.get("frontier", ()))
 
     def save(self, path: str | Path, *, depth: str | None = None) -> None:
         """Write the plan, as the file's ending says: .html (``to_html``), .json (``to_json``), .txt (the table), .dot,

@@ -34,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     out = parser.add_argument_group("output")
     out.add_argument("--plan", type=Path, metavar="FILE", help="show this plan (JSON) on the model, not a new one")
+    out.add_argument("--frontier", action="store_true", help="also show what can be had: memory against compute, with "
+                     "backpropagation's gradients and with local modules; takes up to a minute")
     out.add_argument("--json", action="store_true", help="print the plan as JSON instead of the table")
     out.add_argument("-o", "--output", type=_output, metavar="FILE",
                      help="write it, as the file's ending says: .html is a report that works offline; .svg, .png or "
@@ -50,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
     clashing = [name for name, value in decided.items() if value is not None]
     if clashing and args.plan is not None:
         raise LoadError(f"{', '.join(clashing)}: the plan of --plan decides that; remove it")
+    if args.frontier and args.json:
+        raise LoadError("--frontier prints a table, --json the plan alone: remove one of them")
     if args.output is not None and args.output.is_dir():
         raise OSError(f"{args.output} is a folder: name a file")
     if args.output is not None and args.output.suffix.lower() in PICTURES and shutil.which("dot") is None:
@@ -79,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
         print(plan.to_json())
     else:
         _print(plan)
+    if args.frontier:
+        _print_frontier(plan)
     if args.output is not None:
         plan.save(args.output, depth=args.depth)
         print(f"wrote {args.output}", file=sys.stderr)
@@ -102,6 +108,20 @@ def _print(plan: PlannedModel) -> None:
         print(plan_text(plan.plan, memory, notes=False))
     else:
         print_plan(plan.plan, memory, console)
+
+
+def _print_frontier(plan: PlannedModel) -> None:
+    from rich.console import Console
+
+    from glcan_fx.report.frontier import frontier_table, frontier_text
+
+    with Console(stderr=True).status("simulating what else can be had"):
+        points = plan.frontier
+    console = Console(highlight=False)
+    if console.is_terminal:
+        console.print(frontier_table(points), markup=False, emoji=False)
+    else:
+        print(frontier_text(points))
 
 
 def _print_reached(error: TraceError) -> None:

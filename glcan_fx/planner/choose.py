@@ -16,6 +16,7 @@ from glcan_fx.config import K, OptimizerLike, Options
 from glcan_fx.errors import BudgetError, PlanError
 from glcan_fx.methods import DGL, GLCAN
 from glcan_fx.planner.costs import CostTable
+from glcan_fx.planner.frontier import Point, frontier
 from glcan_fx.planner.partition import partition
 from glcan_fx.planner.predict import Foretold, Predictor, Savings
 from glcan_fx.planner.search import ALIKE, COMPUTE, EXTRA_MEMORY, Candidate, Search, allowances, in_words
@@ -32,6 +33,8 @@ log = logging.getLogger("glcan_fx")
 
 _OF_GPU = 0.9  # the rest is for library workspaces and fragmentation
 _SLICES = 4  # more would save little: other modules are then the peak
+_MUCH = 1.5  # compute, relative to backpropagation's, which with exact gradients saves most memory
+TOO_LARGE = "auxiliary networks are large"
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,11 @@ def choose(captured: Captured, request: Request, simulator: Simulator) -> Plan:
     Raises PlanError where there is none, NothingToCut where no auxiliary network can be built at all.
     """
     try:
-        return _Choice(captured, request, simulator).plan()
+        plan = _Choice(captured, request, simulator).plan()
+        for note in plan.notes:
+            if note.startswith(TOO_LARGE):
+                log.warning("%s: %s", plan.model, note)
+        return plan
     except NothingToCut as error:
         try:
             plan = _Choice(captured, replace(request, method=DGL()), simulator).plan()
@@ -99,6 +106,16 @@ def choose(captured: Captured, request: Request, simulator: Simulator) -> Plan:
             raise error from None
         note = f"auxiliary networks are decoupled greedy learning's, on each module's own output, since {error}"
         return replace(plan, notes=(*plan.notes, note))
+
+
+def frontier_of(captured: Captured, request: Request, simulator: Simulator, chosen: Plan) -> tuple[Point, ...]:
+    """The plans that no other is better than, with ``chosen``, backpropagation and activation checkpointing among them.
+    Raises PlanError where a step cannot be simulated."""
+    optimizer = request.options.optimizer
+    memory = simulator.memory(chosen, optimizer)
+    choice = _Choice(captured, replace(request, k="fewest", memory_budget=None, compute_budget=None), simulator)
+    peers = [(name, step) for name, step in memory.named() if step is not memory.plan]
+    return frontier(choice.everything(), chosen, memory.plan, peers)
 
 
 class _Choice:
@@ -135,6 +152,10 @@ class _Choice:
             return self._fewest()
         return self._planned(self._richest(request.k), self._savings)
 
+    def everything(self) -> Search:
+        """All that there is to choose from."""
+        return self._search(range(1, len(self.units) + 1), self._kinds(), self._learn)
+
     # ---- what is asked for
 
     def _richest(self, k: K) -> Candidate:
@@ -160,6 +181,7 @@ class _Choice:
             log.warning("k=%d, one local module per block: %s", plan.k, error)
             return replace(plan, notes=(*plan.notes, f"k={plan.k}, one local module per block: {error}"))
         search = self._search(range(self._least_k, natural.k), [self._savings], lambda savings: None)
+        search.most = self.request.compute_budget or max(COMPUTE, natural.compute)
         limit = int(ALIKE * least)
         found = search.within(limit) or plan
         beside = f"as little memory as k={plan.k}, to 2 %" if found is not plan else "no fewer need as little memory"
@@ -172,11 +194,8 @@ class _Choice:
         the memory allows."""
         k = None if isinstance(self.request.k, str) and self.request.k != "natural" else self.request.k
         self._given = k
-        kinds = [self._savings]
-        if self._may_slice():
-            kinds.append(Savings(self._savings.fused, max(self._savings.slices, _SLICES)))
         numbers = range(self._least_k, len(self.units) + 1) if k is None else [next(self.candidates(k)).k]
-        search = self._search(numbers, kinds, self._learn)
+        search = self._search(numbers, self._kinds(), self._learn)
         if budget == "least":
             budget = int(ALIKE * search.least())
         found = search.within(budget)
@@ -221,6 +240,13 @@ class _Choice:
     def _savings(self) -> Savings:
         options, task = self.request.options, self.captured.task
         return Savings(options.fused_loss and task.fuses_losses(self.captured.model), options.slices)
+
+    def _kinds(self) -> list[Savings]:
+        """In the order in which they are tried."""
+        kinds = [self._savings]
+        if self._may_slice():
+            kinds.append(Savings(self._savings.fused, max(self._savings.slices, _SLICES)))
+        return kinds
 
     @property
     def _least_k(self) -> int:
@@ -299,7 +325,20 @@ class _Choice:
             excess = max(candidate.compute - 1 - self.allowed[method],
                          self.table.weight(candidate.cuts, method) - EXTRA_MEMORY)
             found.append((excess, -index, candidate))
-        return min(found, key=lambda one: one[:2])[2]
+        least = min(found, key=lambda one: one[:2])[2]
+        return replace(least, note=self._too_large(least))
+
+    def _too_large(self, candidate: Candidate) -> str:
+        """That auxiliary networks are larger than they should be, in figures; nothing where they are not by much."""
+        cuts, method = candidate.cuts, candidate.method
+        weight, count = self.table.weight(cuts, method), sum(p.numel() for p in self.captured.model.parameters())
+        own = sum(self.table.auxiliary(unit, method).parameters for unit in cuts)
+        if weight <= EXTRA_MEMORY and candidate.compute <= _MUCH or len(self.choices) == 1 and own <= count:
+            return ""
+        smaller = "as was asked for" if len(self.choices) == 1 else "smaller ones cannot be built"
+        return (f"{TOO_LARGE} for k={candidate.k}: {own:,} parameters beside the model's {count:,}, which with "
+                f"gradients and momentum add {weight:.0%} to backpropagation's memory; compute "
+                f"{candidate.compute:.2f}; {smaller}. Use fewer local modules.")
 
     def _cuts(self, k: K, method: Method) -> list[Unit]:
         return partition(self.structure, k, self.units, lambda unit: self.table.auxiliary(unit, method).saved,
@@ -315,7 +354,8 @@ class _Choice:
             model=type(self.captured.model).__name__, task=task.name, network=task.network(self.captured.model),
             modules=tuple(replace(m, recompute=again) for m, again in zip(modules, runs, strict=True)),
             natural=tuple(unit.name for unit in self.units[:-1]), inputs=self.captured.inputs, method=method,
-            fused_loss=savings.fused, slices=savings.slices, notes=self._notes(),
+            fused_loss=savings.fused, slices=savings.slices,
+            notes=(*self._notes(), *[candidate.note] * bool(candidate.note)),
             report=self.structure.trace.report, around=task.around if isinstance(task, Around) else None,
             optimizer="sgd" if callable(optimizer) else optimizer)  # a plan is data
 

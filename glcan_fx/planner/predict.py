@@ -1,6 +1,7 @@
 """What a plan's training step takes, foretold from one simulated step of the same model, and what would run again."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -90,24 +91,40 @@ class Predictor:
 
     def foretell(self, cuts: Sequence[Unit], method: Method, savings: Savings, limit: float) -> Foretold | None:
         """The step with the least compute that takes no more than ``limit`` bytes; None where there is none."""
-        fixed = self._start(cuts, method)
-        if fixed + self._floor > limit:
+        compute = self.compute(cuts, method, savings, limit)
+        if compute == math.inf:
             return None
-        again, runs = 0.0, []
-        for part in self._parts(cuts, method, savings):
-            room = limit - fixed - part.beside - self._off(part, savings)
-            again += part.rerun.extra(room)
-            if again == float("inf"):
-                return None
-            runs.append(part.rerun.runs(room))
-        extra = self.table.extra(cuts, method) if cuts else 0.0
-        return Foretold(1 + extra + again / self.table.step(), tuple(runs))
+        rooms = self._rooms(cuts, method, savings, limit)
+        return Foretold(compute, tuple(rerun.runs(room) for rerun, room in rooms))
+
+    def compute(self, cuts: Sequence[Unit], method: Method, savings: Savings, limit: float) -> float:
+        """The compute of that step, relative to backpropagation's; infinite where there is none."""
+        if self._start(cuts, method) + self._floor > limit:
+            return math.inf
+        again = sum(rerun.extra(room) for rerun, room in self._rooms(cuts, method, savings, limit))
+        if again == math.inf:
+            return math.inf
+        return 1 + (self.table.extra(cuts, method) if cuts else 0.0) + again / self.table.step()
+
+    def most(self, cuts: Sequence[Unit], method: Method, savings: Savings) -> int:
+        """The bytes with which nothing runs again."""
+        return self._start(cuts, method) + max(self._floor, *(
+            part.beside + part.rerun.kept_all + self._off(part, savings)
+            for part in self._parts(cuts, method, savings)))
 
     def least(self, cuts: Sequence[Unit], method: Method, savings: Savings) -> int:
         """The fewest bytes with which there is a step."""
         fixed = self._start(cuts, method)
         return fixed + max(self._floor, *(part.beside + part.rerun.least() + self._off(part, savings)
                                           for part in self._parts(cuts, method, savings)))
+
+    def _rooms(
+        self, cuts: Sequence[Unit], method: Method, savings: Savings, limit: float
+    ) -> Iterator[tuple[Rerun, float]]:
+        """The local modules, and the bytes that each may take."""
+        fixed = self._start(cuts, method)
+        for part in self._parts(cuts, method, savings):
+            yield part.rerun, limit - fixed - part.beside - self._off(part, savings)
 
     def _off(self, part: _Part, savings: Savings) -> int:
         return self._endings[part.unit.name if part.unit else None, savings].off

@@ -38,6 +38,7 @@ _NARROWEST_DECODER = 1 / 3
 ALIKE = 1.02
 """Memory that is the same to a user, relative."""
 
+_MOST_ABOVE = 1.05  # more says nothing of other steps
 _TRIES = 3  # simulated steps for one number of local modules, whose foretold memory is off by a few per cent
 
 
@@ -55,11 +56,12 @@ def allowances(
 @dataclass(frozen=True)
 class Candidate:
     """Local modules that could be planned: where they end, their auxiliary networks, and compute without blocks that
-    run again, relative to backpropagation's."""
+    run again, relative to backpropagation's. note: for the plan."""
 
     cuts: tuple[Unit, ...]
     method: Method
     compute: float
+    note: str = ""
 
     @property
     def k(self) -> int:
@@ -74,6 +76,7 @@ class Search:
     candidates: for a number of local modules, those with auxiliary networks that may be taken, the richest first.
     numbers: of local modules, in order. kinds: of savings, in the order in which they are tried. plan: makes a plan.
     most: compute that a step may take, or None for ``COMPUTE``, or more where auxiliary networks alone need it.
+    above: by how much simulated steps in which blocks run again were above what was foretold, at most; relative.
     """
 
     predictor: Predictor
@@ -85,6 +88,7 @@ class Search:
     learn: Callable[[Savings], None]
     most: float | None
     tried: dict[str, Estimate] = field(default_factory=dict)
+    above: float = 1.0
 
     def within(self, limit: float) -> Plan | None:
         """The plan with the fewest local modules that takes at most ``limit`` bytes, and no more compute than it may;
@@ -148,13 +152,18 @@ class Search:
     def _may(self, candidate: Candidate) -> float:
         return self.most if self.most is not None else max(COMPUTE, candidate.compute)
 
-    def _numbers(self, limit: float) -> Iterator[int]:
-        """Numbers of local modules from the fewest on; above 8 in steps of a quarter, and what lies between where one
-        seems to fit."""
+    def rising(self) -> Iterator[int]:
+        """Numbers of local modules from the fewest on; above 8 in steps of a quarter."""
         below = 0
         for index, k in enumerate(self.numbers):
-            if k > 8 and k < below + max(1, below // 4) and index < len(self.numbers) - 1:
-                continue
+            if k <= 8 or k >= below + below // 4 or index == len(self.numbers) - 1:
+                yield k
+                below = k
+
+    def _numbers(self, limit: float) -> Iterator[int]:
+        """The same, with what lies between where one seems to fit."""
+        below = 0
+        for k in self.rising():
             if k > below + 1 and any(True for _ in self._fitting(k, limit, self._may)):
                 yield from (between for between in self.numbers if below < between < k)
             yield k
@@ -178,6 +187,9 @@ class Search:
         asked = limit
         for _ in range(_TRIES):
             foretold = self.predictor.foretell(candidate.cuts, candidate.method, savings, asked)
+            if foretold and asked == limit and any(foretold.runs):
+                asked = limit / self.above
+                foretold = self.predictor.foretell(candidate.cuts, candidate.method, savings, asked)
             if foretold is None or foretold.compute > may:
                 return None
             plan = self.plan(candidate, savings, foretold)
@@ -189,6 +201,8 @@ class Search:
             self.tried[in_words(plan)] = step
             if step.peak <= limit:
                 return plan
+            if any(foretold.runs):
+                self.above = min(_MOST_ABOVE, max(self.above, step.peak / asked))
             asked -= 1.1 * (step.peak - limit)
         return None
 

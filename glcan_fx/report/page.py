@@ -4,13 +4,15 @@ import html
 import json
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
 from glcan_fx.errors import UnsupportedError
+from glcan_fx.planner.frontier import Point
 from glcan_fx.plans.plan import Plan
 from glcan_fx.report.dot import colours, picture, plan_dot, usual_depth
+from glcan_fx.report.frontier import frontier_data
 from glcan_fx.report.table import (
     RIGHT,
     common_prefix,
@@ -35,12 +37,13 @@ _GRAPHS = {"stages": "modules that are alike as one", "modules": "local modules"
 
 def plan_report(
     plan: Plan, memory: Memory | None = None, depth: str | None = None, structure: Structure | None = None,
-    local: LocalModel | None = None,
+    local: LocalModel | None = None, frontier: Sequence[Point] = (),
 ) -> str:
     """The HTML of a plan's report. depth: the graph to begin with, one of ``draw.DEPTHS``.
 
     memory: the plan's simulated steps, for the curves; structure: the model's, for ``depth="operators"``; local: the
-    plan compiled, for the generated code. What is None is not shown. Raises PlanError for operators without structure.
+    plan compiled, for the generated code; frontier: for its plot. What is missing is not shown. Raises PlanError for
+    operators without structure.
     """
     shown = depth or usual_depth(plan)
     names = sorted({*_GRAPHS, shown}, key=lambda name: (name != shown, name))
@@ -54,6 +57,7 @@ def plan_report(
         "table": {"columns": [{"name": name, "align": "right" if i in RIGHT else "left"}
                               for i, name in enumerate(columns)], "rows": rows, "totals": totals},
         "modules": _modules(plan, memory, local), "memory": _memory(plan, memory),
+        "frontier": frontier_data(frontier) if frontier else None,
         "notes": [legend(plan), *settings(plan), *plan.notes], "report": plan.report.lines(plan.model),
     })
 

@@ -24,7 +24,6 @@ from glcan_fx.methods import GLCAN
 from glcan_fx.models import edsr, retinanet
 from glcan_fx.planner.costs import CostTable
 from glcan_fx.planner.partition import ModuleCost, carried, costs_of, merge
-from glcan_fx.planner.search import richest, with_richest
 from glcan_fx.structure.structure import multiply_adds
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -32,42 +31,9 @@ from train_classification import CifarResNet
 from unet import UNet
 
 
-@pytest.mark.parametrize("ending", ["mean", "decoder", "maps"])
-def test_the_richest_networks_that_fit(ending: Ending) -> None:
-    choices = GLCAN().choices(ending)
-    for best in range(len(choices)):
-        assert richest(choices, lambda options, best=best: choices.index(options) < best) == choices[best]
-    assert richest(choices, lambda options: 1.0) == choices[-1]
-    assert richest(choices, lambda options: math.inf) == choices[0]
+def test_what_is_left_open_is_to_choose() -> None:
     assert GLCAN(width=0.5, head="light").choices("maps") == [
         GLCAN(width=0.5, head="light", hidden=0, stride=s) for s in (1, 16, 32)]
-
-
-def test_leaner_lists_where_the_richest_fit_nothing() -> None:
-    """The longest list that works; where the leanest fits nothing, nothing else is tried, and the error is its own."""
-    choices = GLCAN().choices("mean")
-    asked: list[int] = []
-
-    def plan(most: int, least: int = 0) -> Any:
-        def made(left: Any) -> Any:
-            asked.append(len(left))
-            if len(left) > most:
-                raise BudgetError(f"{len(left)} do not fit")
-            if len(left) < least:
-                raise PlanError("cannot be built")
-            return len(left)
-        return with_richest(choices, made)
-
-    assert plan(len(choices)) == len(choices) and asked == [len(choices)]
-    assert 1 < plan(len(choices) - 1) < len(choices)
-    assert plan(1) == 1
-    assert plan(len(choices) - 1, 2) > 1  # the leanest cannot be built, others can
-    with pytest.raises(BudgetError, match=f"^{len(choices)} do not fit"):
-        plan(1, 2)
-    asked.clear()
-    with pytest.raises(BudgetError, match="^1 do not fit"):
-        plan(0)
-    assert asked == [len(choices), 1]
 
 
 class Scale(nn.Module):
@@ -296,7 +262,7 @@ def test_the_fewest_within_a_compute_budget_that_many_modules_keep() -> None:
     model = torchvision.models.resnet18(num_classes=10)
     given = {"task": "classification", "example_inputs": torch.empty(2, 3, 32, 32, device="meta")}
     plan = glcan_fx.plan(model, compute_budget=0.9, **given)
-    assert plan.k == 9 and plan.memory.plan.flops <= 0.9 * plan.memory.backpropagation.flops
+    assert 1 < plan.k < 9 and plan.memory.plan.flops <= 0.9 * plan.memory.backpropagation.flops
 
 
 @pytest.mark.parametrize("frozen", [[], ["conv1", "bn1", "layer1", "layer2"], ["layer3"], ["layer1.1", "fc"]])

@@ -7,6 +7,8 @@
 //   modules: [{index, name, colour, facts: [[name, text]], code, aux_code, saved, aux_saved}],   bytes, for backward
 //   memory: null or {text, steps: [{name, peak, peak_text, compute, when, parts: [[name, bytes, text]],
 //           live: [bytes], phases: [[name, start]]}]},                   start: a fraction of the step
+//   frontier: null or {title, text, columns: [text], rows: [[text]],
+//           points: [{name, k, exact, peak, compute, chosen, peer}]},    peak: bytes; compute: of backpropagation's
 //   notes: [text], report: [text]
 // }
 "use strict";
@@ -322,6 +324,110 @@
       painted = box.clientWidth;
     }).observe(box);
     return make("div", {}, legend, box);
+  }
+
+  // ---- frontier ----------------------------------------------------------------------------------------------------
+
+  /** Peak against compute: a round mark for exact gradients, a square one for local ones, a ring for what is chosen. */
+  function showFrontier({ title, text, columns, rows, points }) {
+    const section = byId("frontier");
+    section.hidden = false;
+    const box = make("div", { class: "chart" });
+    const mark = (exact, x, y, chosen) => {
+      const style = { fill: exact ? "var(--first)" : "var(--last)" };
+      const shape = exact
+        ? draw("circle", { cx: x, cy: y, r: 5, style })
+        : draw("rect", { x: x - 4.5, y: y - 4.5, width: 9, height: 9, style });
+      return chosen
+        ? draw("g", {}, shape, draw("circle", { class: "ring", cx: x, cy: y, r: 9 }))
+        : shape;
+    };
+    const sample = (exact, chosen) =>
+      draw("svg", { class: "key", viewBox: "0 0 26 20", "aria-hidden": "true" }, mark(exact, 13, 10, chosen));
+    const chosen = points.find((point) => point.chosen);
+    const legend = make(
+      "ul",
+      { class: "legend" },
+      make("li", {}, sample(true, false), "exact: backpropagation's gradients"),
+      points.some((point) => !point.exact) ? make("li", {}, sample(false, false), "local modules, by their number") : null,
+      chosen ? make("li", {}, sample(chosen.exact, true), "this plan") : null,
+    );
+
+    function paint() {
+      const width = box.clientWidth,
+        height = 340;
+      if (width === 0) return;
+      const marks = ticks(Math.max(...points.map((point) => point.peak)), 5);
+      const end = marks.at(-1)[0],
+        left = 12 + 7 * Math.max(...marks.map(([, mark]) => mark.length)),
+        bottom = height - 44,
+        top = 16;
+      const computes = points.map((point) => point.compute);
+      const low = Math.floor(Math.min(...computes) * 10 - 0.5) / 10,
+        high = Math.ceil(Math.max(...computes) * 10 + 0.5) / 10;
+      const x = (compute) => left + ((compute - low) / (high - low)) * (width - left - 24),
+        y = (bytes) => bottom - (bytes / end) * (bottom - top);
+      const svg = draw("svg", {
+        height,
+        viewBox: `0 0 ${width} ${height}`,
+        role: "img",
+        "aria-label": points.map((p, i) => `${p.name}: ${rows[i][2]} at compute ${rows[i][4]}`).join(". "),
+      });
+      for (const [bytes, mark] of marks) {
+        svg.append(
+          draw("line", { class: "grid", x1: left, x2: width - 24, y1: y(bytes), y2: y(bytes) }),
+          draw("text", { x: left - 8, y: y(bytes) + 4, "text-anchor": "end" }, mark),
+        );
+      }
+      for (let tenth = Math.round(low * 10); tenth <= Math.round(high * 10); tenth++) {
+        svg.append(draw("text", { x: x(tenth / 10), y: bottom + 16, "text-anchor": "middle" }, (tenth / 10).toFixed(1)));
+      }
+      svg.append(
+        draw("text", { x: (left + width) / 2, y: bottom + 36, "text-anchor": "middle" }, "compute of a step, relative to backpropagation's"),
+      );
+      const placed = [];
+      points.forEach((point, i) => {
+        const at = mark(point.exact, x(point.compute), y(point.peak), point.chosen);
+        at.append(draw("title", {}, `${point.name}: ${rows[i][2]}, compute ${rows[i][4]}`));
+        svg.append(at);
+        const name = point.peer ? point.name : point.exact ? "" : `k=${point.k}`;
+        if (!name) return;
+        const before = point.compute > (low + high) / 2 + 0.1,
+          wide = 6.6 * name.length;
+        const start = before ? x(point.compute) - 12 - wide : x(point.compute) + 12,
+          height = y(point.peak) + 4;
+        const covers = ([from, to, other]) => start < to && start + wide > from && Math.abs(other - height) < 13;
+        if (placed.some(covers)) return;
+        placed.push([start, start + wide, height]);
+        svg.append(
+          draw("text", { class: "name", x: before ? start + wide : start, y: height, "text-anchor": before ? "end" : "start" }, name),
+        );
+      });
+      box.replaceChildren(svg);
+    }
+    let painted = 0;
+    new ResizeObserver(() => {
+      if (box.clientWidth !== painted) paint();
+      painted = box.clientWidth;
+    }).observe(box);
+    const head = make("tr", {}, ...columns.map((name) => make("th", {}, name)));
+    const lines = rows.map((cells) => make("tr", {}, ...cells.map((cell) => make("td", {}, cell))));
+    section.append(
+      make("h2", {}, title),
+      make("p", { class: "hint" }, text),
+      legend,
+      box,
+      make(
+        "details",
+        {},
+        make("summary", {}, "The plot's figures"),
+        make(
+          "div",
+          { class: "scroll" },
+          make("table", { class: "facts-table" }, make("thead", {}, head), make("tbody", {}, ...lines)),
+        ),
+      ),
+    );
   }
 
   // ---- selection ---------------------------------------------------------------------------------------------------
@@ -841,6 +947,7 @@
   byId("columns").hidden = false;
   byId("columns").classList.toggle("plain", !data.modules.length);
   if (data.memory) showMemory(data.memory);
+  if (data.frontier) showFrontier(data.frontier);
   if (data.modules.length) {
     listeners.push(showDetails);
     showDetails();

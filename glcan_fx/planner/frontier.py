@@ -1,0 +1,116 @@
+"""The frontier: what a training step takes at least, by exactness and compute, so that a user sees what can be had."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from glcan_fx.errors import PlanError
+from glcan_fx.planner.predict import Savings
+from glcan_fx.planner.search import Candidate, Search, in_words
+from glcan_fx.plans.plan import Plan
+from glcan_fx.simulate.estimate import Estimate
+
+COMPUTES = (1.0, 1.05, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5)
+"""Compute that is looked at, relative to backpropagation's."""
+
+_WORTH = 0.95  # memory of a point that is looked at, as foretold, relative to that of each more exact or cheaper one
+_CLEARLY = 0.97  # the same, as simulated
+_SAME = 0.004  # of compute
+_PART = 0.01  # of memory, to which limits are found
+
+
+@dataclass(frozen=True)
+class Point:
+    """A plan of the frontier, or what it replaces.
+
+    name: in words. k: local modules. exact: whether gradients are backpropagation's. peak: bytes of a training step,
+    and compute relative to backpropagation's, both simulated. chosen: whether it is the plan at hand. plan: to pass to
+    ``transform(plan=...)``; None for backpropagation and activation checkpointing.
+    """
+
+    name: str
+    k: int
+    exact: bool
+    peak: int
+    compute: float
+    chosen: bool = False
+    plan: Plan | None = None
+
+
+class _Wanted(NamedTuple):
+    """A step to look at, as foretold; in the order in which one is preferred."""
+
+    k: int
+    slices: int
+    compute: float
+    peak: float
+    candidate: Candidate
+    savings: Savings
+
+
+def frontier(search: Search, chosen: Plan, step: Estimate, peers: Sequence[tuple[str, Estimate]]) -> tuple[Point, ...]:
+    """Plans that no other is better than: none with fewer local modules and as little compute takes as little memory,
+    to some per cent. peers: backpropagation first, and what else there is to compare with. step: the chosen plan's.
+
+    Every point is simulated, which takes seconds. Points are in the order of exactness, then of compute.
+    """
+    flops = max(1.0, peers[0][1].flops)
+    points = [Point(name, 1, True, peer.peak, peer.flops / flops) for name, peer in peers]  # the first: compute 1
+    points.append(Point(in_words(chosen), chosen.k, chosen.k == 1, step.peak, step.flops / flops, True, chosen))
+    for wanted in _worth(sorted(_wanted(search), key=lambda one: one[:4])):
+        plan = _plan(search, wanted)
+        if plan is None or plan.modules == chosen.modules and plan.slices == chosen.slices:
+            continue
+        try:
+            found = search.simulate(plan)
+        except PlanError:
+            continue
+        points.append(Point(in_words(plan), plan.k, plan.k == 1, found.peak, found.flops / flops, plan=plan))
+    kept: list[Point] = []
+    for point in sorted(points, key=lambda one: (one.k, one.compute, one.peak)):
+        cheaper = [other.peak for other in kept if other.compute <= point.compute + _SAME]
+        if point.plan is None or point.chosen or point.peak < _CLEARLY * min(cheaper):
+            kept.append(point)
+    return tuple(kept)
+
+
+def _wanted(search: Search) -> Iterator[_Wanted]:
+    for savings in search.kinds:
+        for k in dict.fromkeys(search.rising()):
+            search.learn(savings)
+            candidates = list(search.candidates(k))
+            for candidate in (candidates[0], *candidates[1:][-1:]):  # the richest auxiliary networks, and the leanest
+                for compute in COMPUTES:
+                    peak = _least_peak(search, candidate, savings, compute)
+                    if peak < math.inf:
+                        yield _Wanted(candidate.k, savings.slices, max(compute, candidate.compute), peak, candidate,
+                                      savings)
+
+
+def _least_peak(search: Search, candidate: Candidate, savings: Savings, compute: float) -> float:
+    """The fewest bytes, to a per cent, with which a step takes no more than ``compute``."""
+    predictor, cuts, method = search.predictor, candidate.cuts, candidate.method
+    low = predictor.least(cuts, method, savings)
+    high = predictor.most(cuts, method, savings)
+    if predictor.compute(cuts, method, savings, high) > compute + _SAME:
+        return math.inf
+    while high > (1 + _PART) * low:
+        middle = (low + high) // 2
+        fits = predictor.compute(cuts, method, savings, middle) <= compute + _SAME
+        low, high = (low, middle) if fits else (middle, high)
+    return high
+
+
+def _worth(wanted: Sequence[_Wanted]) -> list[_Wanted]:
+    """Those that take clearly less memory than every more exact one that takes no more compute."""
+    kept: list[_Wanted] = []
+    for one in wanted:
+        if all(one.peak < _WORTH * other.peak for other in kept if other.compute <= one.compute + _SAME):
+            kept.append(one)
+    return kept
+
+
+def _plan(search: Search, wanted: _Wanted) -> Plan | None:
+    foretold = search.predictor.foretell(wanted.candidate.cuts, wanted.candidate.method, wanted.savings, wanted.peak)
+    return None if foretold is None else search.plan(wanted.candidate, wanted.savings, foretold)

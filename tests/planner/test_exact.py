@@ -1,0 +1,181 @@
+"""Exact plans: blocks that run again, chosen for a memory limit; budgets, and what a larger one buys."""
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import glcan_fx
+from glcan_fx import BudgetError, PlanError
+from glcan_fx.models import edsr, retinanet
+from glcan_fx.plans.plan import Run
+
+
+class Block(nn.Module):
+    """A part of a chain: a residual block, or one that makes its input smaller."""
+
+    def __init__(self, channels: int, out: int, stride: int, norm: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out, 3, stride, 1, bias=not norm)
+        self.norm = nn.BatchNorm2d(out) if norm else nn.Identity()
+        self.last = nn.Conv2d(out, out, 1)
+        self.same = channels == out and stride == 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.last(torch.relu(self.norm(self.conv(x))))
+        return torch.relu(x + y) if self.same else torch.relu(y)
+
+
+def chain(widths: list[tuple[int, int, bool]]) -> nn.Sequential:
+    """A classifier: of each block its width (in steps of 4), stride, and whether it normalizes."""
+    blocks, channels = [], 3
+    for width, stride, norm in widths:
+        blocks.append(Block(channels, 4 * width, stride, norm))
+        channels = 4 * width
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 5))
+
+
+CHAINS = st.lists(st.tuples(st.integers(1, 4), st.sampled_from([1, 1, 2]), st.booleans()), min_size=3, max_size=7)
+GIVEN: dict[str, Any] = {"task": "classification", "example_inputs": torch.empty(8, 3, 32, 32, device="meta")}
+
+
+def nested(names: list[str], data: st.DataObject, depth: int = 2) -> tuple[Run, ...]:
+    """Some runs of neighbours, with runs inside."""
+    runs, start = [], 0
+    while start < len(names):
+        length = data.draw(st.integers(1, len(names) - start))
+        if data.draw(st.booleans()):
+            part = names[start: start + length]
+            runs.append(Run(tuple(part), nested(part, data, depth - 1) if depth else ()))
+        start += length
+    return tuple(runs)
+
+
+def step(model: nn.Module, loss: Any) -> tuple[list[Tensor | None], list[Tensor]]:
+    """Gradients and buffers after a training step."""
+    model.train()
+    loss(model).backward()
+    return [p.grad for p in model.parameters()], list(model.buffers())
+
+
+def same(one: list[Tensor | None], other: list[Tensor | None]) -> bool:
+    return all(a is b or a is not None and b is not None and torch.equal(a, b)
+               for a, b in zip(one, other, strict=True))
+
+
+@settings(max_examples=12, deadline=None)
+@given(widths=CHAINS, data=st.data())
+def test_blocks_that_run_again_change_no_gradient(widths: list[tuple[int, int, bool]], data: st.DataObject) -> None:
+    """With one local module they are backpropagation's, to the last bit, and so are the statistics of norms; with more
+    they are those of the same modules without runs."""
+    torch.manual_seed(0)
+    model = chain(widths)
+    x, y = torch.randn(4, 3, 32, 32), torch.randint(5, (4,))
+    for k in (1, 2):
+        planned = glcan_fx.plan(model, k=k, **GIVEN)
+        modules = tuple(replace(module, recompute=nested([name for run in module.each for name in run.blocks], data))
+                        for module in planned.modules)
+        torch.manual_seed(1)
+        plain = copy.deepcopy(planned.build(verify=False))
+        torch.manual_seed(1)
+        again = copy.deepcopy(planned.replace(modules=modules).build(verify=False))
+        expected, statistics = step(plain, lambda model: model(x, y))
+        found, of_norms = step(again, lambda model: model(x, y))
+        assert same(expected, found) and same(list(statistics), list(of_norms))
+        if k == 1:
+            bare = copy.deepcopy(model)
+            gradients, _ = step(bare, lambda model: nn.functional.cross_entropy(model(x), y))
+            named = dict(zip([name for name, _ in bare.named_parameters()], gradients, strict=True))
+            assert all(torch.equal(named[name], p.grad) for name, p in again.original.named_parameters())
+
+
+@settings(max_examples=8, deadline=None)
+@given(widths=CHAINS, share=st.floats(0.3, 1.0), compute=st.sampled_from([None, 1.1, 1.35]))
+def test_budgets_hold_in_a_simulated_step(
+    widths: list[tuple[int, int, bool]], share: float, compute: float | None
+) -> None:
+    model = chain(widths)
+    budget = int(share * glcan_fx.estimate_memory(model, **GIVEN).peak)
+    try:
+        plan = glcan_fx.plan(model, memory_budget=budget, compute_budget=compute, **GIVEN)
+    except BudgetError:
+        return
+    assert plan.memory.plan.peak <= budget
+    over = any("nothing fits it and" in note for note in plan.notes)
+    relative = plan.memory.plan.flops / plan.memory.backpropagation.flops
+    assert over or compute is None or relative <= compute + 1e-3
+
+
+@settings(max_examples=6, deadline=None)
+@given(widths=CHAINS, compute=st.sampled_from([None, 1.2]))
+def test_a_larger_budget_never_gives_a_less_exact_plan(
+    widths: list[tuple[int, int, bool]], compute: float | None
+) -> None:
+    model = chain(widths)
+    whole = glcan_fx.estimate_memory(model, **GIVEN).peak
+    numbers = []
+    for share in (0.5, 0.65, 0.8, 1.0):
+        try:
+            plan = glcan_fx.plan(model, memory_budget=int(share * whole), compute_budget=compute, **GIVEN)
+        except BudgetError:
+            assert not numbers
+            continue
+        if not any("nothing fits it and" in note for note in plan.notes):
+            numbers.append(plan.k)
+    assert numbers == sorted(numbers, reverse=True) and numbers[-1] == 1
+
+
+@pytest.mark.parametrize(("model", "task", "size"), [
+    (torchvision.models.resnet18(num_classes=10), "classification", (16, 3, 64, 64)),
+    (edsr(blocks=8, channels=16), "super_resolution", (4, 3, 24, 24)),
+    (retinanet(18, num_classes=3), "detection", (2, 3, 160, 160)),
+])
+def test_no_worse_than_checkpointing(model: nn.Module, task: str, size: tuple[int, ...]) -> None:
+    """At the compute of checkpointing every block, exact gradients in no more memory; and at no more memory, with no
+    more compute."""
+    given: dict[str, Any] = {"task": task, "example_inputs": torch.empty(size, device="meta")}
+    known = glcan_fx.plan(model, k=1, **given).memory
+    assert known.checkpointing is not None
+    compute = known.checkpointing.flops / known.backpropagation.flops
+    plan = glcan_fx.plan(model, k=1, memory_budget=known.checkpointing.peak, compute_budget=compute + 1e-6, **given)
+    assert plan.k == 1 and plan.memory.plan.peak <= known.checkpointing.peak
+    assert plan.memory.plan.flops <= (compute + 1e-3) * known.backpropagation.flops
+    assert not any("nothing fits" in note for note in plan.notes)
+
+
+def test_the_least_memory() -> None:
+    """Less than any number of bytes that is asked for by hand finds."""
+    model = torchvision.models.resnet18(num_classes=10)
+    given = {"task": "classification", "example_inputs": torch.empty(16, 3, 64, 64, device="meta")}
+    least = glcan_fx.plan(model, memory_budget="least", compute_budget=1.2, **given)
+    assert least.memory.plan.flops <= 1.201 * least.memory.backpropagation.flops
+    fewer = int(0.93 * least.memory.plan.peak)
+    try:
+        lower = glcan_fx.plan(model, memory_budget=fewer, compute_budget=1.2, **given)
+    except BudgetError:
+        return
+    assert any("nothing fits it and compute_budget=1.2" in note for note in lower.notes)
+
+
+@pytest.mark.parametrize("budget", [6, 6.5, 1000])
+def test_a_number_without_its_unit(budget: float) -> None:
+    with pytest.raises(PlanError, match=f"memory_budget='{budget:g}GiB' or '{budget:g}MiB'"):
+        glcan_fx.plan(chain([(1, 1, True)] * 3), memory_budget=budget, **GIVEN)
+
+
+def test_what_an_exact_plan_would_take_is_said() -> None:
+    """And what is said is so."""
+    model = torchvision.models.resnet34(num_classes=10)
+    given = {"task": "classification", "example_inputs": torch.empty(64, 3, 64, 64, device="meta")}
+    plan = glcan_fx.plan(model, **given)
+    note = next(note for note in plan.notes if note.startswith("exact gradients (k=1) fit the same memory"))
+    compute = float(note.rpartition("compute_budget=")[2])
+    limit = int(1.02 * plan.memory.plan.peak)
+    exact = glcan_fx.plan(model, memory_budget=limit, compute_budget=compute, **given)
+    assert plan.k > 1 and exact.k == 1 and exact.memory.plan.peak <= limit
