@@ -56,7 +56,7 @@ def frontier(search: Search, chosen: Plan, step: Estimate, peers: Sequence[tuple
     Every point is simulated, which takes seconds. Points are in the order of exactness, then of compute.
     """
     flops = max(1.0, peers[0][1].flops)
-    points = [Point(name, 1, True, peer.peak, peer.flops / flops) for name, peer in peers]  # the first: compute 1
+    points = [Point(name, 1, True, peer.peak, peer.flops / flops) for name, peer in peers]
     points.append(Point(in_words(chosen), chosen.k, chosen.k == 1, step.peak, step.flops / flops, True, chosen))
     for wanted in _worth(sorted(_wanted(search), key=lambda one: one[:4])):
         plan = _plan(search, wanted)
@@ -70,7 +70,7 @@ def frontier(search: Search, chosen: Plan, step: Estimate, peers: Sequence[tuple
     kept: list[Point] = []
     for point in sorted(points, key=lambda one: (one.k, one.compute, one.peak)):
         cheaper = [other.peak for other in kept if other.compute <= point.compute + _SAME]
-        if point.plan is None or point.chosen or point.peak < _CLEARLY * min(cheaper):
+        if point.plan is None or point.chosen or point.peak < _CLEARLY * min(cheaper, default=math.inf):
             kept.append(point)
     return tuple(kept)
 

@@ -19,7 +19,7 @@ COLUMNS = ("plan", "gradients", "peak", "of BP", "compute", "auxiliary networks"
 
 def rows(points: Sequence[Point]) -> list[list[str]]:
     """The cells of the table, a row for each point."""
-    plain = max(1, points[0].peak)
+    plain = next(point.peak for point in points if point.plan is None)  # backpropagation's
     return [[f"{'▶ ' if point.chosen else ''}{point.name}", "exact" if point.exact else "local", size(point.peak),
              f"{point.peak / plain:.2f}", f"{point.compute:.2f}", _networks(point)] for point in points]
 

@@ -149,7 +149,7 @@ def run_again(module: LocalModule) -> str:
     count, of = len(module.again), len(module.each)
     if of == 1:
         return "its block runs again"
-    return f"{f'all {of}' if count == of else f'{count} of {of}'} blocks run again"
+    return f"{f'all {of}' if count == of else f'{count} of {of}'} blocks run{'s' * (count == 1)} again"
 
 
 def run_text(run: Run) -> str:

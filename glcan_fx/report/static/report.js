@@ -343,7 +343,7 @@
         : shape;
     };
     const sample = (exact, chosen) =>
-      draw("svg", { class: "key", viewBox: "0 0 26 20", "aria-hidden": "true" }, mark(exact, 13, 10, chosen));
+      draw("svg", { class: "key mark", viewBox: "0 0 26 20", "aria-hidden": "true" }, mark(exact, 13, 10, chosen));
     const chosen = points.find((point) => point.chosen);
     const legend = make(
       "ul",
@@ -385,22 +385,31 @@
       svg.append(
         draw("text", { x: (left + width) / 2, y: bottom + 36, "text-anchor": "middle" }, "compute of a step, relative to backpropagation's"),
       );
-      const placed = [];
+      const taken = points.map((point) => [x(point.compute) - 6, x(point.compute) + 6, y(point.peak) + 4]);
       points.forEach((point, i) => {
         const at = mark(point.exact, x(point.compute), y(point.peak), point.chosen);
         at.append(draw("title", {}, `${point.name}: ${rows[i][2]}, compute ${rows[i][4]}`));
         svg.append(at);
         const name = point.peer ? point.name : point.exact ? "" : `k=${point.k}`;
         if (!name) return;
-        const before = point.compute > (low + high) / 2 + 0.1,
-          wide = 6.6 * name.length;
-        const start = before ? x(point.compute) - 12 - wide : x(point.compute) + 12,
-          height = y(point.peak) + 4;
-        const covers = ([from, to, other]) => start < to && start + wide > from && Math.abs(other - height) < 13;
-        if (placed.some(covers)) return;
-        placed.push([start, start + wide, height]);
+        const wide = 6.9 * name.length;
+        const free = ([start, height]) =>
+          start > left && start + wide < width && !taken.some(
+            ([from, to, other], j) => j !== i && start < to && start + wide > from && Math.abs(other - height) < 13,
+          );
+        const sides = [x(point.compute) + 12, x(point.compute) - 12 - wide];
+        const places = [4, -10, 18].flatMap((down) => sides.map((side) => [side, y(point.peak) + down]));
+        const place = places.find(free); // where there is none, its title says it
+        if (place === undefined) return;
+        const [start, height] = place;
+        taken.push([start, start + wide, height]);
+        const before = start < x(point.compute);
         svg.append(
-          draw("text", { class: "name", x: before ? start + wide : start, y: height, "text-anchor": before ? "end" : "start" }, name),
+          draw(
+            "text",
+            { class: "name", x: before ? start + wide : start, y: height, "text-anchor": before ? "end" : "start" },
+            name,
+          ),
         );
       });
       box.replaceChildren(svg);
