@@ -180,6 +180,8 @@ class _Choice:
         except PlanError as error:
             log.warning("k=%d, one local module per block: %s", plan.k, error)
             return replace(plan, notes=(*plan.notes, f"k={plan.k}, one local module per block: {error}"))
+        for exact in self.candidates(1) if self._least_k == 1 else ():
+            self.predictor.learn(self._planned(exact, self._savings), ())
         search = self._search(range(self._least_k, natural.k), [self._savings], lambda savings: None)
         search.most = self.request.compute_budget or max(COMPUTE, natural.compute)
         limit = int(ALIKE * least)
@@ -269,10 +271,12 @@ class _Choice:
     _given: K | None = None
 
     def _learn(self, savings: Savings) -> None:
-        """Simulate a step to learn from, once for each kind of savings."""
+        """Simulate steps to learn from, once for each kind of savings: one with many local modules, and, to be sure of
+        it, the exact one."""
         *_, candidate = self.candidates("natural" if self._given is None else self._given)
-        if not self.predictor.knows(candidate.cuts, savings):
-            self.predictor.learn(self._planned(candidate, savings), candidate.cuts)
+        for one in (candidate, *self.candidates(1)) if self._least_k == 1 and self._given is None else (candidate,):
+            if not self.predictor.knows(one.cuts, savings):
+                self.predictor.learn(self._planned(one, savings), one.cuts)
 
     def _simulate(self, plan: Plan) -> Estimate:
         return self.simulator.simulate(plan, self.request.options.optimizer)

@@ -31,7 +31,7 @@ class Foretold(NamedTuple):
 
 @dataclass(frozen=True)
 class _Ending:
-    """What was learned of local modules with one end. behind: bytes that the auxiliary network, or head, and loss need;
+    """What was learned of a local module, or of those with one end. behind: bytes that the auxiliary network, or head, and loss need;
     off: by how much a simulated step was above what is foretold; saved: what the auxiliary network keeps."""
 
     behind: int
@@ -61,7 +61,7 @@ class Predictor:
         self._simulate, self._cut_tail = simulate, cut_tail
         self._element = max((p.element_size() for p in table.structure.trace.shadow.parameters()), default=4)
         self._each = self._element * (1 + states)
-        self._endings: dict[tuple[str | None, Savings], _Ending] = {}
+        self._endings: dict[tuple[int | None, str | None, Savings], _Ending] = {}  # by start, where it is known
         self._reruns: dict[tuple[int, int, int, int], Rerun] = {}
         self._fixed = self._floor = 0
         self._order = {node: index for index, node in enumerate(self.structure.chain)}
@@ -81,13 +81,17 @@ class Predictor:
             behind = later - step.start - part.beside - rerun.saved
             rerun = self._rerun(part.start, part.end, behind, rerun.gradients)
             most = max((phase.peak for phase in phases), default=0)
-            self._endings[name, savings] = _Ending(
+            ending = _Ending(
                 max(0, behind), most - step.start - part.beside - rerun.kept_all, plan.modules[index].aux_saved)
+            self._endings[part.start, name, savings] = ending
+            self._endings.setdefault((None, name, savings), ending)
         return step
 
     def knows(self, cuts: Sequence[Unit], savings: Savings) -> bool:
-        """Whether steps with these cuts can be foretold."""
-        return all((name, savings) in self._endings for name in (*(unit.name for unit in cuts), None))
+        """Whether a step with these cuts was learned from."""
+        starts = [0, *map(self._stages_up_to, cuts)]
+        return all((start, name, savings) in self._endings
+                   for start, name in zip(starts, (*(unit.name for unit in cuts), None), strict=True))
 
     def foretell(self, cuts: Sequence[Unit], method: Method, savings: Savings, limit: float) -> Foretold | None:
         """The step with the least compute that takes no more than ``limit`` bytes; None where there is none."""
@@ -127,7 +131,11 @@ class Predictor:
             yield part.rerun, limit - fixed - part.beside - self._off(part, savings)
 
     def _off(self, part: _Part, savings: Savings) -> int:
-        return self._endings[part.unit.name if part.unit else None, savings].off
+        return self._ending(part.start, part.unit, savings).off
+
+    def _ending(self, start: int, unit: Unit | None, savings: Savings) -> _Ending:
+        name = unit.name if unit else None
+        return self._endings.get((start, name, savings)) or self._endings[None, name, savings]
 
     def _start(self, cuts: Sequence[Unit], method: Method) -> int:
         return self._fixed + self._each * sum(self.table.auxiliary(unit, method).parameters for unit in cuts)
@@ -144,7 +152,7 @@ class Predictor:
             gradients = self._element * cost.parameters if cost else 0
             behind = 0
             if learned:
-                ending = self._endings[unit.name if unit else None, savings]
+                ending = self._ending(start, unit, savings)
                 behind = max(0, ending.behind + (cost.saved - ending.saved if cost else 0))
             found.append(_Part(self._rerun(start, end, behind, gradients), self.stages.crossing(0, start) + done,
                                start, end, unit))

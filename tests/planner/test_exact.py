@@ -85,8 +85,8 @@ def test_blocks_that_run_again_change_no_gradient(widths: list[tuple[int, int, b
         plain = copy.deepcopy(planned.build(verify=False))
         torch.manual_seed(1)
         again = copy.deepcopy(planned.replace(modules=modules).build(verify=False))
-        expected, statistics = step(plain, lambda model: model(x, y))
-        found, of_norms = step(again, lambda model: model(x, y))
+        expected, statistics = step(plain, lambda model: model(x, y).loss)
+        found, of_norms = step(again, lambda model: model(x, y).loss)
         assert same(expected, found) and same(list(statistics), list(of_norms))
         if k == 1:
             bare = copy.deepcopy(model)
@@ -120,7 +120,7 @@ def test_a_larger_budget_never_gives_a_less_exact_plan(
     model = chain(widths)
     whole = glcan_fx.estimate_memory(model, **GIVEN).peak
     numbers = []
-    for share in (0.5, 0.65, 0.8, 1.0):
+    for share in (0.5, 0.65, 0.8, 1.02):  # some bytes more than backpropagation: a scale of the loss
         try:
             plan = glcan_fx.plan(model, memory_budget=int(share * whole), compute_budget=compute, **GIVEN)
         except BudgetError:
