@@ -19,12 +19,13 @@ def size(count: int) -> str:
 def in_bytes(budget: int | float | str) -> int:
     """A memory budget in bytes, given as a number or as text ("6GiB", "500 MB"). Raises PlanError for anything else,
     and for a number that can only be meant in another unit."""
-    if not isinstance(budget, bool) and isinstance(budget, int | float) and budget > 0:
-        if budget < _LEAST:
-            raise PlanError(f"memory_budget={budget!r} is a number of bytes, too few for any training step: say the "
-                            f"unit, memory_budget='{budget:g}GiB' or '{budget:g}MiB'")
-        return int(budget)
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", budget.lower()) if isinstance(budget, str) else None
-    if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
+    number, unit = budget, ""
+    if isinstance(budget, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", budget.lower())
+        number, unit = (float(match[1]), match[2]) if match else (0, "")
+    if isinstance(number, bool) or not isinstance(number, int | float) or number <= 0 or unit not in _UNITS:
         raise PlanError(f"memory_budget={budget!r}: give bytes, or text such as '6GiB', or 'least'")
-    return int(float(match[1]) * _UNITS[match[2]])
+    if not unit and number < _LEAST:
+        raise PlanError(f"memory_budget={budget!r} is a number of bytes, too few for any training step: say the unit, "
+                        f"memory_budget='{number:g}GiB' or '{number:g}MiB'")
+    return int(number * _UNITS[unit])

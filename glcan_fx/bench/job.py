@@ -29,7 +29,7 @@ class Job:
     dtype: str = "float32"
     task: str | None = None
     k: int | str = "fewest"
-    memory_budget: int | None = None
+    memory_budget: int | str | None = None
     budget_k: int | str = "fewest"
     compute_budget: float | None = None
     device: str = "estimate"

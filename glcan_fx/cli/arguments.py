@@ -26,7 +26,8 @@ def add_model(parser: argparse.ArgumentParser, *, target_optional: bool = False)
                           "fewest, those with which a step takes as little memory as that (default: fewest, or the "
                           "preset's)")
     training.add_argument("--memory-budget", type=bytes_of, metavar="6GiB",
-                          help="plan for a training step in so much: without -k, the fewest local modules that fit")
+                          help="plan for a training step in so much: without -k, the fewest local modules that fit; "
+                          "least: in as little as there is")
     training.add_argument("--compute-budget", type=float, metavar="1.3", help="compute that a step may take, beside "
                           "backpropagation's")
     training.add_argument("--optimizer", choices=("sgd", "adam"), help="sgd has momentum (sgd, or the preset's)")
@@ -49,14 +50,17 @@ def sizes_of(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split("x")))
 
 
-def bytes_of(text: str) -> int:
+def bytes_of(text: str) -> str:
     from glcan_fx.errors import PlanError
     from glcan_fx.units import in_bytes
 
     try:
-        return in_bytes(text)
+        if text != "least":
+            in_bytes(text)
     except PlanError as error:
-        raise argparse.ArgumentTypeError(f"'{text}' is not an amount of memory: 6GiB, 800MiB, 6GB, or bytes") from error
+        raise argparse.ArgumentTypeError(f"'{text}' is not an amount of memory: 6GiB, 800MiB, 6GB, least, or bytes"
+                                         ) from error
+    return text
 
 
 def modules_of(text: str) -> int | str:

@@ -45,7 +45,7 @@ class Stages:
         self._at: dict[fx.Node, int] = {}
         for node in structure.trace.graph.nodes:
             index = place.get(self._parts.of.get(node, ""))
-            if index is not None:
+            if index is not None and node.op != "output":
                 self._nodes[index].append(node)
                 self._at[node] = index
         self._sizes: dict[int, int] = {}

@@ -323,9 +323,9 @@ def test_the_last_modules_loss_from_class_ids(case: str) -> None:
 
 def test_losses_from_class_ids_need_less_memory() -> None:
     model, given = large()
-    plan = glcan_fx.plan(model, k=1, **given)
-    fused = plan.replace(fused_loss=True)
-    assert glcan_fx.estimate_memory(fused).peak < 0.9 * glcan_fx.estimate_memory(plan).peak
+    fused = glcan_fx.plan(model, k=1, **given)
+    plan = fused.replace(fused_loss=False)
+    assert fused.fused_loss and glcan_fx.estimate_memory(fused).peak < 0.9 * glcan_fx.estimate_memory(plan).peak
 
 
 def test_pooling_first_changes_no_bit() -> None:
@@ -421,7 +421,7 @@ def test_budgets() -> None:
     budget = int(least + 0.05 * (whole - least))
     plan = glcan_fx.plan(model, memory_budget=budget, **given)
     assert glcan_fx.estimate_memory(plan).peak <= budget
-    assert "simulated" in plan.notes[-1] and 1 < plan.k <= natural.k
+    assert any("simulated: k=" in note for note in plan.notes) and 1 < plan.k <= natural.k
 
 
 def test_the_fewest_modules() -> None:
@@ -434,7 +434,8 @@ def test_the_fewest_modules() -> None:
         peaks.append(glcan_fx.estimate_memory(plan.replace(fused_loss=True, slices=4)).peak)
     budget = int(1.01 * peaks[3])
     plan = glcan_fx.plan(model, memory_budget=budget, **given)
-    assert plan.k == next(k for k, peak in enumerate(peaks, 1) if peak <= budget), peaks
+    assert 1 < plan.k <= next(k for k, peak in enumerate(peaks, 1) if peak <= budget), peaks  # where blocks run again fewer
+    assert glcan_fx.estimate_memory(plan).peak <= budget
 
 
 def test_modules_over_the_budget_run_again() -> None:
@@ -460,12 +461,12 @@ def test_a_budget_that_nothing_fits() -> None:
 
 
 @pytest.mark.parametrize(("text", "expected"), [
-    ("6GiB", 6 * 2**30), ("500 MB", 5 * 10**8), (123, 123), ("1.5 gib", 3 * 2**29), ("77", 77)])
+    ("6GiB", 6 * 2**30), ("500 MB", 5 * 10**8), (2**20, 2**20), ("1.5 gib", 3 * 2**29), ("77000", 77000)])
 def test_budgets_in_bytes(text: Any, expected: int) -> None:
     assert in_bytes(text) == expected
 
 
-@pytest.mark.parametrize("text", ["6 apples", "", "-1GiB", 0, True, None, "GiB"])
+@pytest.mark.parametrize("text", ["6", "6 apples", "", "-1GiB", 0, True, None, "GiB"])
 def test_budgets_that_are_none(text: Any) -> None:
     with pytest.raises(PlanError, match="memory_budget="):
         in_bytes(text)
