@@ -188,7 +188,8 @@ class _Choice:
         found = search.within(limit) or plan
         beside = f"as little memory as k={plan.k}, to 2 %" if found is not plan else "no fewer need as little memory"
         tried = "; ".join(filter(None, [f"k={plan.k}: {size(least)}", search.note()]))
-        notes = [f"{_named(found)}: {beside}; simulated: {tried}", *self._exactly(search, found, limit)]
+        same = math.ceil(ALIKE * self._simulate(found).peak)
+        notes = [f"{_named(found)}: {beside}; simulated: {tried}", *self._exactly(search, found, same)]
         return replace(found, notes=(*found.notes, *notes))
 
     def _within_memory(self, budget: int | Literal["least"]) -> Plan:
@@ -207,8 +208,7 @@ class _Choice:
         found = search.cheapest(budget)
         if found is None:
             raise self._nothing_fits(search, budget)
-        compute = self._simulate(found).flops / self.simulator.backpropagation(self.request.options.optimizer).flops
-        most = self.request.compute_budget
+        compute, most = self._compute(found), self.request.compute_budget
         asked = f"compute_budget={most:g}" if most is not None else f"{COMPUTE:g} of backpropagation's compute"
         note = (f"memory budget {size(budget)}: nothing fits it and {asked}; this plan takes {compute:.2f}, the least "
                 f"that was found; simulated: {search.note()}")
@@ -230,11 +230,17 @@ class _Choice:
             return []
         exact = search.exact(limit)
         if exact is None:
-            least = min(self.predictor.least((), found.method, savings) for savings in search.kinds)
-            return [f"exact gradients (k=1) need about {size(least)} at least, with blocks that run again"]
-        budget = math.ceil(100 * exact.compute + 1) / 100
-        return [f"exact gradients (k=1) fit the same memory at about {exact.compute:.2f} of backpropagation's compute: "
-                f"compute_budget={budget:g}"]
+            smallest = search.smallest(1)
+            return [f"exact gradients (k=1) need {size(self._simulate(smallest).peak)} at least, at "
+                    f"{self._compute(smallest):.2f} of backpropagation's compute"]
+        compute = self._compute(exact)
+        return [f"exact gradients (k=1) fit the same memory at {compute:.2f} of backpropagation's compute: "
+                f"memory_budget='{limit / 2**20:.0f}MiB', compute_budget={math.ceil(100 * compute) / 100:g}"]
+
+    def _compute(self, plan: Plan) -> float:
+        """A simulated step's compute, relative to backpropagation's."""
+        plain = self.simulator.backpropagation(self.request.options.optimizer)
+        return self._simulate(plan).flops / max(1, plain.flops)
 
     # ---- what there is
 

@@ -31,8 +31,9 @@ class Foretold(NamedTuple):
 
 @dataclass(frozen=True)
 class _Ending:
-    """What was learned of a local module, or of those with one end. behind: bytes that the auxiliary network, or head, and loss need;
-    off: by how much a simulated step was above what is foretold; saved: what the auxiliary network keeps."""
+    """What was learned of a local module, or of those with one end. behind: bytes that the auxiliary network, or head,
+    and loss need; off: by how much a simulated step was above what is foretold; saved: what the auxiliary network
+    keeps."""
 
     behind: int
     off: int

@@ -110,10 +110,14 @@ class Search:
                 return found
         return None
 
-    def exact(self, limit: float) -> Foretold | None:
-        """The step of one local module, backpropagation's gradients, that takes at most ``limit`` bytes."""
-        found = [foretold for _, _, foretold in self._fitting(1, limit, lambda _: math.inf)]
-        return min(found, key=lambda one: one.compute, default=None)
+    def exact(self, limit: float) -> Plan | None:
+        """The plan of one local module, with backpropagation's gradients, that takes at most ``limit`` bytes and, of
+        those, the least compute."""
+        every = list(self._fitting(1, limit, lambda _: math.inf))
+        for candidate, savings, _ in sorted(every, key=lambda one: one[2].compute):
+            if found := self._confirmed(candidate, savings, limit, math.inf):
+                return found
+        return None
 
     def least(self) -> int:
         """The fewest bytes that a plan takes with no more compute than it may, as foretold."""
@@ -127,9 +131,9 @@ class Search:
             low, high = (low, middle) if fits else (middle, high)
         return high
 
-    def smallest(self) -> Plan:
-        """The plan that takes the least memory, as foretold, with any compute."""
-        k = min(self.numbers, key=self._least)
+    def smallest(self, k: int | None = None) -> Plan:
+        """The plan, with so many local modules, that takes the least memory, as foretold, with any compute."""
+        k = min(self.numbers, key=self._least) if k is None else k
         (*_, candidate), savings = self.candidates(k), self.kinds[-1]
         self.learn(savings)
         least = self.predictor.least(candidate.cuts, candidate.method, savings)

@@ -1,6 +1,7 @@
 """`glcan-fx bench`: methods that do what they say, figures that agree, and rows instead of aborts."""
 # ruff: noqa: E402
 
+import argparse
 import json
 from pathlib import Path
 
@@ -335,7 +336,10 @@ def test_usage_errors(arguments, message, capfd):
 
 def test_memory_sizes():
     read = arguments.bytes_of
-    assert (read("6GiB"), read("1.5 mib"), read("2GB"), read("512")) == (6 * 2**30, 3 * 2**19, 2 * 10**9, 512)
+    assert [read(text) for text in ("6GiB", "1.5 mib", "least")] == ["6GiB", "1.5 mib", "least"]
+    for text in ("6 apples", "512"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not an amount of memory"):
+            read(text)
 
 
 def test_list(capfd):

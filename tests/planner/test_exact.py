@@ -1,6 +1,7 @@
 """Exact plans: blocks that run again, chosen for a memory limit; budgets, and what a larger one buys."""
 
 import copy
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import glcan_fx
 from glcan_fx import BudgetError, PlanError
 from glcan_fx.models import edsr, retinanet
 from glcan_fx.plans.plan import Run
+from glcan_fx.units import in_bytes
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from train_classification import CifarResNet
@@ -174,13 +176,23 @@ def test_a_number_without_its_unit(budget: float) -> None:
         glcan_fx.plan(chain([(1, 1, True)] * 3), memory_budget=budget, **GIVEN)
 
 
-def test_what_an_exact_plan_would_take_is_said() -> None:
+@pytest.mark.parametrize(("model", "task", "size", "fits"), [
+    (CifarResNet(20), "classification", (128, 3, 32, 32), False),
+    (torchvision.models.resnet18(num_classes=10), "classification", (128, 3, 112, 112), True),
+])
+def test_what_an_exact_plan_would_take_is_said(
+    model: nn.Module, task: str, size: tuple[int, ...], fits: bool
+) -> None:
     """And what is said is so."""
-    model = CifarResNet(20)
-    given = {"task": "classification", "example_inputs": torch.empty(128, 3, 32, 32, device="meta")}
+    given: dict[str, Any] = {"task": task, "example_inputs": torch.empty(size, device="meta")}
     plan = glcan_fx.plan(model, **given)
-    note = next(note for note in plan.notes if note.startswith("exact gradients (k=1) fit the same memory"))
-    compute = float(note.rpartition("compute_budget=")[2])
-    limit = int(1.02 * plan.memory.plan.peak)
-    exact = glcan_fx.plan(model, memory_budget=limit, compute_budget=compute, **given)
-    assert plan.k > 1 and exact.k == 1 and exact.memory.plan.peak <= limit
+    note = next(note for note in plan.notes if note.startswith("exact gradients (k=1)"))
+    if fits:
+        memory, compute = re.search(r"memory_budget='(\d+MiB)', compute_budget=([\d.]+)", note).groups()
+        assert in_bytes(memory) <= 1.03 * plan.memory.plan.peak
+    else:
+        memory, compute = re.search(r"need ([\d.]+ MiB) at least, at ([\d.]+) of", note).groups()
+        memory, compute = in_bytes(memory) + 2**17, float(compute) + 0.01
+        assert memory > plan.memory.plan.peak
+    exact = glcan_fx.plan(model, memory_budget=memory, compute_budget=float(compute), **given)
+    assert plan.k > 1 and exact.k == 1 and exact.memory.plan.peak <= in_bytes(memory)
