@@ -36,7 +36,7 @@ class Rerun:
             later.append(later[-1] + stage.gradients)
         later.reverse()
         self._saved = [stage.saved for stage in mine]
-        self._needs = [stage.needs + stages.crossing(start, start + i + 1) + later[i + 1]
+        self._needs = [stage.needs + stages.passing(start, start + i) + later[i + 1]
                        for i, stage in enumerate(mine)]
         self._flops = [stage.flops for stage in mine]
         self._tie = _TIE * (sum(self._flops) + 1) / max(1, len(mine))

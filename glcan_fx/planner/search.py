@@ -39,6 +39,7 @@ ALIKE = 1.02
 """Memory that is the same to a user, relative."""
 
 _MOST_ABOVE = 1.05  # more says nothing of other steps
+_SLACK = 1.07  # steps may take less than is foretold: of the exact one we want to be sure
 _TRIES = 3  # simulated steps for one number of local modules, whose foretold memory is off by a few per cent
 
 
@@ -94,9 +95,10 @@ class Search:
         """The plan with the fewest local modules that takes at most ``limit`` bytes, and no more compute than it may;
         None where there is none."""
         for k in self._numbers(limit):
-            for candidate, savings, _ in self._fitting(k, limit, self._may):
-                if found := self._confirmed(candidate, savings, limit, self._may(candidate)):
-                    return found
+            for slack in (1.0, _SLACK) if k == 1 else (1.0,):
+                for candidate, savings, _ in self._fitting(k, slack * limit, self._may):
+                    if found := self._confirmed(candidate, savings, limit, self._may(candidate), slack):
+                        return found
         return None
 
     def cheapest(self, limit: float) -> Plan | None:
@@ -113,10 +115,11 @@ class Search:
     def exact(self, limit: float) -> Plan | None:
         """The plan of one local module, with backpropagation's gradients, that takes at most ``limit`` bytes and, of
         those, the least compute."""
-        every = list(self._fitting(1, limit, lambda _: math.inf))
-        for candidate, savings, _ in sorted(every, key=lambda one: one[2].compute):
-            if found := self._confirmed(candidate, savings, limit, math.inf):
-                return found
+        for slack in (1.0, _SLACK):
+            every = list(self._fitting(1, slack * limit, lambda _: math.inf))
+            for candidate, savings, _ in sorted(every, key=lambda one: one[2].compute):
+                if found := self._confirmed(candidate, savings, limit, math.inf, slack):
+                    return found
         return None
 
     def least(self) -> int:
@@ -186,9 +189,12 @@ class Search:
                 if foretold and foretold.compute <= may(candidate):
                     yield candidate, savings, foretold
 
-    def _confirmed(self, candidate: Candidate, savings: Savings, limit: float, may: float) -> Plan | None:
-        """The plan whose simulated step takes at most ``limit`` bytes; asks for less where one takes more."""
-        asked = limit
+    def _confirmed(
+        self, candidate: Candidate, savings: Savings, limit: float, may: float, slack: float = 1.0
+    ) -> Plan | None:
+        """The plan whose simulated step takes at most ``limit`` bytes; asks for less where one takes more. slack: by
+        how much the first step may be above the limit, as foretold."""
+        asked = slack * limit
         for _ in range(_TRIES):
             foretold = self.predictor.foretell(candidate.cuts, candidate.method, savings, asked)
             if foretold and asked == limit and any(foretold.runs):

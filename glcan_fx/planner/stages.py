@@ -69,14 +69,18 @@ class Stages:
         passed = set(self._crossing(index, index + 1))
         kept: dict[int, int] = {}
         needs = 0
-        for node in nodes:
+        inside, out = self._gradients(index), sum(self._sizes[key] for key in passed)
+        place = {node: position for position, node in enumerate(nodes)}
+        for node, of_values in zip(nodes, inside, strict=True):
             for key, size in (*node.meta["storages"].items(), *_storages(node)):
                 mine = self._made.get(key, index) == index  # what earlier ones made is their output
                 if mine and (key in node.meta["storages"] or key in passed):
                     kept[key] = size
-            of_values = sum(size for value in (node, *node.all_input_nodes) if value in self._at
-                            for _, size in _storages(value))
-            needs = max(needs, sum(kept.values()) + of_values)
+            # running again, beside the gradient of the output: a variable outlives its last use by about a line
+            held = dict(pair for other in nodes[: place[node] + 1]
+                        if max((place.get(user, -1) for user in other.users), default=-1) + 1 >= place[node]
+                        for pair in _storages(other) if self._made.get(pair[0], index) == index)
+            needs = max(needs, sum(kept.values()) + of_values, sum((kept | held).values()) + out)
         parameters = {id(p): p for node in nodes for p in structure.trace.parameters(node) if p.requires_grad}
         gradients = sum(p.numel() * p.element_size() for p in parameters.values())
         opaque = {part.path for part in structure.trace.report.opaque}
@@ -87,6 +91,24 @@ class Stages:
                      2 * multiply_adds(structure, nodes), min([index, *changed]), max([index, *over]),
                      bool(kept) and not any(str(node.target) in opaque for node in nodes))
 
+    def _gradients(self, index: int) -> list[int]:
+        """Bytes of the gradients of values that are live while each node of a stage is processed backward: of what it
+        makes, of its inputs, and of what was made before it and is read after it. Without those of values that pass
+        the stage (``passing``)."""
+        place = {node: position for position, node in enumerate(self._nodes[index])}
+        spans: dict[int, tuple[int, int, int]] = {}  # of every value: from its first to its last place, and its bytes
+        for node, position in place.items():
+            for value in (node, *(source for source in node.all_input_nodes if source in self._at)):
+                for key, size in _storages(value):
+                    first, last, _ = spans.get(key, (position, position, size))
+                    first = -1 if self._made.get(key, index) < index else min(first, place.get(value, position))
+                    spans[key] = first, max(last, position), size
+        passing = {key for key, made in self._made.items() if made < index < self._last[key]}
+        outputs = {node: sum(size for _, size in _storages(node)) for node in place}
+        return [outputs[node] + sum(size for key, (first, last, size) in spans.items()
+                                    if first < position <= last and key not in passing)
+                for node, position in place.items()]
+
     def _crossing(self, start: int, at: int) -> list[int]:
         """The values made by stages ``start`` and later, before ``at``, and read by ``at`` or later ones."""
         return [key for key, made in self._made.items() if start <= made < at <= self._last[key]]
@@ -96,6 +118,11 @@ class Stages:
         if (start, at) not in self._known:
             self._known[start, at] = sum(self._sizes[key] for key in self._crossing(start, at))
         return self._known[start, at]
+
+    def passing(self, start: int, at: int) -> int:
+        """Bytes of the gradients that wait while ``at`` is processed backward: of the values that stages from ``start``
+        on made before it, and that later ones read."""
+        return sum(self._sizes[key] for key, made in self._made.items() if start <= made < at < self._last[key])
 
     @cached_property
     def _known(self) -> dict[tuple[int, int], int]:

@@ -22,6 +22,7 @@ from glcan_fx.units import in_bytes
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from train_classification import CifarResNet
+from unet import UNet
 
 
 class Block(nn.Module):
@@ -178,7 +179,7 @@ def test_a_number_without_its_unit(budget: float) -> None:
 
 @pytest.mark.parametrize(("model", "task", "size", "fits"), [
     (CifarResNet(20), "classification", (128, 3, 32, 32), False),
-    (torchvision.models.resnet18(num_classes=10), "classification", (128, 3, 112, 112), True),
+    (UNet(11, 16), "segmentation", (8, 3, 160, 224), True),
 ])
 def test_what_an_exact_plan_would_take_is_said(
     model: nn.Module, task: str, size: tuple[int, ...], fits: bool
