@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import glcan_fx
+from glcan_fx.planner.stages import Stages
+from glcan_fx.plans.plan import Run
+from glcan_fx.tasks.captured import Captured
 
 CLASSES = 5
 
@@ -313,10 +316,12 @@ def check(seed: int) -> str:
     example = {name: torch.empty_like(v) for name, v in zip(case.inputs, case.batch(0)[0], strict=True)}
     before = snapshot(model)
     try:
-        local = glcan_fx.transform(
+        plan = glcan_fx.plan(
             model, k=case.k, criterion=F.cross_entropy,
             method=case.method, width=1.0, head="full", **({} if case.method == "dgl" else {"hidden": 0}),
             example_inputs=example)
+        again = runs_again(plan, random.Random(seed)) if seed % 2 else 0
+        local = (again or plan).build()
     except glcan_fx.PlanError as error:
         if "not possible" not in str(error):  # fewer blocks than k
             raise
@@ -329,7 +334,32 @@ def check(seed: int) -> str:
     reference = gradients(case, local)
     moves(case, local)
     learns(case, local)
-    return f"k={local.plan.k}" + ("" if reference else ", no reference of gradients")
+    notes = [f"k={local.plan.k}", *["blocks run again"] * bool(again), *["no reference of gradients"] * (not reference)]
+    return ", ".join(notes)
+
+
+def runs_again(plan: Any, choice: random.Random) -> Any:
+    """The plan with some blocks that run again, nested, where any may; None where the model runs as Python."""
+    if not isinstance(plan.captured, Captured):
+        return None
+    stages = Stages(plan.captured.structure)
+
+    def runs(start: int, end: int, depth: int) -> tuple[Run, ...]:
+        found = []
+        while start < end:
+            last = choice.randint(start + 1, end)
+            if choice.random() < 0.7 and stages.may_run(start, last):
+                inside = runs(start, last, depth - 1) if depth else ()
+                found.append(Run(tuple(stages.names[start:last]), inside))
+            start = last
+        return tuple(found)
+
+    modules, start = [], 0
+    for module in plan.modules:
+        end = start + len(module.each)
+        modules.append(replace(module, recompute=runs(start, end, 2)))
+        start = end
+    return plan.replace(modules=tuple(modules))
 
 
 def evaluation(case: Case, local: Any) -> None:

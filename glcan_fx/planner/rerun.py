@@ -108,7 +108,7 @@ class Rerun:
         costs[: self._in_slots(self._needs[start])] = np.inf
         ways = np.full(size, start)
         for way in range(start + 1, end + last):
-            if not self._may_run(start, way):
+            if not self.stages.may_run(self.start + start, self.start + way):
                 continue
             again = sum(self._flops[start:way]) + self._tie
             found = (again + _after(self._costs(way, end, last), self._stored(start, way))
@@ -121,11 +121,6 @@ class Rerun:
     def _stored(self, start: int, way: int) -> int:
         """Slots of what passes the end of a run."""
         return self._in_slots(self.stages.crossing(self.start + start, self.start + way))
-
-    def _may_run(self, start: int, way: int) -> bool:
-        stages = self.stages.stages[self.start + start: self.start + way]
-        return all(stage.again and stage.since >= self.start + start and stage.until < self.start + way
-                   for stage in stages)
 
     def _in_slots(self, size: int) -> int:
         return round(size / self._slot)

@@ -119,6 +119,10 @@ class Stages:
             self._known[start, at] = sum(self._sizes[key] for key in self._crossing(start, at))
         return self._known[start, at]
 
+    def may_run(self, start: int, end: int) -> bool:
+        """Whether stages from ``start`` on, before ``end``, may run again together."""
+        return all(stage.again and stage.since >= start and stage.until < end for stage in self.stages[start:end])
+
     def passing(self, start: int, at: int) -> int:
         """Bytes of the gradients that wait while ``at`` is processed backward: of the values that stages from ``start``
         on made before it, and that later ones read."""

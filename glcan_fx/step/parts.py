@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,6 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from glcan_fx.pytree import tensors_in
-
-if TYPE_CHECKING:
-    pass
 
 
 class OfModel(nn.Module):
