@@ -258,8 +258,8 @@ COMPUTES = (1.05, 1.1, 1.2, 1.35, 1.5)  # of the columns
 
 
 def frontier_table(records: dict[str, Any]) -> list[str]:
-    columns = ["preset", "backpropagation", "checkpoint per block", *(f"exact, {c:g}x" for c in COMPUTES), "default plan",
-               "planned in"]
+    columns = ["preset", "backpropagation", "checkpoint per block", *(f"exact, {c:g}x" for c in COMPUTES),
+               "default plan", "planned in"]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for preset, points in records["frontiers"]["value"].items():
         plain, again = [point for point in points if point["peer"]]
@@ -268,7 +268,8 @@ def frontier_table(records: dict[str, Any]) -> list[str]:
         chosen = next(point for point in points if point["chosen"])
         cells = [f"{plain['peak'] / GIB:.2f}", f"{again['peak'] / GIB:.2f}, {again['compute']:.2f}x",
                  *(f"{peak / GIB:.2f}" for peak in best),
-                 f"{chosen['name']}: {chosen['peak'] / GIB:.2f}, {chosen['compute']:.2f}x", f"{chosen['seconds']:.0f} s"]
+                 f"{chosen['name']}: {chosen['peak'] / GIB:.2f}, {chosen['compute']:.2f}x",
+                 f"{chosen['seconds']:.0f} s"]
         lines.append(f"| {preset} | " + " | ".join(cells) + " |")
     return lines
 
@@ -281,7 +282,8 @@ def page(records: dict[str, Any]) -> str:
         torch=torch.__version__.split("+")[0], torchvision=torchvision.__version__.split("+")[0], budgets=budgets,
         commits=", ".join(sorted({record["commit"] for record in records.values()})),
         estimates="\n".join(estimates_table(records)), measured="\n".join(measured_table(records)),
-        frontiers="\n".join(frontier_table(records)), depth="\n".join(depth_table(records)), stepping="\n".join(stepping_table(records)),
+        frontiers="\n".join(frontier_table(records)), depth="\n".join(depth_table(records)),
+        stepping="\n".join(stepping_table(records)),
         share=f"{100 * (overhead['compiled'] / overhead['plain'] - 1):+.1f}",
         step=f"{1e3 * overhead['plain']:.0f}", planning=f"{planning['seconds']:.1f}",
     )

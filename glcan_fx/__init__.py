@@ -21,7 +21,8 @@ from glcan_fx.errors import (
 )
 from glcan_fx.methods import Feature, FeatureInfo, Rules
 from glcan_fx.planned import PlannedModel
-from glcan_fx.plans.plan import Block, LocalModule, Plan
+from glcan_fx.planner.frontier import Point
+from glcan_fx.plans.plan import Block, LocalModule, Plan, Run
 from glcan_fx.simulate.estimate import Estimate, Memory, Phase
 from glcan_fx.step.local_model import LocalModel
 from glcan_fx.step.output import LocalOutput
@@ -32,8 +33,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Block", "BudgetError", "Classification", "CriterionError", "CriterionTask", "Detection", "Estimate", "Feature",
     "FeatureInfo", "GlcanFxError", "LocalModel", "LocalModule", "LocalOutput", "Memory", "ModelChangedError",
-    "ModelChangedWarning", "NotLearningError", "Options", "Phase", "Plan", "PlanError", "PlannedModel", "Report",
-    "Rules", "Segmentation", "SmallExampleWarning", "StatefulCriterionWarning", "SuperResolution", "TargetError",
-    "Task", "TraceError", "UnsupportedError", "UnusedGradientsWarning", "estimate_memory", "methods", "plan",
-    "transform",
+    "ModelChangedWarning", "NotLearningError", "Options", "Phase", "Plan", "PlanError", "PlannedModel", "Point",
+    "Report", "Rules", "Run", "Segmentation", "SmallExampleWarning", "StatefulCriterionWarning", "SuperResolution",
+    "TargetError", "Task", "TraceError", "UnsupportedError", "UnusedGradientsWarning", "estimate_memory", "methods",
+    "plan", "transform",
 ]

@@ -65,19 +65,22 @@ def plan(
 
     Args:
         model: any module that runs, on any device, in either mode; ``report`` says how it was captured.
-        k: number of local modules; 1 is plain backpropagation. "fewest" (with which a step takes at most 2 % more
-            memory than with the natural number, by simulation; the natural number where none can be simulated),
-            "natural" (one per block), or a list of split points (module paths). With a ``memory_budget`` and no number,
-            or "auto" (the GPU's memory), the fewest that fit.
+        k: number of local modules; 1 has backpropagation's own gradients. "fewest" (with which a step takes at most
+            2 % more memory than with the natural number, by simulation, with blocks that run again for 5 % more compute
+            than backpropagation's at most; the natural number where none can be simulated), "natural" (one per block),
+            or a list of split points (module paths). With a ``memory_budget`` and no number, or "auto" (the GPU's
+            memory), the fewest that fit.
         task: "detection", "classification", "segmentation", "super_resolution", or a ``Task`` object.
         criterion: ``(outputs, targets) -> Tensor or dict``, instead of a task's own loss.
         example_inputs: one batch of the sizes that you train with (values do not matter): a tensor, a tuple of
             positional arguments, or a dict of keyword arguments. Detection: images, two of 320 x 320 by default.
-        memory_budget: bytes, or text ("6GiB"), that a training step may take at most, by simulation; the plan's notes
-            say what was tried.
-        compute_budget: floating-point operations that a training step may take, relative to backpropagation's, by
-            simulation: instead of the above. 1.3 lets a few local modules come closest to backpropagation's accuracy.
-            Blocks that run again for a ``memory_budget`` come on top.
+        memory_budget: bytes, or text ("6GiB"), that a training step may take at most, by simulation: one local module
+            where it fits with blocks that run again, else the fewest. "least": as little as there is. The plan's notes
+            say what was tried, and what exact gradients would take.
+        compute_budget: floating-point operations that a training step may take, relative to backpropagation's, blocks
+            that run again included, by simulation: instead of the above, and of 1.05 with a ``memory_budget``. Where
+            nothing keeps both budgets, memory is kept, and a note says so. 1.3 lets a few local modules come closest to
+            backpropagation's accuracy.
         method: the auxiliary networks' method, "glcan" or "dgl", or an object of ``glcan_fx.methods`` with options of
             its own, such as ``GLCAN(width=0.5, head="light")``. Options of a method that is given by name may be
             passed as keywords: ``method="glcan", width=0.5, head="light"``.
@@ -148,7 +151,7 @@ def transform(
         criterion: ``(outputs, targets) -> Tensor or dict``, instead of a task's own loss.
         example_inputs: one batch of the sizes that you train with (values do not matter): a tensor, a tuple of
             positional arguments, or a dict of keyword arguments. Detection: images, two of 320 x 320 by default.
-        memory_budget: bytes, or text ("6GiB"), that a training step may take at most.
+        memory_budget: bytes, or text ("6GiB"), that a training step may take at most, or "least".
         compute_budget: compute that a training step may take, relative to backpropagation's.
         method: the auxiliary networks' method, "glcan" or "dgl", or an object of ``glcan_fx.methods``; options of a
             method that is given by name are keywords: ``method="glcan", width=0.5``.

@@ -83,8 +83,8 @@ class PlannedModel:
         """What can be had: plans that no other is better than, in the order of exactness, then of compute, with this
         plan, backpropagation and activation checkpointing among them. ``transform(model, plan=point.plan)`` takes one.
 
-        Every one is simulated, which takes from seconds to a minute, once. Raises PlanError where a step cannot be
-        simulated.
+        Every one is simulated, once, which takes seconds, for a large detector minutes. Raises PlanError where a step
+        cannot be simulated.
         """
         if not isinstance(self.captured, Captured):
             raise PlanError(f"no frontier: {self.plan.model} runs as Python, and its steps cannot be simulated.")

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out = parser.add_argument_group("output")
     out.add_argument("--plan", type=Path, metavar="FILE", help="show this plan (JSON) on the model, not a new one")
     out.add_argument("--frontier", action="store_true", help="also show what can be had: memory against compute, with "
-                     "backpropagation's gradients and with local modules; takes up to a minute")
+                     "backpropagation's gradients and with local modules; takes seconds, or minutes for a large model")
     out.add_argument("--json", action="store_true", help="print the plan as JSON instead of the table")
     out.add_argument("-o", "--output", type=_output, metavar="FILE",
                      help="write it, as the file's ending says: .html is a report that works offline; .svg, .png or "

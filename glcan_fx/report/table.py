@@ -132,6 +132,8 @@ def _least_width(console: Console, plan: Plan, table: Table) -> int:
 def settings(plan: Plan) -> list[str]:
     """How auxiliary networks are made, and what is done to save memory, in sentences."""
     lines = [plan.method.description(plan.modules[0].levels)] if plan.k > 1 else []
+    if plan.k == 1 and any(module.recompute for module in plan.modules):
+        lines.append("One local module: the gradients are backpropagation's.")
     savings = ["losses from class ids"] * plan.fused_loss + [f"{plan.slices} slices"] * (plan.slices > 1)
     if savings:
         lines.append(f"Last module: {', '.join(savings)}.")

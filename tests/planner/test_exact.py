@@ -18,6 +18,7 @@ import glcan_fx
 from glcan_fx import BudgetError, PlanError
 from glcan_fx.models import edsr, retinanet
 from glcan_fx.plans.plan import Run
+from glcan_fx.report.frontier import frontier_text
 from glcan_fx.units import in_bytes
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -197,3 +198,46 @@ def test_what_an_exact_plan_would_take_is_said(
         assert memory > plan.memory.plan.peak
     exact = glcan_fx.plan(model, memory_budget=memory, compute_budget=float(compute), **given)
     assert plan.k > 1 and exact.k == 1 and exact.memory.plan.peak <= in_bytes(memory)
+
+
+def test_the_frontier(tmp_path: Path) -> None:
+    """Points are simulated plans that can be built, no one is better than another, and no peer is better than the exact
+    ones."""
+    model = CifarResNet(20)
+    plan = glcan_fx.plan(model, task="classification", example_inputs=torch.empty(128, 3, 32, 32, device="meta"))
+    points = plan.frontier
+    plain, again = [point for point in points if point.plan is None]
+    assert plain.compute == 1 and plain.peak == plan.memory.backpropagation.peak and again.exact
+    (chosen,) = [point for point in points if point.chosen]
+    assert chosen.plan == plan.plan and chosen.peak == plan.memory.plan.peak
+    assert [point.exact for point in points] == [point.k == 1 for point in points]
+    assert list(points) == sorted(points, key=lambda point: (point.k, point.compute))
+    ours = [point for point in points if point.plan is not None and not point.chosen]
+    for point in ours:
+        assert not any(other.k <= point.k and other.compute <= point.compute and other.peak <= point.peak
+                       for other in points if other is not point), point.name
+    assert sum(point.exact for point in ours) >= 4 and sum(not point.exact for point in ours) >= 3
+    assert any(point.exact and point.peak <= again.peak and point.compute < again.compute for point in ours)
+
+    point = next(point for point in ours if point.exact)
+    local = glcan_fx.transform(model, task="classification", plan=point.plan)
+    assert local.plan.memory.plan.peak == point.peak
+
+    plan.save(tmp_path / "plan.html")
+    page = (tmp_path / "plan.html").read_text(encoding="utf-8")
+    assert '"frontier":{"title":"What can be had' in page and point.name in page
+    text = frontier_text(points)
+    assert f"▶ {chosen.name}" in text and "activation checkpointing, every" in text
+    assert max(map(len, frontier_text(points, 80).splitlines())) <= 80
+
+
+def test_auxiliary_networks_that_are_too_large_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """With figures, once; not where they are small."""
+    model = CifarResNet(20)
+    given: dict[str, Any] = {"task": "classification", "example_inputs": torch.empty(4, 3, 32, 32, device="meta")}
+    glcan_fx.plan(model, k=6, **given, head="full", width=1.0)
+    (told,) = [text for text in caplog.messages if "auxiliary networks are large" in text]
+    assert re.search(r"for k=6: [\d,]+ parameters beside the model's [\d,]+, .* add \d+% to", told)
+    caplog.clear()
+    glcan_fx.plan(model, k=6, **given)
+    assert not caplog.messages
