@@ -1,12 +1,14 @@
 """Exact plans: blocks that run again, chosen for a memory limit; budgets, and what a larger one buys."""
 
 import copy
+import random
 import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torchvision
@@ -102,6 +104,44 @@ def test_blocks_that_run_again_change_no_gradient(widths: list[tuple[int, int, b
             gradients, _ = step(bare, lambda model: nn.functional.cross_entropy(model(x), y))
             named = dict(zip([name for name, _ in bare.named_parameters()], gradients, strict=True))
             assert all(torch.equal(named[name], p.grad) for name, p in again.original.named_parameters())
+
+
+class Moody(nn.Module):
+    """What a forward draws and counts in Python decides what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.calls, self.last = nn.Conv2d(8, 8, 3, 1, 1), 0, 1.0
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.last = random.random() + float(numpy.random.rand())
+        y = self.conv(x) * self.last * (1 + self.calls)
+        self.mean.mul_(0.9).add_(0.1 * y.detach().mean((0, 2, 3)))
+        return torch.tanh(y + self.mean[:, None, None])
+
+
+def test_both_runs_begin_with_the_same_state() -> None:
+    """And what a loop sees afterwards is that of one run."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), Moody(), Moody(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.Linear(8, 5))
+    planned = glcan_fx.plan(model, k=1, **GIVEN)
+    again = planned.replace(modules=tuple(replace(module, recompute=module.each) for module in planned.modules))
+    x, y = torch.randn(4, 3, 32, 32), torch.randint(5, (4,))
+    found = []
+    for plan in (planned, again):
+        local = copy.deepcopy(plan.build(verify=False))
+        random.seed(3)
+        numpy.random.seed(3)
+        results = [step(local, lambda local: local(x, y).loss) for _ in range(2)]
+        moody = [part for part in local.original.modules() if isinstance(part, Moody)]
+        found.append((results, [(part.calls, part.last) for part in moody], random.random(), numpy.random.rand()))
+    (plain, *rest), (other, *others) = found
+    assert rest == others and rest[0][0][0] == moody[0].calls
+    for (expected, buffers), (gradients, statistics) in zip(plain, other, strict=True):
+        assert same(expected, gradients) and same(list(buffers), list(statistics))
 
 
 @settings(max_examples=8, deadline=None)
