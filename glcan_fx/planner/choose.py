@@ -33,6 +33,7 @@ log = logging.getLogger("glcan_fx")
 
 _OF_GPU = 0.9  # the rest is for library workspaces and fragmentation
 _SLICES = 4  # more would save little: other modules are then the peak
+_STEP, _FAR = 1.04, 1.3  # when the least memory was foretold too low
 _MUCH = 1.5  # compute, relative to backpropagation's, which with exact gradients saves most memory
 TOO_LARGE = "auxiliary networks are large"
 
@@ -200,7 +201,7 @@ class _Choice:
         numbers = range(self._least_k, len(self.units) + 1) if k is None else [next(self.candidates(k)).k]
         search = self._search(numbers, self._kinds(), self._learn)
         if budget == "least":
-            budget = int(ALIKE * search.least())
+            budget = self._least(search)
         found = search.within(budget)
         if found is not None:
             notes = [f"memory budget {size(budget)}; simulated: {search.note()}"]
@@ -215,6 +216,14 @@ class _Choice:
         if most is not None:
             log.warning("%s", note)
         return replace(found, notes=(*found.notes, note))
+
+    def _least(self, search: Search) -> int:
+        """The fewest bytes that a plan takes with no more compute than it may."""
+        budget = int(ALIKE * search.least())
+        most = max(self._simulate(search.smallest()).peak, int(_FAR * budget))
+        while budget < most and search.within(budget) is None:  # more than was foretold
+            budget = min(most, int(_STEP * budget))
+        return budget
 
     def _nothing_fits(self, search: Search, budget: int) -> BudgetError:
         least = self._simulate(smallest := search.smallest())

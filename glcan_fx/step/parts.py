@@ -1,12 +1,9 @@
 """Parts of the model that a training step calls in ways of its own; they own nothing of it."""
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -67,9 +64,8 @@ class ReadOnly(OfModel):
 class Recomputed(OfModel):
     """A block of the model that keeps only its inputs, and runs again in backward (activation checkpointing).
 
-    run: the block, on the model's own layers, whose paths are ``layers``. Both runs begin with the same buffers, the
-    same numbers among the layers' attributes, and the same random states (torch's, Python's and NumPy's); what the
-    first leaves stays.
+    run: the block, on the model's own layers, whose paths are ``layers``. Buffers move once a step, and both runs begin
+    with the same.
     """
 
     def __init__(self, run: Callable[..., Any], model: nn.Module, layers: Sequence[str]) -> None:
@@ -83,46 +79,21 @@ class Recomputed(OfModel):
             return run(*values)
         modules = dict(self.__dict__["model"].named_modules())
         parts = [part for path in self.__dict__["layers"] if path in modules for part in modules[path].modules()]
-        first = _State.of(parts, copies=True)
-        return checkpoint(run, *values, use_reentrant=False, context_fn=lambda: (nullcontext(), first.again(parts)))
-
-
-@dataclass(frozen=True)
-class _State:
-    """What a forward pass may change, beside torch's random states, which checkpointing keeps itself."""
-
-    buffers: list[dict[str, Tensor | None]]
-    numbers: list[dict[str, Any]]
-    python: Any
-    numpy: Any
-
-    @classmethod
-    def of(cls, parts: Sequence[nn.Module], copies: bool = False) -> Self:
-        """The present state; copies: of buffers, which are changed in place."""
-        buffers = [{name: b.clone() if copies and b is not None else b for name, b in part._buffers.items()}
-                   for part in parts]
-        numbers = [{name: value for name, value in vars(part).items() if type(value) in _NUMBERS} for part in parts]
-        return cls(buffers, numbers, random.getstate(), numpy.random.get_state())
-
-    def set(self, parts: Sequence[nn.Module]) -> None:
-        for part, buffers, numbers in zip(parts, self.buffers, self.numbers, strict=True):
-            part._buffers.update(buffers)
-            part.__dict__.update(numbers)
-        random.setstate(self.python)
-        numpy.random.set_state(self.numpy)
+        first = [(part, {name: None if b is None else b.clone() for name, b in part._buffers.items()})
+                 for part in parts if part._buffers]
+        return checkpoint(run, *values, use_reentrant=False, context_fn=lambda: (nullcontext(), self._with(first)))
 
     @contextmanager
-    def again(self, parts: Sequence[nn.Module]) -> Iterator[None]:
-        """Let what runs inside begin with this state, and leave none of it."""
-        now = _State.of(parts)
-        self.set(parts)
+    def _with(self, others: Sequence[tuple[nn.Module, dict[str, Tensor | None]]]) -> Iterator[None]:
+        """Let what runs inside begin with, and change, these buffers."""
+        kept = [(part, dict(part._buffers)) for part, _ in others]
         try:
+            for part, buffers in others:
+                part._buffers.update(buffers)
             yield
         finally:
-            now.set(parts)
-
-
-_NUMBERS = (bool, int, float, complex, str, type(None))
+            for part, buffers in kept:
+                part._buffers.update(buffers)
 
 
 class SizeCheck(OfModel):
