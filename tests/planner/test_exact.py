@@ -80,7 +80,7 @@ def same(one: list[Tensor | None], other: list[Tensor | None]) -> bool:
                for a, b in zip(one, other, strict=True))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(widths=CHAINS, data=st.data())
 def test_blocks_that_run_again_change_no_gradient(widths: list[tuple[int, int, bool]], data: st.DataObject) -> None:
     """With one local module they are backpropagation's, to the last bit, and so are the statistics of norms; with more
@@ -148,7 +148,7 @@ def test_what_draws_or_counts_in_python_does_not_run_again() -> None:
             assert same(expected, gradients) and same(list(buffers), list(statistics))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(widths=CHAINS, share=st.floats(0.3, 1.0), compute=st.sampled_from([None, 1.1, 1.35]))
 def test_budgets_hold_in_a_simulated_step(
     widths: list[tuple[int, int, bool]], share: float, compute: float | None
@@ -165,7 +165,7 @@ def test_budgets_hold_in_a_simulated_step(
     assert over or compute is None or relative <= compute + 1e-3
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(widths=CHAINS, compute=st.sampled_from([None, 1.2]))
 def test_a_larger_budget_never_gives_a_less_exact_plan(
     widths: list[tuple[int, int, bool]], compute: float | None
