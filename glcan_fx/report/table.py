@@ -13,6 +13,7 @@ from glcan_fx.plans.plan import LocalModule, Plan, Run
 from glcan_fx.simulate.estimate import Memory
 from glcan_fx.units import size
 
+_LITTLE = 0.05  # of backpropagation's memory
 _WIDTH = 120  # characters, where there is no terminal
 _NAME = 44  # characters of a local module's name; a longer one is folded
 _READ = 16  # characters that what a module reads has at least
@@ -180,7 +181,23 @@ def memory_text(plan: Plan, memory: Memory) -> list[str]:
     parts = sorted(memory.plan.parts.items(), key=lambda item: -item[1])
     lines.append(f"This plan's peak is during {memory.plan.when}: "
                  + ", ".join(f"{name} {size(part)}" for name, part in parts if part >= 0.005 * memory.plan.peak))
-    return lines
+    return [*lines, *_advice(plan, memory)]
+
+
+def _advice(plan: Plan, memory: Memory) -> list[str]:
+    """What a user would do instead of this plan."""
+    again, peak = memory.checkpointing, memory.plan.peak
+    saved = 1 - peak / memory.backpropagation.peak
+    if plan.k == 1 and not plan.modules[0].recompute:
+        return []
+    if saved < _LITTLE:
+        what = f"saves {saved:.0%} of" if saved > 0 else "takes more than"
+        return [f"This plan {what} backpropagation's memory: train the model as it is."]
+    if plan.k > 1 and again is not None and again.peak <= peak:
+        compute = again.flops / max(1, memory.backpropagation.flops)
+        return ["Activation checkpointing takes no more memory than this plan, with exact gradients: for an exact plan "
+                f"pass memory_budget= and compute_budget={max(1.01, compute):.2f}."]
+    return []
 
 
 def common_prefix(plan: Plan) -> str:

@@ -285,3 +285,19 @@ def test_auxiliary_networks_that_are_too_large_are_told(caplog: pytest.LogCaptur
     caplog.clear()
     glcan_fx.plan(model, k=6, **given)
     assert not caplog.messages
+
+
+def test_what_a_user_would_do_instead_is_said() -> None:
+    """Beside the simulated steps: train the model as it is, or checkpoint it."""
+    model = torchvision.models.resnet18(num_classes=10)
+    small: dict[str, Any] = {"task": "classification", "example_inputs": torch.empty(2, 3, 32, 32, device="meta")}
+    plan = glcan_fx.plan(model, k=2, **small)
+    assert plan.memory.plan.peak > 0.95 * plan.memory.backpropagation.peak
+    assert "backpropagation's memory: train the model as it is." in str(plan.simulated())
+    assert "train the model" not in str(glcan_fx.plan(model, k=1, **small).simulated())
+    cifar: dict[str, Any] = {"task": "classification", "example_inputs": torch.empty(128, 3, 32, 32, device="meta")}
+    plan = glcan_fx.plan(CifarResNet(20), k=2, **cifar)
+    assert plan.memory.plan.peak > plan.memory.checkpointing.peak
+    assert "exact plan pass memory_budget= and compute_budget=1.33." in " ".join(str(plan.simulated()).split())
+    assert "train the model" not in str(plan.simulated()) and "exact plan pass" not in str(glcan_fx.plan(
+        CifarResNet(20), k=6, **cifar).simulated())
