@@ -14,8 +14,10 @@ from glcan_fx.simulate.estimate import Estimate
 COMPUTES = (1.0, 1.05, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5)
 """Compute that is looked at, relative to backpropagation's."""
 
-_WORTH = 0.95  # memory of a point that is looked at, as foretold, relative to that of each more exact or cheaper one
-_CLEARLY = 0.97  # the same, as simulated
+_WORTH, _CLEARLY = 0.94, 0.97
+"""Memory of a point relative to that of each more exact or cheaper one: of one that is looked at, as foretold, and of
+one that is shown, as simulated."""
+_LOCAL = 0.9  # of local modules, this much less: there are many
 _SAME = 0.004  # of compute
 _PART = 0.01  # of memory, to which limits are found
 
@@ -69,8 +71,9 @@ def frontier(search: Search, chosen: Plan, step: Estimate, peers: Sequence[tuple
         points.append(Point(in_words(plan), plan.k, plan.k == 1, found.peak, found.flops / flops, plan=plan))
     kept: list[Point] = []
     for point in sorted(points, key=lambda one: (one.k, one.compute, one.peak)):
+        clearly = _CLEARLY * (_LOCAL if point.k > 1 else 1)
         cheaper = [other.peak for other in kept if other.compute <= point.compute + _SAME]
-        if point.plan is None or point.chosen or point.peak < _CLEARLY * min(cheaper, default=math.inf):
+        if point.plan is None or point.chosen or point.peak < clearly * min(cheaper, default=math.inf):
             kept.append(point)
     return tuple(kept)
 
@@ -106,7 +109,8 @@ def _worth(wanted: Sequence[_Wanted]) -> list[_Wanted]:
     """Those that take clearly less memory than every more exact one that takes no more compute."""
     kept: list[_Wanted] = []
     for one in wanted:
-        if all(one.peak < _WORTH * other.peak for other in kept if other.compute <= one.compute + _SAME):
+        worth = _WORTH * (_LOCAL if one.k > 1 else 1)
+        if all(one.peak < worth * other.peak for other in kept if other.compute <= one.compute + _SAME):
             kept.append(one)
     return kept
 
