@@ -12,7 +12,7 @@ from glcan_fx.plans.plan import Plan
 from glcan_fx.simulate.estimate import Estimate
 
 COMPUTES = (1.0, 1.05, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5)
-"""Compute that is looked at, relative to backpropagation's."""
+"""Compute that is looked at, relative to backpropagation's, beside that of the peers."""
 
 _WORTH, _CLEARLY = 0.94, 0.97
 """Memory of a point relative to that of each more exact or cheaper one: of one that is looked at, as foretold, and of
@@ -60,7 +60,8 @@ def frontier(search: Search, chosen: Plan, step: Estimate, peers: Sequence[tuple
     flops = max(1.0, peers[0][1].flops)
     points = [Point(name, 1, True, peer.peak, peer.flops / flops) for name, peer in peers]
     points.append(Point(in_words(chosen), chosen.k, chosen.k == 1, step.peak, step.flops / flops, True, chosen))
-    for wanted in _worth(sorted(_wanted(search), key=lambda one: one[:4])):
+    computes = sorted({*COMPUTES, *(point.compute for point in points)})
+    for wanted in _worth(sorted(_wanted(search, computes), key=lambda one: one[:4])):
         plan = _plan(search, wanted)
         if plan is None or plan.modules == chosen.modules and plan.slices == chosen.slices:
             continue
@@ -78,13 +79,13 @@ def frontier(search: Search, chosen: Plan, step: Estimate, peers: Sequence[tuple
     return tuple(kept)
 
 
-def _wanted(search: Search) -> Iterator[_Wanted]:
+def _wanted(search: Search, computes: Sequence[float]) -> Iterator[_Wanted]:
     for savings in search.kinds:
         for k in dict.fromkeys(search.rising()):
             search.learn(savings)
             candidates = list(search.candidates(k))
             for candidate in (candidates[0], *candidates[1:][-1:]):  # the richest auxiliary networks, and the leanest
-                for compute in COMPUTES:
+                for compute in computes:
                     peak = _least_peak(search, candidate, savings, compute)
                     if peak < math.inf:
                         yield _Wanted(candidate.k, savings.slices, max(compute, candidate.compute), peak, candidate,
