@@ -14,8 +14,9 @@ from glcan_fx.config import K, Options
 from glcan_fx.errors import PlanError, TraceError
 from glcan_fx.methods import method_of
 from glcan_fx.planned import PlannedModel
-from glcan_fx.planner.choose import NothingToCut, Request, choose, request_for
+from glcan_fx.planner.choose import NothingToCut, choose
 from glcan_fx.planner.modules import check_plan
+from glcan_fx.planner.request import Request, request_for
 from glcan_fx.planner.segments import plan_segments
 from glcan_fx.plans.plan import Plan
 from glcan_fx.simulate.estimate import Estimate

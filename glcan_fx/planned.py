@@ -10,9 +10,10 @@ from glcan_fx.auxiliary.method import Method
 from glcan_fx.config import OptimizerLike, Options
 from glcan_fx.errors import PlanError
 from glcan_fx.files import write
-from glcan_fx.planner.choose import Request, frontier_of
+from glcan_fx.planner.choose import frontier_of
 from glcan_fx.planner.frontier import Point
 from glcan_fx.planner.modules import check_plan
+from glcan_fx.planner.request import Request
 from glcan_fx.plans.plan import Plan
 from glcan_fx.report.dot import PICTURES, picture, plan_dot
 from glcan_fx.report.page import plan_fragment, plan_report

@@ -3,22 +3,22 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
-import torch
 from torch import nn
 
-from glcan_fx.auxiliary.method import OPEN, Method
+from glcan_fx.auxiliary.method import Method
 from glcan_fx.auxiliary.remainder import levels_of
 from glcan_fx.auxiliary.tails import ending_of
-from glcan_fx.config import K, OptimizerLike, Options
+from glcan_fx.config import K, OptimizerLike
 from glcan_fx.errors import BudgetError, PlanError
-from glcan_fx.methods import DGL, GLCAN
+from glcan_fx.methods import DGL
 from glcan_fx.planner.costs import CostTable
 from glcan_fx.planner.frontier import Point, frontier
 from glcan_fx.planner.partition import partition
 from glcan_fx.planner.predict import Foretold, Predictor, Savings
+from glcan_fx.planner.request import Request
 from glcan_fx.planner.search import ALIKE, COMPUTE, EXTRA_MEMORY, Candidate, Search, allowances, in_words
 from glcan_fx.plans.plan import Plan
 from glcan_fx.simulate.estimate import Estimate
@@ -27,61 +27,14 @@ from glcan_fx.step.emit import sliced_tail, why_not_sliced
 from glcan_fx.structure.structure import Structure, Unit
 from glcan_fx.tasks.around import Around
 from glcan_fx.tasks.captured import Captured
-from glcan_fx.units import in_bytes, size
+from glcan_fx.units import size
 
 log = logging.getLogger("glcan_fx")
 
-_OF_GPU = 0.9  # the rest is for library workspaces and fragmentation
 _SLICES = 4  # more would save little: other modules are then the peak
 _STEP, _FAR = 1.04, 1.3  # when the least memory was foretold too low
 _MUCH = 1.5  # compute, relative to backpropagation's, which with exact gradients saves most memory
 TOO_LARGE = "auxiliary networks are large"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asks for; memory_budget: in bytes, the least that there is, or None."""
-
-    k: K
-    method: Method
-    memory_budget: int | Literal["least"] | None
-    compute_budget: float | None
-    options: Options
-
-    @property
-    def wants_auxiliary(self) -> bool:
-        """Whether the user configured auxiliary networks, so that there must be some."""
-        return self.method != GLCAN()
-
-    @property
-    def needs_graph(self) -> bool:
-        """Whether the user asked for auxiliary networks that a model that runs as Python cannot have."""
-        method = self.method
-        plain = GLCAN(head=method.head, width=1.0, hidden=0, stride=getattr(method, "stride", OPEN))
-        width = 1.0 if method.width is None else method.width
-        hidden = getattr(method, "hidden", None) or 0
-        return not isinstance(method, GLCAN) or replace(method, width=width, hidden=hidden) != plain
-
-
-def request_for(
-    model: nn.Module, k: K, method: Method, memory_budget: int | str | None, compute_budget: float | None,
-    options: Options,
-) -> Request:
-    """The request, with the memory budget in bytes: the user's, or the GPU's with k="auto". Raises PlanError for what
-    is not possible."""
-    if compute_budget is not None and (
-            isinstance(compute_budget, bool) or not isinstance(compute_budget, int | float) or not compute_budget > 0):
-        raise PlanError(f"compute_budget={compute_budget!r}: give a training step's compute relative to "
-                        "backpropagation's, such as 1.3")
-    budget: int | Literal["least"] | None = "least" if memory_budget == "least" else (
-        None if memory_budget is None else in_bytes(memory_budget))
-    if budget is None and k == "auto":
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        if device.type != "cuda":
-            raise PlanError("k='auto' takes the fewest local modules that fit: pass memory_budget=, or move the model "
-                            "to the GPU first")
-        budget = int(_OF_GPU * torch.cuda.get_device_properties(device).total_memory)
-    return Request(k, method, budget, compute_budget, options)
 
 
 class NothingToCut(PlanError):
@@ -137,6 +90,7 @@ class _Choice:
         self.predictor = Predictor(self.table, self._simulate, _states(request.options.optimizer),
                                    bool(sliced_tail(self.structure, captured.task)))
         self._candidates: dict[tuple[str, Method, float], Candidate | None] = {}
+        self._given: K | None = None  # the local modules that the user asked for
 
     def _plain(self) -> Method:
         """The richest method without hidden layers, to find out whether a network can be built at all."""
@@ -282,8 +236,6 @@ class _Choice:
 
     def _numbered(self, k: int) -> Iterator[Candidate]:
         return self.candidates(k if self._given is None else self._given)
-
-    _given: K | None = None
 
     def _learn(self, savings: Savings) -> None:
         """Simulate steps to learn from, once for each kind of savings: one with many local modules, and, to be sure of

@@ -13,8 +13,8 @@ from glcan_fx.capture.shadow import cuda_devices
 from glcan_fx.capture.trace import Report
 from glcan_fx.errors import PlanError
 from glcan_fx.layers import weights_in
-from glcan_fx.planner.choose import Request
 from glcan_fx.planner.partition import ModuleCost, merge
+from glcan_fx.planner.request import Request
 from glcan_fx.plans.plan import Block, LocalModule, Plan
 from glcan_fx.pytree import tensors_in
 from glcan_fx.step.segments import CallUnit, Groups, Remainder, units_of
