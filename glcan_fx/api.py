@@ -268,7 +268,8 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _tell(chosen: Plan, units: Any, request: Request) -> None:
-    if chosen.k == 1 < len(units) and request.k == "fewest" and request.memory_budget is None:
+    plain = chosen.k == 1 and not chosen.modules[0].recompute
+    if plain and len(units) > 1 and request.k == "fewest" and request.memory_budget is None:
         log.warning("%s is not cut: on batches like the example inputs backpropagation takes as little memory as %d "
                     "local modules. Make example_inputs as large as your batches, or pass k.", chosen.model, len(units))
     log.info("planned %s: %d local modules of %d possible", chosen.model, chosen.k, len(units))

@@ -240,7 +240,7 @@ def test_the_fewest_that_save_as_much(model: nn.Module, given: dict[str, Any]) -
     """The memory of the natural k; with fewer local modules it would be more."""
     natural = glcan_fx.plan(model, k="natural", **given)
     plan = glcan_fx.plan(model, **given)
-    assert 1 < plan.k < natural.k
+    assert plan.k < natural.k and (plan.k > 1 or plan.modules[0].recompute)
     most = 1.02 * natural.memory.plan.peak
     assert plan.memory.plan.peak <= most
     assert all(glcan_fx.plan(model, k=k, **given).memory.plan.peak > most for k in range(1, plan.k))
