@@ -315,7 +315,7 @@ compute backpropagation's gradients; glcan_fx trains with local ones.
 What a step takes at least with backpropagation's own gradients, where it may take so much of its compute (`k=1`, losses
 from class ids, and blocks that run again, nested, as a dynamic programme chooses them), and the default plan: as little
 memory as one local module per block, with the fewest of them, at 5 % more compute at most. Peaks in GiB, simulated
-(`glcan-fx inspect PRESET --frontier`); planning on one core.
+(`glcan-fx inspect PRESET --frontier`); planning on one core that other work shared.
 
 {frontiers}
 
