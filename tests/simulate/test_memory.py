@@ -421,7 +421,8 @@ def test_budgets() -> None:
     budget = int(least + 0.05 * (whole - least))
     plan = glcan_fx.plan(model, memory_budget=budget, **given)
     assert glcan_fx.estimate_memory(plan).peak <= budget
-    assert any("simulated: k=" in note for note in plan.notes) and 1 < plan.k <= natural.k
+    assert any("simulated: k=" in note for note in plan.notes)
+    assert plan.k <= natural.k and (plan.k > 1 or plan.modules[0].recompute)
 
 
 def test_the_fewest_modules() -> None:

@@ -230,7 +230,7 @@ def test_stages_of_tokens_between_maps(width: float) -> None:
     local = compiled(TokenPyramid(), example_inputs=images, width=width)
     blocks = [f"stages.{stage}.blocks.{block}" for stage in range(3) for block in range(2)]
     assert [name for name in local.plan.cuts if "blocks" in name] == blocks
-    assert not local.plan.notes
+    assert all(note.startswith("auxiliary networks are large") for note in local.plan.notes)  # compute 2.5
     made = dict(local.aux.get_submodule("0.network").named_modules())
     assert not [name for name in made if "pool" in name]
     step(local, images, labels)
