@@ -122,7 +122,7 @@ def explanation(rows: Sequence[Row], job: Job) -> list[str]:
     ]
     if job.device != "estimate":
         how = ("torch.cuda.max_memory_allocated" if job.device.startswith("cuda") else
-               "live tensor bytes (glcan_fx.memory.PeakMemory)")
+               "live tensor bytes (glcan_fx.peak_memory.PeakMemory)")
         lines += [f"Measured: {how}.",
                   f"Step: median of {job.steps}, after a warm-up; every method in a process of its own."]
     if job.largest_batch:

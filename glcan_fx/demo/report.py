@@ -66,7 +66,7 @@ def scores(outcome: Outcome) -> tuple[float | None, float | None]:
 def explanation(outcomes: Sequence[Outcome], recipe: Recipe) -> str:
     """What the table's numbers are, in a few lines."""
     cuda = recipe.device.type == "cuda"
-    how = "torch.cuda.max_memory_allocated" if cuda else "live tensor bytes (glcan_fx.memory.PeakMemory)"
+    how = "torch.cuda.max_memory_allocated" if cuda else "live tensor bytes (glcan_fx.peak_memory.PeakMemory)"
     resident = ", ".join(f"{outcome.title} {outcome.resident_bytes / MIB:.0f} MiB" for outcome in outcomes)
     lines = [
         f"Peak memory: {how} of a training step. Weights and optimizer state, there"
