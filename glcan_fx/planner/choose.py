@@ -63,13 +63,11 @@ def choose(captured: Captured, request: Request, simulator: Simulator) -> Plan:
 
 
 def frontier_of(captured: Captured, request: Request, simulator: Simulator, chosen: Plan) -> tuple[Point, ...]:
-    """The plans that no other is better than, with ``chosen``, backpropagation and activation checkpointing among them.
-    Raises PlanError where a step cannot be simulated."""
-    optimizer = request.options.optimizer
-    memory = simulator.memory(chosen, optimizer)
-    choice = _Choice(captured, replace(request, k="fewest", memory_budget=None, compute_budget=None), simulator)
+    """The plans that no other is better than, with ``chosen``, backpropagation and activation checkpointing among them;
+    request: for the fewest local modules, without budgets. Raises PlanError where a step cannot be simulated."""
+    memory = simulator.memory(chosen, request.options.optimizer)
     peers = [(name, step) for name, step in memory.named() if step is not memory.plan]
-    return frontier(choice.everything(), chosen, memory.plan, peers)
+    return frontier(_Choice(captured, request, simulator).everything(), chosen, memory.plan, peers)
 
 
 class _Choice:
@@ -135,8 +133,7 @@ class _Choice:
         except PlanError as error:
             log.warning("k=%d, one local module per block: %s", plan.k, error)
             return replace(plan, notes=(*plan.notes, f"k={plan.k}, one local module per block: {error}"))
-        for exact in self.candidates(1) if self._least_k == 1 else ():
-            self.predictor.learn(self._planned(exact, self._savings), ())
+        self._learn_exact(self._savings)
         search = self._search(range(self._least_k, natural.k), [self._savings], lambda savings: None)
         search.most = self.request.compute_budget or max(COMPUTE, natural.compute)
         limit = int(ALIKE * least)
@@ -174,9 +171,10 @@ class _Choice:
     def _least(self, search: Search) -> int:
         """The fewest bytes that a plan takes with no more compute than it may."""
         budget = int(ALIKE * search.least())
-        most = max(self._simulate(search.smallest()).peak, int(_FAR * budget))
-        while budget < most and search.within(budget) is None:  # more than was foretold
-            budget = min(most, int(_STEP * budget))
+        if search.within(budget) is None:  # more than was foretold
+            most = max(self._simulate(search.smallest()).peak, int(_FAR * budget))
+            while budget < most and search.within(budget) is None:
+                budget = min(most, int(_STEP * budget))
         return budget
 
     def _nothing_fits(self, search: Search, budget: int) -> BudgetError:
@@ -241,9 +239,15 @@ class _Choice:
         """Simulate steps to learn from, once for each kind of savings: one with many local modules, and, to be sure of
         it, the exact one."""
         *_, candidate = self.candidates("natural" if self._given is None else self._given)
-        for one in (candidate, *self.candidates(1)) if self._least_k == 1 and self._given is None else (candidate,):
-            if not self.predictor.knows(one.cuts, savings):
-                self.predictor.learn(self._planned(one, savings), one.cuts)
+        if not self.predictor.knows(candidate.cuts, savings):
+            self.predictor.learn(self._planned(candidate, savings), candidate.cuts)
+        if self._given is None:
+            self._learn_exact(savings)
+
+    def _learn_exact(self, savings: Savings) -> None:
+        """Simulate the step of one local module, where there may be one, to learn from it."""
+        if self._least_k == 1 and not self.predictor.knows((), savings):
+            self.predictor.learn(self._planned(next(self.candidates(1)), savings), ())
 
     def _simulate(self, plan: Plan) -> Estimate:
         return self.simulator.simulate(plan, self.request.options.optimizer)

@@ -81,7 +81,7 @@ def frontier(search: Search, chosen: Plan, step: Estimate, peers: Sequence[tuple
 
 def _wanted(search: Search, computes: Sequence[float]) -> Iterator[_Wanted]:
     for savings in search.kinds:
-        for k in dict.fromkeys(search.rising()):
+        for k in search.rising():
             search.learn(savings)
             candidates = list(search.candidates(k))
             for candidate in (candidates[0], *candidates[1:][-1:]):  # the richest auxiliary networks, and the leanest

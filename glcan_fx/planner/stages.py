@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 
 from torch import fx
 
@@ -51,6 +50,7 @@ class Stages:
         self._sizes: dict[int, int] = {}
         self._made: dict[int, int] = {}
         self._last: dict[int, int] = {}
+        self._known: dict[tuple[int, int], int] = {}  # what crosses
         self._values()
         self.stages = [self._stage(index) for index in range(len(self.names))]
 
@@ -127,10 +127,6 @@ class Stages:
         """Bytes of the gradients that wait while ``at`` is processed backward: of the values that stages from ``start``
         on made before it, and that later ones read."""
         return sum(self._sizes[key] for key, made in self._made.items() if start <= made < at < self._last[key])
-
-    @cached_property
-    def _known(self) -> dict[tuple[int, int], int]:
-        return {}
 
 
 def _storages(node: fx.Node) -> Iterable[tuple[int, int]]:
