@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
+    FakeTensorMode,
 )
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,7 +21,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from glcan_fx.errors import PlanError
+from glcan_fx.fakes import Fakes, fake_mode_of
 
+_DEVICE = torch.ops.prim.device.default
 _aten = torch.ops.aten
 _GRANULE = 512  # the CUDA caching allocator rounds every block up to 512 bytes
 
@@ -122,12 +125,17 @@ class PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        fake = any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs)))
-        out = _on_fake(func, args, kwargs) if fake else func(*args, **kwargs)
+        mode = fake_mode_of(args, kwargs)
+        if func is _DEVICE:
+            return func(*args) if mode is None else args[0].fake_device
+        out = func(*args, **kwargs) if mode is None else _on_fake(mode, func, types, args, kwargs)
         self.flops += flops_of(func, args, kwargs, out)
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._add(leaf)
+        if isinstance(out, Tensor):
+            self._add(out)
+        elif out is not None:
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, Tensor):
+                    self._add(leaf)
         return out
 
     def _add(self, tensor: Tensor) -> None:
@@ -194,7 +202,7 @@ def _tensors(owner: nn.Module | Optimizer | Tensor) -> Iterable[tuple[str, Tenso
 # ---------------------------------------------------------------------------------------------- fake tensors
 
 
-def _on_fake(func: Any, args: Any, kwargs: Any) -> Any:
+def _on_fake(mode: FakeTensorMode, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     """Run an operator of which some arguments are fake; where its result depends on values, see ``PeakMemory``."""
     if func in (_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default):
         indices = [part for index in args[1] for part in _whole(index)]
@@ -212,6 +220,10 @@ def _on_fake(func: Any, args: Any, kwargs: Any) -> Any:
     if func.name() == "torchvision::nms":
         return torch.arange(args[0].shape[0])
     try:
+        if isinstance(mode, Fakes):
+            out = mode.dispatch(func, types, args, kwargs)  # as func would, with less around it
+            if out is not NotImplemented:
+                return out
         return func(*args, **kwargs)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise PlanError(f"the memory of a step cannot be simulated: the shape of what {func} returns depends on "

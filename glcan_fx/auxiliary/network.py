@@ -75,7 +75,7 @@ def _measured(network: Network, build: Builder, examples: list[Any]) -> tuple[Co
         with mode:
             given = tree_map_only(Tensor, torch.clone, examples)  # not leaves: those refuse to be overwritten
             versions = [[t._version for t in tree_leaves(value) if isinstance(t, Tensor)] for value in given]
-            sizes = shadow(network, mode)
+            sizes = network if build.draft else shadow(network, mode)
             cost, shapes = cost_of(sizes, partial(sizes.forward, *given))
         nodes = network.graph.find_nodes(op="placeholder")
         changed = [node for node, value, before in zip(nodes, given, versions, strict=True)
@@ -145,7 +145,7 @@ def _fit(
     network: Network, build: Builder, examples: list[Any], method: "Method", outputs_are_predictions: bool
 ) -> None:
     """Give the copied layers the channels that they meet: found on a shadow, then applied."""
-    trial = shadow(network, build.structure.trace.mode).eval()
+    trial = (network if build.draft else shadow(network, build.structure.trace.mode)).eval()
     keep: set[nn.Module] = set()
     if method.width < 1:
         paths = predictors_of_source(build) if outputs_are_predictions else set()
@@ -162,7 +162,8 @@ def _fit(
             f"{method}: {error}. Try GLCAN(width=1, hidden=0, head='full'), other split points, or example_inputs of "
             "the type that the model computes in."
         ) from error
-    for path, (inputs, outputs) in changed.items():
+    network.train()
+    for path, (inputs, outputs) in changed.items() if trial is not network else ():
         set_width(network.get_submodule(path), inputs, outputs)
 
 

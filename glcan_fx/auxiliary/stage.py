@@ -2,7 +2,7 @@
 
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,9 @@ from glcan_fx.layers import (
     set_width,
 )
 from glcan_fx.structure.nodes import ancestors, is_size, tensor_of
-from glcan_fx.structure.structure import Structure
+from glcan_fx.structure.structure import Structure, once
 
-if TYPE_CHECKING:
-    pass
+_Kinds = tuple[fx.Node | None, fx.Node | str | None]
 
 
 def stage(
@@ -39,15 +38,14 @@ def stage(
     """
     structure = build.structure
     build.full.add(name)  # made at its final width
-    region = set(region_between(structure, start, end))
-    path = _heaviest_path(structure, region, start, end)
+    region, path = set(region_between(structure, start, end)), _heaviest_path(structure, start, end)
     rank = len(structure.spatial(end))
     last_in, last_out = present in structure.channels_last, end in structure.channels_last
     channels = structure.channels(present)
     target = narrowed(structure.channels(end), width)
     if last_in:
         value = _move_axis(build, value, rank, to_last=False)
-    norm, activation = _kinds(structure, region, path, end)
+    norm, activation = _kinds(structure, start, end)
     dtype = tensor_of(end).dtype
     if dtype != tensor_of(present).dtype:
         value = build.graph.call_method("to", (value, dtype))
@@ -112,9 +110,8 @@ def hidden_layers(build: Builder, tap: fx.Node, value: fx.Node, layers: int, hal
     """
     structure, channels, dtype = build.structure, build.structure.channels(tap), tensor_of(tap).dtype
     sides, last = structure.spatial(tap), tap in build.structure.channels_last
-    rank, start, name = len(sides), structure.chain[0], f"hidden_{tap.name}"
-    region = set(region_between(structure, start, tap))
-    norm, activation = _kinds(structure, region, _heaviest_path(structure, region, start, tap), tap)
+    rank, name = len(sides), f"hidden_{tap.name}"
+    norm, activation = _kinds(structure, structure.chain[0], tap)
     if norm is not None and len(structure.spatial(norm)) != rank:
         norm = None
     few = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}[rank]
@@ -161,22 +158,24 @@ def fixes_size_of_all(
     return node is end or end not in reached
 
 
+@once
 def region_between(structure: Structure, start: fx.Node, end: fx.Node) -> list[fx.Node]:
     """Nodes between two values of the trunk (start excluded, end included), in graph order."""
     behind, before = ancestors([end]), ancestors([start])
     return [node for node in structure.trace.graph.nodes if node in behind and node not in before]
 
 
-def _heaviest_path(structure: Structure, region: set[fx.Node], start: fx.Node, end: fx.Node) -> list[fx.Node]:
+@once
+def _heaviest_path(structure: Structure, start: fx.Node, end: fx.Node) -> list[fx.Node]:
     """The path from start (excluded) to end through the region with the most weights and values.
 
     What has fewer positions than the end is beside it (a squeeze-excitation's pooled branch).
     """
-    positions = structure.positions(end)
+    positions, region = structure.positions(end), region_between(structure, start, end)
     best: dict[fx.Node, tuple[int, fx.Node | None]] = {start: (0, None)}
-    for node in structure.trace.graph.nodes:
+    for node in region:
         same_rank = is_map(node) and len(structure.shape(node)) == len(structure.shape(end))
-        if node in region and is_map(node) and not (same_rank and structure.positions(node) < positions):
+        if is_map(node) and not (same_rank and structure.positions(node) < positions):
             above = [(best[source][0], source) for source in node.all_input_nodes if source in best]
             if above:
                 score, source = max(above, key=lambda pair: pair[0])
@@ -250,14 +249,14 @@ def _move_axis(build: Builder, value: fx.Node, rank: int, *, to_last: bool) -> f
     return build.graph.call_function(torch.permute, (value, order))
 
 
-def _kinds(
-    structure: Structure, region: set[fx.Node], path: list[fx.Node], end: fx.Node
-) -> tuple[fx.Node | None, fx.Node | str | None]:
-    """The last norm layer and activation (a module's path, or the node of a function) on the way, or beside it: the
-    source's own kinds. No activation where the norm layer holds one."""
+@once
+def _kinds(structure: Structure, start: fx.Node, end: fx.Node) -> _Kinds:
+    """The last norm layer and activation (a module's path, or the node of a function) on the way between two values
+    of the trunk, or beside it: the source's own kinds. No activation where the norm layer holds one."""
     norm: fx.Node | None = None
     activation: fx.Node | str | None = None
-    beside = [node for node in structure.trace.graph.nodes if node in region and node not in path]
+    path = _heaviest_path(structure, start, end)
+    beside = [node for node in region_between(structure, start, end) if node not in path]
     for node in [*beside, *path]:
         module = structure.trace.module(node)
         if module is not None and is_norm(module) and is_map(node):

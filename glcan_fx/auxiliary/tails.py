@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
 
 from glcan_fx.capture.trace import is_float, quiet
 from glcan_fx.structure.nodes import ancestors, is_size, tensor_of
-from glcan_fx.structure.structure import Structure
+from glcan_fx.structure.structure import Structure, once
 
 Ending = Literal["mean", "decoder", "maps"]
 """How a network ends: with global average pooling of the trunk's last map, as classifiers do; with a decoder that joins
@@ -137,16 +136,11 @@ def takes_any_size(structure: Structure, tap: fx.Node) -> bool:
     return not any("avgpool" in name and "adaptive" not in name for name in names)
 
 
-_FIXED: "WeakKeyDictionary[fx.Graph, frozenset[fx.Node]]" = WeakKeyDictionary()
-
-
+@once
 def fixed_sizes(structure: Structure) -> frozenset[fx.Node]:
     """The operations without weights that make the same spatial size of every map: adaptive poolings, resizing or
     cutting to given sides. At the example's size they may keep the shape. Found by trying a larger map."""
-    graph = structure.trace.graph
-    if graph not in _FIXED:
-        _FIXED[graph] = frozenset(node for node in graph.nodes if _fixes_size(structure, node))
-    return _FIXED[graph]
+    return frozenset(node for node in structure.trace.graph.nodes if _fixes_size(structure, node))
 
 
 def _fixes_size(structure: Structure, node: fx.Node) -> bool:

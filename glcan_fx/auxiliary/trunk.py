@@ -7,7 +7,6 @@ activation (GLCAN, arXiv 2406.00446, section 4.1).
 
 from collections.abc import Sequence
 from itertools import pairwise, takewhile
-from typing import TYPE_CHECKING
 
 from torch import fx
 
@@ -19,9 +18,6 @@ from glcan_fx.errors import PlanError
 from glcan_fx.layers import narrowed
 from glcan_fx.structure.nodes import ancestors, is_size, tensor_of
 from glcan_fx.structure.structure import Structure
-
-if TYPE_CHECKING:
-    pass
 
 
 def synthesize_taps(

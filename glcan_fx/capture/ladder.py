@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
@@ -23,6 +22,7 @@ from glcan_fx.capture.shadow import fake_copy, replicate
 from glcan_fx.capture.source_lines import NotMadeYet, Opaque, Uncapturable, in_words, place_of
 from glcan_fx.capture.trace import Report, Trace, quiet, within
 from glcan_fx.errors import TraceError
+from glcan_fx.fakes import Fakes
 
 log = logging.getLogger("glcan_fx")
 
@@ -38,7 +38,7 @@ def trace(
     be captured or run.
     """
     _check(model, example_inputs)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = Fakes()
     subject = _Subject(model, path, example_inputs, hooks)
     recorder, root, forced = _climb(subject, mode)
     graph, constants = recorder.nodes.graph, recorder.nodes.constants
@@ -63,7 +63,7 @@ class _Subject(NamedTuple):
     hooks: bool
 
 
-def _climb(subject: _Subject, mode: FakeTensorMode) -> tuple[Recorder, nn.Module, dict[str, Opaque]]:
+def _climb(subject: _Subject, mode: Fakes) -> tuple[Recorder, nn.Module, dict[str, Opaque]]:
     """Record until no more modules have to be opaque; returns the recorder, the shadow, and the modules that were."""
     model, path, inputs, _ = subject
     forced: dict[str, Opaque] = {}
@@ -98,7 +98,7 @@ def _joined(*paths: str) -> str:
 
 
 def _record(
-    subject: _Subject, mode: FakeTensorMode, forced: Mapping[str, Opaque], *, floating: torch.dtype | None = None
+    subject: _Subject, mode: Fakes, forced: Mapping[str, Opaque], *, floating: torch.dtype | None = None
 ) -> tuple[Recorder, nn.Module]:
     model, path, inputs, hooks = subject
     convert = fake_copy(mode, floating)
@@ -117,7 +117,7 @@ def _record(
 
 
 def _batch_baked(
-    subject: _Subject, mode: FakeTensorMode, forced: Mapping[str, Opaque], main: Recorder
+    subject: _Subject, mode: Fakes, forced: Mapping[str, Opaque], main: Recorder
 ) -> dict[str, Opaque]:
     """Modules whose recording is another one at another batch size."""
     model, path, inputs, _ = subject
@@ -152,7 +152,7 @@ def _follow_dtypes(subject: _Subject, forced: Mapping[str, Opaque], main: Record
     if not asked:
         return
     try:
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        mode = Fakes()
         other = torch.float32 if any(p.dtype == torch.float64 for p in subject.model.parameters()) else torch.float64
         second, _ = _record(subject, mode, {**forced, **main.opaque}, floating=other)
     except Exception as error:  # noqa: BLE001 - the types stay as they were recorded
@@ -228,7 +228,7 @@ def _check_types(model: nn.Module, example_inputs: Sequence[Any]) -> None:
 def reached(model: nn.Module, path: str, inputs: Sequence[Any] | Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """What one call of a model, or of its sub-module ``path``, on fake tensors calls until it fails: module path, class
     and sizes of the result of every module without parts, and of every other that returned."""
-    convert = fake_copy(FakeTensorMode(allow_non_fake_inputs=True))
+    convert = fake_copy(Fakes())
     root = replicate(model, convert).train()
     found: list[tuple[str, str, str]] = []
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 
 from glcan_fx.capture.calls import Call, after_change, detached
 from glcan_fx.capture.source_lines import Uncapturable, users_frame
 from glcan_fx.capture.symbolic import Number
+from glcan_fx.fakes import Fakes
 from glcan_fx.pytree import parts_of, plain_data, tensors_in
 
 _Way = tuple[Any, ...]  # from what a node returned to a part of it, as steps of (function, key)
@@ -25,7 +26,7 @@ class Nodes:
     parameters nor buffers, by the name of their node.
     """
 
-    def __init__(self, root: nn.Module, mode: FakeTensorMode, stack: list[str], calls: list[Call]) -> None:
+    def __init__(self, root: nn.Module, mode: Fakes, stack: list[str], calls: list[Call]) -> None:
         self.graph = fx.Graph()
         self.mode, self.stack, self.calls = mode, stack, calls
         self.constants: dict[str, Tensor] = {}

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -45,6 +44,7 @@ from glcan_fx.capture.source_lines import (
 )
 from glcan_fx.capture.symbolic import Number, Ratio, Size, plain
 from glcan_fx.capture.trace import within
+from glcan_fx.fakes import Fakes
 from glcan_fx.layers import is_norm
 from glcan_fx.pytree import map_tensors, parts_of, plain_data, tensors_in
 
@@ -61,7 +61,7 @@ class Recorder(TorchFunctionMode):
     """
 
     def __init__(
-        self, root: nn.Module, mode: FakeTensorMode, original: nn.Module, forced: Mapping[str, Opaque]
+        self, root: nn.Module, mode: Fakes, original: nn.Module, forced: Mapping[str, Opaque]
     ) -> None:
         super().__init__()
         self.root, self.mode, self.original, self.forced = root, mode, original, forced

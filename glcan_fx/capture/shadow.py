@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.jit._fuser import optimized_execution
 
 from glcan_fx.capture.patches import recording
 from glcan_fx.capture.source_lines import Uncapturable
+from glcan_fx.fakes import Fakes
 
 _HOOKS = frozenset(name for name in vars(nn.Module()) if "_hooks" in name)
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -251,12 +252,10 @@ def _weights_of_hooks(module: nn.Module) -> set[str]:
     return {getattr(hook, "name", getattr(hook, "_tensor_name", "")) for hook in hooks}
 
 
-def fake_copy(mode: FakeTensorMode, floating: torch.dtype | None = None) -> Callable[[Tensor], Tensor]:
+def fake_copy(mode: Fakes, floating: torch.dtype | None = None) -> Callable[[Tensor], Tensor]:
     """A converter for ``replicate``: fake tensors on the CPU; ``floating``: another type of the floating-point ones."""
     def convert(tensor: Tensor) -> Tensor:
-        dtype = floating if floating is not None and tensor.is_floating_point() else tensor.dtype
-        with mode:
-            out = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="cpu")
+        out = mode.empty(tensor, floating if tensor.is_floating_point() else None)
         return nn.Parameter(out, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else out
     return convert
 

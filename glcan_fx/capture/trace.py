@@ -13,12 +13,12 @@ from functools import cached_property
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from glcan_fx.capture.calls import Call, left_on
 from glcan_fx.capture.shadow import fake_copy, replicate
 from glcan_fx.capture.source_lines import Opaque, Specialisation
+from glcan_fx.fakes import Fakes
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Trace:
 
     graph: fx.Graph
     shadow: nn.Module
-    mode: FakeTensorMode
+    mode: Fakes
     constants: dict[str, Tensor] = field(default_factory=dict)
     report: Report = Report()
     reads: dict[str, set[str]] = field(default_factory=dict)
@@ -160,7 +160,7 @@ def hasattr_path(root: nn.Module, path: str) -> bool:
     return True
 
 
-def shadow(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+def shadow(module: nn.Module, mode: Fakes) -> nn.Module:
     """The same module tree with fake parameters and buffers (on the CPU) and without hooks; shares nothing mutable."""
     return replicate(module, fake_copy(mode))
 

@@ -11,19 +11,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from glcan_fx.capture.shadow import replicate
 from glcan_fx.capture.trace import quiet, shadow
 from glcan_fx.errors import PlanError
+from glcan_fx.fakes import Fakes
 from glcan_fx.fx_utils import Network
 from glcan_fx.structure.nodes import ancestors
-from glcan_fx.structure.structure import Structure
+from glcan_fx.structure.structure import Structure, once
 
 log = logging.getLogger("glcan_fx")
 
@@ -115,20 +114,17 @@ def _read_means(graph: fx.Graph, walk: "_Walk", node: fx.Node) -> None:
 # ---------------------------------------------------------------------------------------------- the recorded graph
 
 _Walked = tuple[dict[fx.Node, Seen], "_Walk | None"]
-_KNOWN: "WeakKeyDictionary[fx.Graph, _Walked]" = WeakKeyDictionary()
 
 
+@once
 def _walked(structure: Structure) -> _Walked:
     """Of the trunk's values those of which some entries depend on data, and what found them."""
-    graph = structure.trace.graph
-    if graph not in _KNOWN:
-        try:
-            with _alone():
-                _KNOWN[graph] = _walk(structure)
-        except _Undecided as error:
-            log.debug("not decided which positions depend on data: %s", error)
-            _KNOWN[graph] = {}, None
-    return _KNOWN[graph]
+    try:
+        with _alone():
+            return _walk(structure)
+    except _Undecided as error:
+        log.debug("not decided which positions depend on data: %s", error)
+        return {}, None
 
 
 def _walk(structure: Structure) -> _Walked:
@@ -220,7 +216,7 @@ def _alone() -> Iterator[None]:
 class _Walk:
     """Runs a graph's nodes one by one, as far as needed to know what depends on data."""
 
-    def __init__(self, root: nn.Module, mode: FakeTensorMode) -> None:
+    def __init__(self, root: nn.Module, mode: Fakes) -> None:
         self.root, self.mode = root, mode
         self.values: dict[fx.Node, Any] = {}
         self.work = 0

@@ -1,9 +1,9 @@
 """The structure of a recorded network: the trunk, its units, where it can be cut, and what the tail reads from it."""
 
-from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Sequence, Set
+from dataclasses import dataclass, field
+from functools import cached_property, wraps
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, fx, nn
 
@@ -48,7 +48,7 @@ class Used(NamedTuple):
 @dataclass(frozen=True)
 class Structure:
     """Where one can cut. ``chain`` is the trunk's chain of values from the input on; ``units`` partition it; ``data``
-    are the inputs that it begins with, all others are context."""
+    are the inputs that it begins with, all others are context. ``found``: what functions of it found, see ``once``."""
 
     trace: Trace
     chain: list[fx.Node]
@@ -56,6 +56,7 @@ class Structure:
     taps: list[Tap]
     channels_last: frozenset[fx.Node]
     data: frozenset[fx.Node]
+    found: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         return tuple(tensor_of(node).shape)
@@ -197,6 +198,21 @@ class Structure:
     @cached_property
     def _assigned(self) -> dict[tuple[fx.Node, ...], dict[fx.Node, int]]:
         return {}
+
+
+_T = TypeVar("_T")
+
+
+def once(function: Callable[..., _T]) -> Callable[..., _T]:
+    """Remember in a structure what a function of it, and of arguments that can be keys, returned."""
+    @wraps(function)
+    def remembered(structure: Structure, *arguments: Hashable) -> _T:
+        key = function, arguments
+        if key not in structure.found:
+            structure.found[key] = function(structure, *arguments)
+        found: _T = structure.found[key]
+        return found
+    return remembered
 
 
 def multiply_adds(structure: Structure, nodes: Iterable[fx.Node] | None = None) -> float:

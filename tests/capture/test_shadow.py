@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
@@ -28,6 +28,7 @@ from glcan_fx.capture.patches import patched as patching
 from glcan_fx.capture.patches import recording
 from glcan_fx.capture.recorder import Recorder
 from glcan_fx.capture.shadow import fake_copy, real_copy, replicate
+from glcan_fx.fakes import Fakes
 
 IMAGES, LABELS = torch.randn(4, 3, 16, 16), torch.randint(10, (4,))
 
@@ -125,7 +126,7 @@ def test_two_threads_record_while_a_third_trains() -> None:
 
 
 def recorder() -> Recorder:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = Fakes()
     return Recorder(replicate(Net(), fake_copy(mode)), mode, Net(), {})
 
 
@@ -251,7 +252,7 @@ REFERENCES: dict[str, Callable[[Referring], Callable[[Tensor], Tensor]]] = {
 @pytest.mark.parametrize("fake", [False, True])
 def test_what_refers_to_a_module_refers_to_its_copy(name: str, fake: bool) -> None:
     net = Referring(REFERENCES[name]).train()
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = Fakes()
     new = replicate(net, fake_copy(mode) if fake else real_copy)
     called = []
     new.layers.register_forward_hook(lambda *_: called.append(1))
@@ -284,7 +285,7 @@ def test_a_module_that_hides_in_a_list_is_neither_changed_nor_trained() -> None:
     """A frozen teacher, kept out of the state dict: its tensors are constants in a shadow."""
     net = Net()
     net.teacher = [block(3).train()]
-    fake = replicate(net, fake_copy(FakeTensorMode(allow_non_fake_inputs=True)))
+    fake = replicate(net, fake_copy(Fakes()))
     assert fake.teacher[0] is not net.teacher[0] and fake.teacher[0][0].weight is net.teacher[0][0].weight
     replicate(net, real_copy).teacher[0](IMAGES)
     assert net.teacher[0][1].num_batches_tracked == 0
@@ -420,7 +421,7 @@ def test_a_scripted_part_has_its_names_in_a_shadow_and_runs_there() -> None:
 
     net = Net()
     net.b = copy.deepcopy(torch.jit.script(Own(Own(*block()), nn.Dropout(0.5))))  # which leaves plain tensors
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = Fakes()
     new = replicate(replicate(net, fake_copy(mode)), fake_copy(mode, torch.float64)).train()
     assert list(new.state_dict()) == list(net.state_dict())
     assert [name for name, _ in new.named_parameters()] == [name for name, _ in net.named_parameters()]
