@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 
 class _Like(NamedTuple):
@@ -56,7 +57,7 @@ class Fakes(FakeTensorMode):
         answer = self._answers.get(key)
         if answer is None:
             out = super().dispatch(func, types, args, kwargs)
-            if out is not NotImplemented and (answer := _answer(kind, out, args, key, self)) is not None:
+            if out is not NotImplemented and (answer := _answer(kind, out, args, kwargs, key, self)) is not None:
                 self._answers[key] = answer
             return out
         if isinstance(answer, str):
@@ -139,12 +140,16 @@ _NAMESPACES = ("aten", "prims", "torchvision")
 _OTHERS = {torch.Tag.inplace_view, torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
 
-def _answer(kind: str | None, out: Any, args: Sequence[Any], key: _Key, mode: Fakes) -> _Answer | None:
+def _answer(
+    kind: str | None, out: Any, args: Sequence[Any], kwargs: Mapping[str, Any], key: _Key, mode: Fakes
+) -> _Answer | None:
     """What to return the next time; None where that cannot be told."""
     if kind == "written":
         unchanged = mode._add(after := [key[0]], args[:1]) and tuple(after) == key[:len(after)]
         return None if not unchanged else _FIRST if out is args[0] else _NOTHING if out is None else None
     base = args[0] if kind != "new" else None
+    if base is None and not _memory(out).isdisjoint(_memory((args, kwargs))):
+        return None  # _unsafe_view's schema does not tell
     if isinstance(out, Tensor):
         return _like(out, base)
     if type(out) is not (list if kind == "views" else tuple):
@@ -164,6 +169,11 @@ def _like(out: Tensor, base: Any) -> _Like | None:
         return _Like(out.shape, out.stride(), out.dtype, out.fake_device, int(out.storage_offset())) if same else None
     alone = memory.nbytes() == _spanned(out) * out.element_size() and not out.storage_offset()
     return _Like(out.shape, out.stride(), out.dtype, out.fake_device, None) if alone else None
+
+
+def _memory(value: Any) -> set[int]:
+    """The storages of nested tensors."""
+    return {leaf.untyped_storage()._cdata for leaf in tree_leaves(value) if isinstance(leaf, Tensor)}
 
 
 def _spanned(out: Tensor) -> int:

@@ -24,6 +24,7 @@ OPERATORS = {
     "nothing left": lambda x: x[:, :0].sum(1),
     "complex": lambda x: torch.fft.rfft(x).conj().imag,
     "random": lambda x: F.dropout(x, 0.5),
+    "a batch of products": lambda x: x.expand(2, 4, 4) @ x.new_ones(4, 3),  # a view that its schema does not tell
     "copied": lambda x: torch.empty_like(x).copy_(x[:1]),
 }
 
@@ -32,8 +33,9 @@ def layout(value):
     """All that there is to a fake result, and which of its tensors share memory."""
     leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
     assert all(isinstance(leaf, FakeTensor) for leaf in leaves)
+    storages = [leaf.untyped_storage()._cdata for leaf in leaves]
     return [(leaf.shape, leaf.stride(), leaf.storage_offset(), leaf.dtype, leaf.device, leaf.requires_grad,
-             leaf.untyped_storage().nbytes()) for leaf in leaves]
+             leaf.untyped_storage().nbytes(), storages.index(leaf.untyped_storage()._cdata)) for leaf in leaves]
 
 
 @pytest.mark.parametrize("what", OPERATORS)
@@ -46,7 +48,7 @@ def test_the_second_answer_is_the_first_and_torchs(what):
                 made = OPERATORS[what](x)
                 gradient = [torch.autograd.grad(part.sum(), x, allow_unused=True) for part in [made]
                             if isinstance(part, torch.Tensor) and part.requires_grad and part.is_floating_point()]
-            found.append((grad, layout(made), layout(gradient)))
+            found.append((grad, layout([x, made]), layout(gradient)))
     plain, own = found[:3], found[3:]
     assert plain == own
 

@@ -157,7 +157,7 @@ def simulate_local(
             local.aux.get_submodule("last.backward").register_forward_pre_hook(enter(f"{last} backward"))
 
     def step() -> Tensor:
-        return minimised(local(*inputs, targets))
+        return minimised(local(*inputs, targets) if local.task.takes_targets else local(*inputs))
 
     if in_forward:
         inner = OPTIMIZERS.get(optimizer) if isinstance(optimizer, str) else optimizer

@@ -106,7 +106,7 @@ class Simulator:
     @cached_property
     def loss(self) -> Task:
         """The task, or what stands for it where its targets are not known."""
-        if self.targets is None:
+        if self.targets is None and self.task.takes_targets:
             return AnyLoss()
         tensors = [t for module in self.task.modules().values() for t in [*module.parameters(), *module.buffers()]]
         memo: dict[int, Any] = {id(tensor): self.fake(tensor) for tensor in tensors}

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from glcan_fx.tasks.base import Spec
 
 
-def signature_of(model: nn.Module) -> inspect.Signature | None:
-    """Of the model's forward, with the targets of a training step behind its positional arguments."""
+def signature_of(model: nn.Module, takes_targets: bool) -> inspect.Signature | None:
+    """Of the model's forward, with the targets of a training step, if any, behind its positional arguments."""
     try:
         known = list(inspect.signature(model.forward).parameters.values())
     except (TypeError, ValueError):
         return None
-    if any(parameter.name == "targets" for parameter in known):
+    if not takes_targets or any(parameter.name == "targets" for parameter in known):
         return inspect.Signature([_SELF, *known])
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     before = [parameter for parameter in known if parameter.kind in positional]

@@ -122,7 +122,7 @@ class LocalModel(nn.Module):
         def forward(self: "LocalModel", *args: Any, **kwargs: Any) -> Any:
             return self._train_step(args, kwargs) if self.training else self._evaluate(args, kwargs)
 
-        forward.__signature__ = signature_of(self.original)  # type: ignore[attr-defined]
+        forward.__signature__ = signature_of(self.original, self.task.takes_targets)  # type: ignore[attr-defined]
         cls.forward = forward
 
     def _written(self, graph: fx.Graph) -> Any:
@@ -136,7 +136,7 @@ class LocalModel(nn.Module):
             self.__dict__["_draws"].moved(random_state(list(given.values())))
         if not self.__dict__["_asks"]:
             return self._training_step
-        key = tuple((tuple(t.shape[1:]), t.dtype) for name in self.names() if name != "targets"
+        key = tuple((tuple(t.shape[1:]), t.dtype) for name in self.inputs()
                     for t in tensors_in(given.get(name)))
         steps = self.__dict__["_steps"]
         if key not in steps:
@@ -155,10 +155,9 @@ class LocalModel(nn.Module):
 
     def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The original model's output; with targets, its loss beside it."""
-        if self.task.result() == "dict":
+        if self.task.result() == "dict" or not self.task.takes_targets:
             return self.original(*args, **kwargs)
-        targets = kwargs.get("targets")
-        inputs = self.names()[:-1]
+        targets, inputs = kwargs.get("targets"), self.inputs()
         if len(args) > len(inputs):
             args, targets = args[:len(inputs)], args[len(inputs)]
         output = self.original(*args, **{key: value for key, value in kwargs.items() if key != "targets"})
@@ -170,6 +169,10 @@ class LocalModel(nn.Module):
     def names(self) -> list[str]:
         """Of the arguments of a training step: the model's, and its targets."""
         return [str(node.target) for node in self.graph.nodes if node.op == "placeholder"]
+
+    def inputs(self) -> list[str]:
+        """Of the arguments of a training step, the model's."""
+        return [name for name in self.names() if name != "targets" or not self.task.takes_targets]
 
     @_uncompiled
     def _train_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

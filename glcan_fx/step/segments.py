@@ -95,11 +95,13 @@ def calls_within(groups: Groups, start: int, stop: int | None = None) -> dict[st
     return found
 
 
-def emit_segments(segments: Segments, comments: Sequence[str], trains: Sequence[Sequence[str]]) -> fx.Graph:
+def emit_segments(
+    segments: Segments, comments: Sequence[str], trains: Sequence[Sequence[str]], takes_targets: bool
+) -> fx.Graph:
     """The graph of a training step."""
     graph = fx.Graph()
     inputs = [graph.placeholder(name) for name in segments.inputs]
-    targets = graph.placeholder("targets", default_value=None)
+    targets = (graph.placeholder("targets", default_value=None),) if takes_targets else ()
     record = graph.call_function(dict)
     losses = []
     for index, comment in enumerate(comments[:-1]):
@@ -107,12 +109,12 @@ def emit_segments(segments: Segments, comments: Sequence[str], trains: Sequence[
         ran.meta.update(headline=comment, local_module=index, trains=list(trains[index]))
         given = {"inputs": tuple(inputs)} if index == 0 else {}
         losses.append(graph.create_node(
-            "call_module", f"aux.{index}", (ran,), {"context": (*inputs, targets), **given}, name=f"loss_{index}"))
+            "call_module", f"aux.{index}", (ran,), {"context": (*inputs, *targets), **given}, name=f"loss_{index}"))
         record = graph.create_node("call_function", detach_record, (ran,), name=f"detached_{index}")
     outputs = graph.create_node("call_module", "aux.rest", (record, *inputs), name="outputs")
     outputs.meta.update(headline=comments[-1], local_module=len(losses), trains=list(trains[-1]))
     loss = graph.create_node(
-        "call_module", "aux.last", (outputs,), {"context": (targets,)}, name=f"loss_{len(losses)}")
+        "call_module", "aux.last", (outputs,), {"context": targets}, name=f"loss_{len(losses)}")
     graph.output(graph.create_node("call_function", collect, ([*losses, loss], outputs), name="result"))
     with_headlines(graph)
     graph.lint()
@@ -142,7 +144,8 @@ def build_segments(chosen: Plan, uncaptured: Uncaptured) -> LocalModel:
     glue = [name for name, _ in model.named_parameters()
             if not any(within(name, path) for group in segments.paths for path in group)]
     trains = [[*calls_within(groups, index, index + 1), *glue] for index in range(len(groups))]
-    graph = emit_segments(segments, [m.headline(i) for i, m in enumerate(chosen.modules)], trains)
+    graph = emit_segments(segments, [m.headline(i) for i, m in enumerate(chosen.modules)], trains,
+                          task.takes_targets)
     local = assemble(model, aux, graph, chosen, InSegments(task, segments))
     warn_of_unstepped(local)
     return local
@@ -154,11 +157,11 @@ class SegmentHead(nn.Module):
     def __init__(self, task: Any, network: "Remainder") -> None:
         super().__init__()
         self.network = network
-        self.loss = LossHead(task, repeated=True)
+        self.loss, self.takes_targets = LossHead(task, repeated=True), task.takes_targets
 
     def forward(self, record: Record, *context: Any) -> Any:
-        *inputs, targets = context
-        return self.loss(self.network(record, *inputs), targets)
+        count = len(context) - self.takes_targets
+        return self.loss(self.network(record, *context[:count]), *context[count:])
 
 
 class Remainder(nn.Module):

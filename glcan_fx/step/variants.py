@@ -27,7 +27,7 @@ def step_for(local: LocalModel, given: dict[str, Any]) -> Emitted | None:
 
     Raises ModelChangedError where there is none.
     """
-    values = {name: given[name] for name in local.names() if name != "targets" and name in given}
+    values = {name: given[name] for name in local.inputs() if name in given}
     return _written_for(local, values if isinstance(local.plan.inputs, dict) else tuple(values.values()))
 
 

@@ -60,7 +60,7 @@ def _probe(local: LocalModel, structure: Structure, targets: Any, device: torch.
     if targets is None:
         targets = local.task.example_targets(
             local.original, tuple(specs), structure.trace.output.meta["value"])
-    if targets is not None:
+    if targets is not None or not local.task.takes_targets:
         task = copy.copy(local.task)
     try:
         trial = _trial(local, task, structure.trace.hooks)
@@ -70,7 +70,8 @@ def _probe(local: LocalModel, structure: Structure, targets: Any, device: torch.
         torch.manual_seed(0)
         with kept_python_random(), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trial.run_step({**given, "targets": _first(targets, batch, batch + small, device)})
+            trial.run_step(
+                {**given, **({"targets": _first(targets, batch, batch + small, device)} if task.takes_targets else {})})
     except (NotLearningError, ModelChangedError):
         raise
     except Exception as error:  # noqa: BLE001 - a criterion that wants other targets: the first real step looks again

@@ -6,6 +6,7 @@ from glcan_fx.tasks.base import (
     Classification,
     Criterion,
     CriterionTask,
+    OwnLoss,
     Segmentation,
     Spec,
     SuperResolution,
@@ -15,12 +16,13 @@ from glcan_fx.tasks.base import (
 from glcan_fx.tasks.detection import Detection
 
 TASKS: dict[str, type[Task]] = {
-    kind.name: kind for kind in (Classification, Detection, Segmentation, SuperResolution)
+    kind.name: kind for kind in (Classification, Detection, OwnLoss, Segmentation, SuperResolution)
 }
 
 
 def make_task(task: "str | Task | None", criterion: Criterion | None) -> Task:
-    """The task object for ``task=`` and ``criterion=``. Raises PlanError for an unknown name or neither."""
+    """The task object for ``task=`` and ``criterion=``; for neither, the model's own loss. Raises PlanError for an
+    unknown name."""
     unknown = not isinstance(task, str | Task | None) or (isinstance(task, str) and task not in TASKS)
     if isinstance(task, type) and issubclass(task, Task):
         raise PlanError(f"task= must be an instance, not the class: {task.__name__}()")
@@ -36,12 +38,11 @@ def make_task(task: "str | Task | None", criterion: Criterion | None) -> Task:
     if criterion is not None:
         return CriterionTask(criterion, task or CriterionTask.name)
     if task is None:
-        raise PlanError(f"task= or criterion= is required: task= one of {', '.join(sorted(TASKS))}, or "
-                        "criterion=(outputs, targets) -> loss")
+        return OwnLoss(supposed=True)
     return TASKS[task]()
 
 
 __all__ = [
-    "TASKS", "AnyLoss", "Classification", "CriterionTask", "Detection", "Segmentation", "Spec", "SuperResolution",
-    "Task", "make_task", "specs",
+    "TASKS", "AnyLoss", "Classification", "CriterionTask", "Detection", "OwnLoss", "Segmentation", "Spec",
+    "SuperResolution", "Task", "make_task", "specs",
 ]

@@ -16,7 +16,7 @@ class _Wrapped(Task):
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.name = task.name
+        self.name, self.takes_targets = task.name, task.takes_targets
         self._counted = vars(task).setdefault("_counted", {})  # one memory of which of its losses are minimised
 
     def begin(self, model: nn.Module) -> None:
@@ -62,17 +62,17 @@ class Around(_Wrapped):
 
     def prepare(self, graph: fx.Graph, placeholders: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
         inputs = [graph.placeholder(name) for name in self.around.inputs]
-        targets = graph.placeholder("targets", default_value=None)
+        targets = [graph.placeholder("targets", default_value=None)] if self.takes_targets else []
         entry = graph.create_node("call_module", "aux.entry", tuple(inputs), name="entry")
         arguments = graph.create_node("call_function", operator.getitem, (entry, 0), name="arguments")
         record = graph.create_node("call_function", operator.getitem, (entry, 1), name="record")
         parts = [graph.create_node("call_function", operator.getitem, (arguments, index), name=name)
                  for index, name in enumerate(self.around.arguments)]
-        return parts, [record, *inputs, targets]
+        return parts, [record, *inputs, *targets]
 
     def finish(self, graph: fx.Graph, result: Any, context: list[fx.Node]) -> tuple[Any, list[fx.Node]]:
-        *given, targets = context
-        return graph.create_node("call_module", "aux.rest", (result, *given), name="outputs"), [targets]
+        given, targets = context[:1 + len(self.around.inputs)], context[1 + len(self.around.inputs):]
+        return graph.create_node("call_module", "aux.rest", (result, *given), name="outputs"), targets
 
     def parts(self, model: nn.Module) -> dict[str, nn.Module]:
         return {"entry": Entry(model, self.around), "rest": Rest(model, self.around, fresh=False)}
@@ -91,8 +91,8 @@ class _AroundHead(nn.Module):
     def __init__(self, task: Task, rest: Rest) -> None:
         super().__init__()
         self.rest = rest
-        self.loss = LossHead(task, repeated=True)
+        self.loss, self.takes_targets = LossHead(task, repeated=True), task.takes_targets
 
     def forward(self, outputs: Any, record: Any, *context: Any) -> Any:
-        *inputs, targets = context
-        return self.loss(self.rest(outputs, detach_record(record), *inputs), targets)
+        count = len(context) - self.takes_targets
+        return self.loss(self.rest(outputs, detach_record(record), *context[:count]), *context[count:])
