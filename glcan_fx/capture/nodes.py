@@ -121,7 +121,8 @@ class Nodes:
 
     def _learn(self, value: Any, node: fx.Node, way: tuple[Any, ...]) -> None:
         if isinstance(value, Tensor):
-            self._set(self._known, id(value), (node, way))
+            if self._known.get(id(value), (None,))[0] is not node:  # what is returned twice goes by its first name
+                self._set(self._known, id(value), (node, way))
             self._keep.append(value)
             alike = self._storages.setdefault(value.untyped_storage()._cdata, [])
             alike.append((node, value))

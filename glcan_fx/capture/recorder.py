@@ -50,6 +50,7 @@ from glcan_fx.pytree import map_tensors, parts_of, plain_data, tensors_in
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _OPERATORS = {"add": "add", "sub": "sub", "mul": "mul", "div": "truediv", "matmul": "matmul"}  # nicer to read
+_BINARY = {getattr(Tensor, name): getattr(operator, name) for name in ("__pow__", "__floordiv__", "__mod__")}
 _SIZES = ("size", "numel", "nelement")  # methods whose answers are sizes
 
 
@@ -123,6 +124,8 @@ class Recorder(TorchFunctionMode):
             if name in ("__get__", "__set__", "__delete__"):
                 return self._property(func, name, args)
             if name == "requires_grad_":
+                if bool(kwargs.get("requires_grad", (*args, True)[1])) is args[0].requires_grad:
+                    return args[0]
                 raise Uncapturable("it makes a tensor that wants a gradient")
             if torch._C._autograd._top_saved_tensors_default_hooks(True) is not self._hooks:
                 raise Uncapturable("it runs under saved-tensor hooks")
@@ -148,6 +151,8 @@ class Recorder(TorchFunctionMode):
         operation = getattr(operator, _OPERATORS.get(name, name), None) if method and not kwargs else None
         if name == "__setitem__":
             op, target = "call_function", assign
+        elif func in _BINARY and len(args) == 2:
+            op, target = "call_function", _BINARY[func]
         elif name.startswith("__r") and hasattr(operator, f"__{name[3:]}") and len(args) == 2:
             op, target, shown = "call_function", getattr(operator, f"__{name[3:]}"), args[::-1]
         elif operation is not None and (name in _OPERATORS and len(args) == 2 or name.startswith("__")):

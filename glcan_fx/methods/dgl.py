@@ -39,6 +39,9 @@ class DGL(Method):
         return ()
 
     def predict(self, build: Builder, remainder: Remainder, features: Sequence[Feature]) -> None:
+        if not remainder.task.takes_targets:
+            raise PlanError("method='dgl' predicts what the model returns, and this model's loss is among that: it can "
+                            "only be computed by a copy of the model's own code. Use method='glcan', or a criterion.")
         own = build.input(remainder.end)
         nodes = [node for node in tree_leaves(remainder.outputs) if isinstance(node, fx.Node)]
         for index, node in enumerate(nodes):

@@ -87,7 +87,8 @@ class GLCAN(Method):
         for tap in taps:
             if tap.node not in remainder.tail.taps:
                 continue
-            source = sources.get(tap.name, "cache")
+            to_come = "synthesised" if remainder.maker(tap) > remainder.index else "cache"  # read for its size alone
+            source = sources.get(tap.name, to_come)
             if source == "synthesised":
                 missing.append(tap.node)
             else:

@@ -50,12 +50,15 @@ def channels_last(trace: Trace) -> frozenset[fx.Node]:
 
 
 def _alike(a: Sequence[int], b: Sequence[int]) -> bool:
-    """Same shape, or but for one size (an extra token), or with positions swapped, or in a row (tokens of a map)."""
+    """Same shape, or but for one size (an extra token), or with positions swapped, or in a row (tokens of a map), some
+    of them in the batch (windows)."""
     if len(a) != len(b):
-        return min(len(a), len(b)) > 2 and (a[0], a[-1], math.prod(a)) == (b[0], b[-1], math.prod(b))
+        return min(len(a), len(b)) > 2 and (a[-1], math.prod(a)) == (b[-1], math.prod(b))
     return sum(x != y for x, y in zip(a, b, strict=True)) <= 1 or (sorted(a) == sorted(b) and a[-1] == b[-1])
 
 
-def count_positions(shape: tuple[int, ...], last: bool) -> int:
-    """The product of the spatial (or token) sizes; 1 where there are none. last: whether channels are the last axis."""
-    return math.prod(shape[1:-1] if last else shape[2:])
+def count_positions(shape: tuple[int, ...], last: bool, batch: int = 0) -> int:
+    """The product of the spatial (or token) sizes; 1 where there are none. last: whether channels are the last axis;
+    batch: of the inputs, to count, of windows or frames in the batch, those of one image."""
+    folded = shape[0] // batch if batch and shape and shape[0] % batch == 0 else 1
+    return max(1, folded) * math.prod(shape[1:-1] if last else shape[2:])

@@ -83,7 +83,9 @@ class Flow:
         for call in end.meta["call"].around() if "call" in end.meta else ():
             if not call.path or 2 * sum(within(node.meta["module"], call.path) for node in layers) >= len(layers):
                 return False
-            given = [self.positions[node] for node in call.given() if node in self.positions]
+            rank = tensor_of(end).dim()  # a neck is given tokens, and gives back maps
+            given = [self.positions[node] for node in call.given()
+                     if node in self.positions and tensor_of(node).dim() == rank]
             if given and self.positions[end] < _GROWS * min(given):
                 return True
         return False

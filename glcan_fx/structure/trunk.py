@@ -41,7 +41,8 @@ def analyze(trace: Trace) -> Structure:
 
 def _structure(trace: Trace, data: frozenset[fx.Node], layouts: frozenset[fx.Node]) -> Structure:
     """The structure with these inputs as the data."""
-    positions = {node: count_positions(tuple(tensor_of(node).shape), node in layouts)
+    batch = next((tensor_of(node).shape[0] for node in data if tensor_of(node).dim() > 1), 0)
+    positions = {node: count_positions(tuple(tensor_of(node).shape), node in layouts, batch)
                  for node in trace.graph.nodes if is_float_tensor(node)}
     flow = dataflow(trace, positions, data)
     chain = _until_tail(flow, flow.open_chain())
