@@ -104,11 +104,12 @@ def plan(
     made = make_task(task, criterion)
     made.begin(model)
     made.network(model)  # first: whether the task fits the model at all
-    inputs = specs(made.example_inputs(model, example_inputs))
+    values = made.example_inputs(model, example_inputs)
+    inputs = specs(values)
     if example_inputs is None:
         log.info("no example_inputs: planned for %s", ", ".join(map(str, inputs)))
 
-    captured = capture(model, made, inputs)
+    captured = capture(model, made, inputs, values)
     if isinstance(captured, Uncaptured):
         return PlannedModel(plan_segments(captured, request), captured, options)
     captured.task.fits(captured.structure.trace.output.meta["value"])
@@ -118,7 +119,7 @@ def plan(
     except NothingToCut as error:
         if made.network(model):
             raise
-        calls = capture_calls(model, made, inputs, TraceError(str(error)))
+        calls = capture_calls(model, made, inputs, TraceError(str(error)), values)
         return PlannedModel(plan_segments(calls, request), calls, options)
     _tell(chosen, captured.structure.units, request)
     return PlannedModel(chosen, captured, options, simulator, request.method)

@@ -38,8 +38,11 @@ class Call:
     saved: int  # bytes that it keeps for backward
 
 
-def calls_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Call]:
-    """Run a real copy of ``model`` in training mode on random values of the given sizes; what it called, in order."""
+def calls_of(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, random: bool = True
+) -> list[Call]:
+    """Run a real copy of ``model`` in training mode on random values of the given sizes, or on the given values; what
+    it called, in order."""
     with torch.random.fork_rng(devices=[]), kept_python_random(), torch.enable_grad():
         torch.manual_seed(0)  # the same run whenever the model is planned
         copy = replicate(model, real_copy).train()
@@ -48,8 +51,9 @@ def calls_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
         for path, part in copy.named_modules():
             if path:
                 part.__dict__["forward"] = _watched(part.forward, path, found, events)
-        copy(*(tree_map_only(Tensor, random_like, value) for value in args),
-             **{key: tree_map_only(Tensor, random_like, value) for key, value in kwargs.items()})
+        convert = random_like if random else real_copy
+        copy(*(tree_map_only(Tensor, convert, value) for value in args),
+             **{key: tree_map_only(Tensor, convert, value) for key, value in kwargs.items()})
     return sorted(found, key=lambda call: call.first)
 
 

@@ -73,8 +73,9 @@ class Flow:
         """Whether the resolution grows from one value of the chain to the next, or the network ends."""
         if end not in self.positions or start not in self.positions:
             return _is_exit(end)
-        same_rank = tensor_of(start).dim() == tensor_of(end).dim()
-        grows = same_rank and self.positions[end] >= _GROWS * self.positions[start]
+        before, after = tensor_of(start).shape, tensor_of(end).shape
+        moved = sorted(before) == sorted(after)  # axes, whose meaning was mistaken
+        grows = len(before) == len(after) and not moved and self.positions[end] >= _GROWS * self.positions[start]
         return grows and not self._given_back(end)
 
     def _given_back(self, end: fx.Node) -> bool:

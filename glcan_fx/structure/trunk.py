@@ -45,8 +45,10 @@ def _structure(trace: Trace, data: frozenset[fx.Node], layouts: frozenset[fx.Nod
     positions = {node: count_positions(tuple(tensor_of(node).shape), node in layouts, batch)
                  for node in trace.graph.nodes if is_float_tensor(node)}
     flow = dataflow(trace, positions, data)
-    chain = _until_tail(flow, flow.open_chain())
-    units = _units(flow, chain)
+    whole = flow.open_chain()
+    chain = _until_tail(flow, whole)
+    units = _units(flow, chain) or _units(flow, whole)[:1]  # no layer before what was taken for the tail: one unit
+    chain = chain if units[-1].end in chain else whole
     chain = chain[: chain.index(units[-1].end) + 1] if units else chain
     structure = Structure(trace, chain, units, [], layouts, data)
     taps = _taps(trace, structure.trunk - structure.context, [unit.end for unit in units])

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map_only
 
 from glcan_fx.capture.ladder import trace
@@ -15,6 +16,7 @@ from glcan_fx.capture.replay import Call, Surroundings, arguments_of, calls_of, 
 from glcan_fx.capture.shadow import cuda_devices
 from glcan_fx.errors import GlcanFxError, TraceError
 from glcan_fx.layers import weights_in
+from glcan_fx.pytree import tensors_in
 from glcan_fx.structure.structure import Structure
 from glcan_fx.structure.trunk import analyze
 from glcan_fx.tasks.around import Around
@@ -55,9 +57,11 @@ class Uncaptured:
         return _names(self.model, self.inputs)
 
 
-def capture(model: nn.Module, task: Task, inputs: Any) -> Captured | Uncaptured:
+def capture(model: nn.Module, task: Task, inputs: Any, values: Any = None) -> Captured | Uncaptured:
     """Capture the part of a model that the task compiles, with ``Spec``s of example inputs; where the model's forward
     cannot be recorded, its largest sub-module that can (rung 4), or only the calls of sub-modules (rung 5).
+
+    values: the user's example inputs, for a forward that asks about them (whether boxes are boxes).
 
     Raises TraceError where the model does not run, or does not allow that either.
     """
@@ -66,13 +70,15 @@ def capture(model: nn.Module, task: Task, inputs: Any) -> Captured | Uncaptured:
     except TraceError as error:
         if task.network(model) or not error.replayable:
             raise
-        calls = _calls(model, inputs, error)
+        calls = _calls(model, inputs, error, values)
         return _largest_part(model, task, inputs, calls, error)
 
 
-def capture_calls(model: nn.Module, task: Task, inputs: Any, error: TraceError) -> Uncaptured:
+def capture_calls(
+    model: nn.Module, task: Task, inputs: Any, error: TraceError, values: Any = None
+) -> Uncaptured:
     """The calls of sub-modules alone; raises ``error`` where the model does not run."""
-    return Uncaptured(model, task, inputs, _calls(model, inputs, error), error)
+    return Uncaptured(model, task, inputs, _calls(model, inputs, error, values), error)
 
 
 def capture_part(model: nn.Module, task: Task, inputs: Any, around: Surroundings | None) -> Captured:
@@ -103,12 +109,18 @@ def _names(model: nn.Module, inputs: Any) -> tuple[str, ...]:
     return tuple(argument_names(model, *(((), inputs) if isinstance(inputs, dict) else (inputs, {}))))
 
 
-def _calls(model: nn.Module, inputs: Any, error: TraceError) -> list[Call]:
-    example = _example(inputs)
-    try:
-        return calls_of(model, *(((), example) if isinstance(example, dict) else (example, {})))
-    except Exception as failure:  # noqa: BLE001 - whatever the user's forward raises
-        raise error from failure
+def _calls(model: nn.Module, inputs: Any, error: TraceError, values: Any = None) -> list[Call]:
+    """The calls of a run on random values, or, where the model refuses those, on the user's."""
+    given = _example(inputs)
+    known = values is not None and not any(tensor.is_meta or isinstance(tensor, FakeTensor)
+                                           for tensor in tensors_in(values))
+    for random in (True, False) if known else (True,):
+        example: Any = given if random else values
+        try:
+            return calls_of(model, *(((), example) if isinstance(example, dict) else (example, {})), random=random)
+        except Exception as failure:  # noqa: BLE001 - whatever the user's forward raises
+            found = failure
+    raise error from found
 
 
 def _largest_part(

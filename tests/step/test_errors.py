@@ -233,7 +233,7 @@ def test_split_points_that_do_not_exist(name, reason):
 
 @pytest.mark.parametrize("task", ["classify", 3, nn.CrossEntropyLoss])
 def test_unknown_task(task):
-    message = refused(Net(), PlanError, "classification, detection, segmentation", task=task)
+    message = refused(Net(), PlanError, "classification, detection, own_loss, segmentation", task=task)
     assert "criterion=" in message
 
 
