@@ -189,6 +189,14 @@ def _heaviest_path(structure: Structure, start: fx.Node, end: fx.Node) -> list[f
     return path[::-1]
 
 
+def reaches(structure: Structure, start: fx.Node, end: fx.Node) -> bool:
+    """Whether a ``stage`` would have as many positions as the region: tokens that become a map and tokens again lose
+    theirs where it cannot see it."""
+    path = [start, *_heaviest_path(structure, start, end)]
+    return structure.positions(start) == structure.positions(end) or any(
+        _shrinks(structure, a, b, start, end) or b in fixed_sizes(structure) for a, b in pairwise(path))
+
+
 def _shrinks(structure: Structure, before: fx.Node, node: fx.Node, start: fx.Node, end: fx.Node) -> bool:
     """Whether positions are lost on the way from ``start`` to ``end``; attention's heads and scores have none."""
     a, b, first, last = (structure.spatial(value) for value in (before, node, start, end))
@@ -206,9 +214,12 @@ def _is_pool(module: nn.Module | None) -> bool:
 
 def _reduce(build: Builder, node: fx.Node, module: nn.Module | None, value: fx.Node, name: str) -> fx.Node:
     """A further reduction of the positions: the source's own pooling, or its ratio."""
-    if module is not None and _is_pool(module):
-        return build.add(name, build.clone(str(node.target)), value)
     before = next(source for source in node.all_input_nodes if is_map(source))
+    if module is not None and _is_pool(module) and not list(module.buffers()):  # those are for so many channels
+        rank, last = len(build.structure.spatial(before)), before in build.structure.channels_last
+        value = _move_axis(build, value, rank, to_last=True) if last else value
+        value = build.add(name, build.clone(str(node.target)), value)
+        return _move_axis(build, value, rank, to_last=False) if last else value
     scale = [a // b for a, b in zip(build.structure.spatial(before), build.structure.spatial(node), strict=True)]
     return build.add(name, _AVERAGE[len(scale)](scale[0] if len(scale) == 1 else tuple(scale), ceil_mode=True), value)
 

@@ -11,7 +11,7 @@ from itertools import pairwise, takewhile
 from torch import fx
 
 from glcan_fx.auxiliary.builder import Builder
-from glcan_fx.auxiliary.stage import fixes_size_of_all, region_between, repeat, stage
+from glcan_fx.auxiliary.stage import fixes_size_of_all, reaches, region_between, repeat, stage
 from glcan_fx.auxiliary.tails import fixed_sizes
 from glcan_fx.capture.trace import is_float
 from glcan_fx.errors import PlanError
@@ -101,7 +101,8 @@ def _sampled_blocks(structure: Structure, way: list[fx.Node], depth: int) -> set
 
 
 def _can_shorten(structure: Structure, start: fx.Node, end: fx.Node) -> bool:
-    return len(structure.spatial(start)) == len(structure.spatial(end)) and len(structure.shape(start)) > 2
+    same_rank = len(structure.spatial(start)) == len(structure.spatial(end)) and len(structure.shape(start)) > 2
+    return same_rank and reaches(structure, start, end)
 
 
 def _copy_region(

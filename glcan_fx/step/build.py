@@ -1,5 +1,6 @@
 """Build what a plan says, on a model: the training step's graph, with its auxiliary networks and heads."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -130,10 +131,23 @@ def _outputs(structure: Structure, task: Task) -> Callable[[Any], Any]:
 
 
 def _named(structure: Structure, cut: Unit, inputs: Sequence[fx.Node]) -> tuple[str | None, ...]:
-    """What an auxiliary network reads, by name: the cut, features, inputs; None for what has no name."""
+    """What an auxiliary network reads, by name: the cut, features, inputs, and what a module computes between."""
+    between = {node: name for name, node in _operations(structure).items()}
     inputs_of_the_network = {node: str(node.target) for node in structure.trace.placeholders}
-    names = {**inputs_of_the_network, **{tap.node: tap.name for tap in structure.taps}, cut.end: cut.name}
+    names = {**between, **inputs_of_the_network, **{tap.node: tap.name for tap in structure.taps}, cut.end: cut.name}
     return tuple(names.get(node) for node in inputs)
+
+
+def _operations(structure: Structure) -> dict[str, fx.Node]:
+    """The operations by a name that another recording has, too: of which module, what, which time."""
+    found: dict[str, fx.Node] = {}
+    times: Counter[tuple[str, str]] = Counter()
+    for node in structure.trace.graph.nodes:
+        if node.op in ("call_function", "call_method", "call_module"):
+            what = node.meta["module"], str(getattr(node.target, "__name__", node.target))
+            found[f"{':'.join(what)}:{times[what]}"] = node
+            times[what] += 1
+    return found
 
 
 def build_again(local: LocalModel, structure: Structure) -> Emitted:
@@ -141,7 +155,7 @@ def build_again(local: LocalModel, structure: Structure) -> Emitted:
     PlanError where they do not fit."""
     plan, task = local.plan, local.task
     units = [unit_at(structure, name) for name in plan.cuts]
-    known = {str(node.target): node for node in structure.trace.placeholders}
+    known = _operations(structure) | {str(node.target): node for node in structure.trace.placeholders}
     known |= {tap.name: tap.node for tap in structure.taps}
     inputs = []
     for unit, names in zip(units, plan.reads, strict=True):

@@ -52,13 +52,18 @@ def reach(network: Network, structure: Structure, cut: fx.Node, inputs: list[fx.
     """Let an auxiliary network depend on the data at its cut: what of it reads only positions that do not depend on
     it reads the average of all positions instead. Raises PlanError where its outputs do not depend on it even so."""
     mixed, before = _walked(structure)
-    if cut not in mixed or before is None:
+    if (cut not in mixed or before is None) and not network.graph.find_nodes(op="get_attr"):  # it adds none of its own
         return
     walk = _Walk(shadow(network, structure.trace.mode), structure.trace.mode)
     changed = False
     with _alone(), suppress(_Undecided):
         for node, source in zip(network.graph.find_nodes(op="placeholder"), inputs, strict=True):
-            walk.values[node] = replace(mixed[cut]) if source is cut else before.constant(source)
+            if source is cut and source in mixed:
+                walk.values[node] = replace(mixed[source])
+            else:
+                known = before.constant(source) if before else tree_map_only(
+                    Tensor, lambda t: Seen(walk.empty(t.shape, t.dtype), "none"), source.meta["value"])
+                walk.values[node] = replace(known, depends="all") if source is cut else known
         for node in list(network.graph.nodes):
             if node.op not in ("placeholder", "output"):
                 walk.run(node)

@@ -53,7 +53,7 @@ def _alike(a: Sequence[int], b: Sequence[int]) -> bool:
     """Same shape, or but for one size (an extra token), or with positions swapped, or in a row (tokens of a map), some
     of them in the batch (windows)."""
     if len(a) != len(b):
-        return min(len(a), len(b)) > 2 and (a[-1], math.prod(a)) == (b[-1], math.prod(b))
+        return min(len(a), len(b)) > 1 and (a[-1], math.prod(a)) == (b[-1], math.prod(b))
     return sum(x != y for x, y in zip(a, b, strict=True)) <= 1 or (sorted(a) == sorted(b) and a[-1] == b[-1])
 
 

@@ -176,13 +176,19 @@ def dataflow(trace: Trace, positions: dict[fx.Node, int], data: Set[fx.Node]) ->
             continue
         if starts and node.op != "output":
             graph.add_edge(START, node)
-        graph.add_edges_from((source, node) for source in node.all_input_nodes if source in graph)
+        graph.add_edges_from((source, node) for source in _sources(node) if source in graph)
     if trace.output not in graph:
         raise PlanError(
             "no output depends on a floating-point input: there is nothing to cut. Pass example_inputs= with the "
             "tensors that the model is trained on."
         )
     return Flow(trace, graph, positions, set())
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """What a node reads, but for what it reads the shape or type of alone (``x.reshape_as(y)``)."""
+    alike = node.op == "call_method" and str(node.target).endswith("_as") and isinstance(node.args[0], fx.Node)
+    return [node.args[0]] if alike else node.all_input_nodes  # type: ignore[list-item]
 
 
 def _holds_tensor(node: fx.Node) -> bool:

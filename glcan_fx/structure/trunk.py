@@ -74,7 +74,8 @@ def _last_before_tail(flow: Flow, chain: list[fx.Node]) -> int:
         weighted = not flow.trace.layers.isdisjoint({*between(flow.graph, start, end), end})
         if weighted:
             continue
-        flattened = start in positions and end in positions and tensor_of(start).dim() > 2 >= tensor_of(end).dim()
+        gone = start in positions and positions.get(end) == 1
+        flattened = gone and tensor_of(start).dim() > 2 >= tensor_of(end).dim()
         pooled = positions.get(start, 1) > 1 and flow.pools_away(end)
         if pooled or flattened:
             return index
