@@ -1,5 +1,6 @@
 """Layers of an auxiliary network that stand for a region of the trunk: one convolution with norm and activation."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -11,6 +12,7 @@ from torch.nn.utils import skip_init
 
 from glcan_fx.auxiliary.builder import Builder
 from glcan_fx.auxiliary.tails import fixed_sizes, is_map, name_of, takes_any_size
+from glcan_fx.capture.trace import is_float
 from glcan_fx.initialization import Moments, moments
 from glcan_fx.layers import (
     ACTIVATIONS,
@@ -22,6 +24,7 @@ from glcan_fx.layers import (
     narrowed,
     set_width,
 )
+from glcan_fx.pytree import tensors_in
 from glcan_fx.structure.nodes import ancestors, is_size, tensor_of
 from glcan_fx.structure.structure import Structure, once
 
@@ -167,34 +170,51 @@ def region_between(structure: Structure, start: fx.Node, end: fx.Node) -> list[f
 
 @once
 def _heaviest_path(structure: Structure, start: fx.Node, end: fx.Node) -> list[fx.Node]:
-    """The path from start (excluded) to end through the region with the most weights and values.
+    """The path from start (excluded) to end through the region with the most weights and values; through pieces of
+    maps, too, where no other loses as many positions as the region does."""
+    path = _heaviest(structure, start, end, is_map)
+    if path and _loses_positions(structure, start, end, path):
+        return path
+    return _heaviest(structure, start, end, lambda node: is_float(node.meta["value"])) or path
 
-    What has fewer positions than the end is beside it (a squeeze-excitation's pooled branch).
-    """
+
+def _heaviest(
+    structure: Structure, start: fx.Node, end: fx.Node, passes: Callable[[fx.Node], bool]
+) -> list[fx.Node]:
+    """The maps on the heaviest path through nodes that ``passes`` allows. What has fewer positions than the end is
+    beside it (a squeeze-excitation's pooled branch)."""
     positions, region = structure.positions(end), region_between(structure, start, end)
     best: dict[fx.Node, tuple[int, fx.Node | None]] = {start: (0, None)}
     for node in region:
-        same_rank = is_map(node) and len(structure.shape(node)) == len(structure.shape(end))
-        if is_map(node) and not (same_rank and structure.positions(node) < positions):
+        narrower = is_map(node) and len(structure.shape(node)) == len(structure.shape(end)) and (
+            structure.positions(node) < positions)
+        if passes(node) and not narrower:
             above = [(best[source][0], source) for source in node.all_input_nodes if source in best]
             if above:
                 score, source = max(above, key=lambda pair: pair[0])
-                size = sum(p.numel() for p in structure.trace.parameters(node)) + tensor_of(node).numel()
+                size = sum(p.numel() for p in structure.trace.parameters(node)) + sum(
+                    tensor.numel() for tensor in tensors_in(node.meta["value"]))
                 best[node] = score + size, source
     path: list[fx.Node] = []
     step = end if end in best else None
     while step is not None and step is not start:
         path.append(step)
         step = best[step][1]
-    return path[::-1]
+    return [node for node in path[::-1] if is_map(node)]
 
 
 def reaches(structure: Structure, start: fx.Node, end: fx.Node) -> bool:
     """Whether a ``stage`` would have as many positions as the region: tokens that become a map and tokens again lose
     theirs where it cannot see it."""
-    path = [start, *_heaviest_path(structure, start, end)]
-    return structure.positions(start) == structure.positions(end) or any(
-        _shrinks(structure, a, b, start, end) or b in fixed_sizes(structure) for a, b in pairwise(path))
+    return _loses_positions(structure, start, end, _heaviest_path(structure, start, end))
+
+
+def _loses_positions(structure: Structure, start: fx.Node, end: fx.Node, path: Sequence[fx.Node]) -> bool:
+    return structure.positions(start) < _FEWER * structure.positions(end) or any(
+        _shrinks(structure, a, b, start, end) or b in fixed_sizes(structure) for a, b in pairwise([start, *path]))
+
+
+_FEWER = 1.5  # less is an extra token
 
 
 def _shrinks(structure: Structure, before: fx.Node, node: fx.Node, start: fx.Node, end: fx.Node) -> bool:
