@@ -72,6 +72,8 @@ def stage(
         value = build.add(f"{name}.conv", conv(channels, target, **geometry), value, fresh=True)
         made = True
     pooled = any(_shrinks(structure, a, b, start, end) for a, b in pairwise([start, *path])) and not made
+    if not made and not pooled and (ratio := _ratio(structure, start, end)):  # merged by reshaping
+        value = build.add(f"{name}.pool", _AVERAGE[rank](ratio[0] if rank == 1 else ratio), value)
     if not made and not (pooled and structure.channels(start) == structure.channels(end)):
         kernel = 3 if pooled and not lean else 1
         value = build.add(f"{name}.conv", conv(channels, target, kernel_size=kernel, padding=kernel // 2), value,
@@ -210,8 +212,18 @@ def reaches(structure: Structure, start: fx.Node, end: fx.Node) -> bool:
 
 
 def _loses_positions(structure: Structure, start: fx.Node, end: fx.Node, path: Sequence[fx.Node]) -> bool:
-    return structure.positions(start) < _FEWER * structure.positions(end) or any(
+    few = structure.positions(start) < _FEWER * structure.positions(end)
+    return few or _ratio(structure, start, end) is not None or any(
         _shrinks(structure, a, b, start, end) or b in fixed_sizes(structure) for a, b in pairwise([start, *path]))
+
+
+def _ratio(structure: Structure, start: fx.Node, end: fx.Node) -> tuple[int, ...] | None:
+    """By which whole numbers the sides of a map shrink; None where they do not, or not by such."""
+    before, after = structure.spatial(start), structure.spatial(end)
+    if len(before) != len(after) or before == after or not 0 < len(after) <= len(_AVERAGE) or not all(after):
+        return None
+    exact = all(a % b == 0 for a, b in zip(before, after, strict=True))
+    return tuple(a // b for a, b in zip(before, after, strict=True)) if exact else None
 
 
 _FEWER = 1.5  # less is an extra token
