@@ -126,8 +126,14 @@ def _run_both(local: LocalModel, forward: fx.Graph, device: torch.device, hooks:
             raise TraceError(f"{type(model).__name__} does not run on random values of the example's sizes: "
                              f"{error}. If it runs on yours, pass verify=False.") from error
         torch.manual_seed(0)
-        with kept_python_random():
-            found = _call(step, _fresh(values))
+        try:
+            with kept_python_random():
+                found = _call(step, _fresh(values))
+        except Exception as error:
+            raise TraceError(
+                f"{type(model).__name__} runs on random values of the example's sizes, but the compiled step fails on "
+                f"them: {type(error).__name__}: {error}. A part of the model that returns something else each time "
+                "(layers that are left out at random) may be the reason: choose other split points, or k=1.") from error
         _compare(list(tensors_in(expected)), list(tensors_in(found)), "outputs", batch + extra)
         _compare(list(plain.buffers()), list(other.buffers()), "buffers", batch + extra)
 

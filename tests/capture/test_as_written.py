@@ -175,3 +175,54 @@ def test_dense_predictions_at_odd_sizes() -> None:
                                head="lean").train()
     assert local.plan.k > 1
     local(torch.randn(4, 3, 17, 19), torch.zeros(4, 17, 19, dtype=torch.long)).loss.backward()
+
+
+class LastState(nn.Module):
+    """Returns its last value twice, the second time among all that it passed through, of which some are left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Residual(nn.GELU()) for _ in range(3))
+
+    def forward(self, x: Tensor) -> dict[str, object]:
+        states = [x]
+        for block in self.blocks:
+            if not self.training or torch.rand(()).item() > 0.5:
+                states.append(block(states[-1]))
+        return {"last": states[-1], "all": tuple(states)}
+
+
+def test_what_is_returned_twice_goes_by_its_first_name() -> None:
+    class Stochastic(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.end = LastState(), Residual(nn.GELU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.end(self.encoder(self.stem(x))["last"]).mean((2, 3)))
+
+    local = glcan_fx.transform(Stochastic(), k=["encoder"], criterion=F.cross_entropy, example_inputs=IMAGES).train()
+    assert "'last'" in local.code
+    for _ in range(5):  # however many blocks run
+        local(IMAGES, LABELS).loss.backward()
+
+
+def test_a_tensor_that_wants_no_gradient_anyway() -> None:
+    class Weighted(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            weight = nn.Buffer(torch.ones(5)).requires_grad_(False)
+            return super().forward(x.requires_grad_(False)) * weight
+
+    local = compiled(Weighted())
+    assert local.plan.k == 5 and local.plan.report.rung == 1
+    assert_trains(local)
+
+
+def test_a_power_behind_the_trunk() -> None:
+    class Square(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.fc(self.features(x).mean((2, 3))) ** 2 + 1) ** 0.5
+
+    local = compiled(Square())
+    assert local.plan.k == 5
+    assert_trains(local)

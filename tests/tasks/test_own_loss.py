@@ -38,8 +38,8 @@ class Classifier(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.gives, self.asks = gives, asks
-        self.stem, self.blocks, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Sequential(*map(
-            lambda _: Block(), range(4))), nn.Linear(8, 4)
+        self.stem, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+        self.blocks = nn.Sequential(*(Block() for _ in range(4)))
 
     def forward(self, x, labels=None):
         logits = self.fc(self.blocks(self.stem(x)).mean((2, 3)))
