@@ -26,15 +26,15 @@ from glcan_fx.plans.plan import Block, LocalModule, Plan, Run
 from glcan_fx.simulate.estimate import Estimate, Memory, Phase
 from glcan_fx.step.local_model import LocalModel
 from glcan_fx.step.output import LocalOutput
-from glcan_fx.tasks import Classification, CriterionTask, Detection, Segmentation, SuperResolution, Task
+from glcan_fx.tasks import Classification, CriterionTask, Detection, OwnLoss, Segmentation, SuperResolution, Task
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Block", "BudgetError", "Classification", "CriterionError", "CriterionTask", "Detection", "Estimate", "Feature",
     "FeatureInfo", "GlcanFxError", "LocalModel", "LocalModule", "LocalOutput", "Memory", "ModelChangedError",
-    "ModelChangedWarning", "NotLearningError", "Options", "Phase", "Plan", "PlanError", "PlannedModel", "Point",
-    "Report", "Rules", "Run", "Segmentation", "SmallExampleWarning", "StatefulCriterionWarning", "SuperResolution",
-    "TargetError", "Task", "TraceError", "UnsupportedError", "UnusedGradientsWarning", "estimate_memory", "methods",
-    "plan", "transform",
+    "ModelChangedWarning", "NotLearningError", "Options", "OwnLoss", "Phase", "Plan", "PlanError", "PlannedModel",
+    "Point", "Report", "Rules", "Run", "Segmentation", "SmallExampleWarning", "StatefulCriterionWarning",
+    "SuperResolution", "TargetError", "Task", "TraceError", "UnsupportedError", "UnusedGradientsWarning",
+    "estimate_memory", "methods", "plan", "transform",
 ]

@@ -71,7 +71,8 @@ def plan(
             than backpropagation's at most; the natural number where none can be simulated), "natural" (one per block),
             or a list of split points (module paths). With a ``memory_budget`` and no number, or "auto" (the GPU's
             memory), the fewest that fit.
-        task: "detection", "classification", "segmentation", "super_resolution", or a ``Task`` object.
+        task: "detection", "classification", "segmentation", "super_resolution", "own_loss" (the model returns it), or
+            a ``Task`` object. Left out, with no ``criterion``: "own_loss".
         criterion: ``(outputs, targets) -> Tensor or dict``, instead of a task's own loss.
         example_inputs: one batch of the sizes that you train with (values do not matter): a tensor, a tuple of
             positional arguments, or a dict of keyword arguments. Detection: images, two of 320 x 320 by default.
@@ -149,7 +150,8 @@ def transform(
         model: any module that runs, on any device, in either mode.
         k: number of local modules; 1 is plain backpropagation. "fewest" that save as much memory as one per block,
             "natural" (one per block), "auto" (that fit the GPU), or a list of split points (module paths).
-        task: "detection", "classification", "segmentation", "super_resolution", or a ``Task`` object.
+        task: "detection", "classification", "segmentation", "super_resolution", "own_loss" (the model returns it), or
+            a ``Task`` object. Left out, with no ``criterion``: "own_loss".
         criterion: ``(outputs, targets) -> Tensor or dict``, instead of a task's own loss.
         example_inputs: one batch of the sizes that you train with (values do not matter): a tensor, a tuple of
             positional arguments, or a dict of keyword arguments. Detection: images, two of 320 x 320 by default.
