@@ -24,6 +24,7 @@ from glcan_fx.plans.plan import Plan
 from glcan_fx.simulate.estimate import Estimate
 from glcan_fx.simulate.simulator import Simulator
 from glcan_fx.step.emit import sliced_tail, why_not_sliced
+from glcan_fx.structure.missed import missed_blocks
 from glcan_fx.structure.structure import Structure, Unit
 from glcan_fx.tasks.around import Around
 from glcan_fx.tasks.captured import Captured
@@ -357,4 +358,4 @@ def _facts(structure: Structure, model: nn.Module) -> list[str]:
     constants = structure.trace.constants
     if constants:
         notes.append(f"{len(constants)} tensors that are neither parameters nor buffers were recorded as constants")
-    return [*notes, *structure.trace.report.lost]
+    return [*notes, *missed_blocks(structure), *structure.trace.report.lost]

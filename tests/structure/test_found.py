@@ -252,3 +252,38 @@ def test_taps_of_a_plain_transformer() -> None:
     assert local.plan.k >= 9
     local(images, labels).loss.backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in local.parameters())
+
+
+class TwoStreams(nn.Module):
+    """Two values pass from block to block (TNT, CrossViT): no single one to end a local module with."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = Mlp2d(8), Mlp2d(8)
+
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.a(x)
+            return x, self.b(y + x.mean((2, 3), keepdim=True))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.other, self.fc = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1), nn.Linear(8, 10)
+        self.blocks = nn.ModuleList(self.Block() for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.other(x)
+        for block in self.blocks:
+            x, y = block(x, y)
+        return self.fc(y.mean((2, 3)))
+
+
+def test_blocks_that_cannot_be_told_apart_are_said() -> None:
+    images = torch.empty(4, 3, 32, 32)
+    plan = glcan_fx.plan(TwoStreams(), k="natural", task="classification", example_inputs=images)
+    assert plan.k < 6
+    assert any("'blocks.0' … 'blocks.4' (5 of class Block): more than one value" in note for note in plan.notes)
+    for kind in (Merging, Partial, Levit):
+        found = glcan_fx.plan(kind(), k="natural", task="classification", example_inputs=images)
+        assert not any("no cut between" in note for note in found.notes)
