@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -111,16 +112,19 @@ def _names(model: nn.Module, inputs: Any) -> tuple[str, ...]:
 
 def _calls(model: nn.Module, inputs: Any, error: TraceError, values: Any = None) -> list[Call]:
     """The calls of a run on random values, or, where the model refuses those, on the user's."""
-    given = _example(inputs)
+    def run(example: Any, *, random: bool) -> list[Call]:
+        return calls_of(model, *(((), example) if isinstance(example, dict) else (example, {})), random=random)
+
     known = values is not None and not any(tensor.is_meta or isinstance(tensor, FakeTensor)
                                            for tensor in tensors_in(values))
-    for random in (True, False) if known else (True,):
-        example: Any = given if random else values
-        try:
-            return calls_of(model, *(((), example) if isinstance(example, dict) else (example, {})), random=random)
-        except Exception as failure:  # noqa: BLE001 - whatever the user's forward raises
-            found = failure
-    raise error from found
+    try:
+        if known:
+            with suppress(Exception):
+                return run(_example(inputs), random=True)
+            return run(values, random=False)
+        return run(_example(inputs), random=True)
+    except Exception as failure:  # noqa: BLE001 - whatever the user's forward raises
+        raise error from failure
 
 
 def _largest_part(
