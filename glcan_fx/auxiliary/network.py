@@ -144,7 +144,8 @@ def readable(structure: Structure, auxiliary: Auxiliary) -> list[tuple[str, str]
 def _fit(
     network: Network, build: Builder, examples: list[Any], method: "Method", outputs_are_predictions: bool
 ) -> None:
-    """Give the copied layers the channels that they meet: found on a shadow, then applied."""
+    """Give the copied layers the channels that they meet: found on a shadow, then applied; a draft is its
+    own shadow."""
     trial = (network if build.draft else shadow(network, build.structure.trace.mode)).eval()
     keep: set[nn.Module] = set()
     if method.width < 1:
@@ -163,8 +164,9 @@ def _fit(
             "the type that the model computes in."
         ) from error
     network.train()
-    for path, (inputs, outputs) in changed.items() if trial is not network else ():
-        set_width(network.get_submodule(path), inputs, outputs)
+    if not build.draft:
+        for path, (inputs, outputs) in changed.items():
+            set_width(network.get_submodule(path), inputs, outputs)
 
 
 def _like(structure: Structure, tensor: Tensor) -> Tensor:

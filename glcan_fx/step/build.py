@@ -20,7 +20,7 @@ from glcan_fx.step.emit import Emitted, emit, emit_whole, register, why_not_slic
 from glcan_fx.step.local_model import LocalModel, assemble
 from glcan_fx.step.output import shape_of
 from glcan_fx.step.parts import ReadOnly
-from glcan_fx.structure.structure import Structure, Unit
+from glcan_fx.structure.structure import Structure, Unit, once
 from glcan_fx.structure.trunk import unit_at
 from glcan_fx.tasks import Task
 from glcan_fx.tasks.captured import Captured
@@ -138,6 +138,7 @@ def _named(structure: Structure, cut: Unit, inputs: Sequence[fx.Node]) -> tuple[
     return tuple(names.get(node) for node in inputs)
 
 
+@once
 def _operations(structure: Structure) -> dict[str, fx.Node]:
     """The operations by a name that another recording has, too: of which module, what, which time."""
     found: dict[str, fx.Node] = {}

@@ -157,11 +157,12 @@ class SegmentHead(nn.Module):
     def __init__(self, task: Any, network: "Remainder") -> None:
         super().__init__()
         self.network = network
-        self.loss, self.takes_targets = LossHead(task, repeated=True), task.takes_targets
+        self.loss = LossHead(task, repeated=True)
+        self.__dict__["divided"] = task.divided
 
     def forward(self, record: Record, *context: Any) -> Any:
-        count = len(context) - self.takes_targets
-        return self.loss(self.network(record, *context[:count]), *context[count:])
+        inputs, targets = self.__dict__["divided"](context)
+        return self.loss(self.network(record, *inputs), *targets)
 
 
 class Remainder(nn.Module):

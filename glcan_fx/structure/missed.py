@@ -7,11 +7,12 @@ from torch import fx, nn
 
 from glcan_fx.capture.trace import within
 from glcan_fx.structure.nodes import called_path
-from glcan_fx.structure.structure import Structure
+from glcan_fx.structure.structure import Structure, once
 
 _SEVERAL = 3  # fewer are branches
 
 
+@once
 def missed_blocks(structure: Structure) -> list[str]:
     """For every row of blocks of one class that lie in one unit, or behind the trunk, a sentence. Not for the branches
     of a block that is a unit, and not for a neck and head, unless these hold half of the layers."""

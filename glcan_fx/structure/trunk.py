@@ -48,7 +48,8 @@ def _structure(trace: Trace, data: frozenset[fx.Node], layouts: frozenset[fx.Nod
     whole = flow.open_chain()
     chain = _until_tail(flow, whole)
     units = _units(flow, chain) or _units(flow, whole)[:1]  # no layer before what was taken for the tail: one unit
-    chain = chain if units[-1].end in chain else whole
+    if units and units[-1].end not in chain:
+        chain = whole
     chain = chain[: chain.index(units[-1].end) + 1] if units else chain
     structure = Structure(trace, chain, units, [], layouts, data)
     taps = _taps(trace, structure.trunk - structure.context, [unit.end for unit in units])

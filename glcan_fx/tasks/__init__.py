@@ -6,7 +6,6 @@ from glcan_fx.tasks.base import (
     Classification,
     Criterion,
     CriterionTask,
-    OwnLoss,
     Segmentation,
     Spec,
     SuperResolution,
@@ -14,6 +13,7 @@ from glcan_fx.tasks.base import (
     specs,
 )
 from glcan_fx.tasks.detection import Detection
+from glcan_fx.tasks.own_loss import OwnLoss
 
 TASKS: dict[str, type[Task]] = {
     kind.name: kind for kind in (Classification, Detection, OwnLoss, Segmentation, SuperResolution)
@@ -38,7 +38,8 @@ def make_task(task: "str | Task | None", criterion: Criterion | None) -> Task:
     if criterion is not None:
         return CriterionTask(criterion, task or CriterionTask.name)
     if task is None:
-        return OwnLoss(supposed=True)
+        return OwnLoss(unless=f"task= or criterion= is required: task= one of {', '.join(sorted(TASKS))}, or "
+                              "criterion=(outputs, targets) -> loss")
     return TASKS[task]()
 
 

@@ -71,8 +71,8 @@ class Around(_Wrapped):
         return parts, [record, *inputs, *targets]
 
     def finish(self, graph: fx.Graph, result: Any, context: list[fx.Node]) -> tuple[Any, list[fx.Node]]:
-        given, targets = context[:1 + len(self.around.inputs)], context[1 + len(self.around.inputs):]
-        return graph.create_node("call_module", "aux.rest", (result, *given), name="outputs"), targets
+        given, targets = self.divided(context)
+        return graph.create_node("call_module", "aux.rest", (result, *given), name="outputs"), list(targets)
 
     def parts(self, model: nn.Module) -> dict[str, nn.Module]:
         return {"entry": Entry(model, self.around), "rest": Rest(model, self.around, fresh=False)}
@@ -91,8 +91,9 @@ class _AroundHead(nn.Module):
     def __init__(self, task: Task, rest: Rest) -> None:
         super().__init__()
         self.rest = rest
-        self.loss, self.takes_targets = LossHead(task, repeated=True), task.takes_targets
+        self.loss = LossHead(task, repeated=True)
+        self.__dict__["divided"] = task.divided
 
     def forward(self, outputs: Any, record: Any, *context: Any) -> Any:
-        count = len(context) - self.takes_targets
-        return self.loss(self.rest(outputs, detach_record(record), *context[:count]), *context[count:])
+        inputs, targets = self.__dict__["divided"](context)
+        return self.loss(self.rest(outputs, detach_record(record), *inputs), *targets)

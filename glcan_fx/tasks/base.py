@@ -2,7 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,11 @@ class Task(ABC):
         inputs = [graph.placeholder(str(node.target), default_value=node.args[0]) if node.args
                   else graph.placeholder(str(node.target)) for node in placeholders]
         return inputs, [graph.placeholder("targets", default_value=None)] if self.takes_targets else []
+
+    def divided(self, context: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+        """The context of a loss without the targets, which end it, and the targets, if a step has some."""
+        count = len(context) - self.takes_targets
+        return context[:count], context[count:]
 
     def check(self, inputs: Any, targets: Any) -> None:
         """Raise TargetError when a training step cannot work with these targets."""
@@ -266,54 +271,6 @@ class CriterionTask(Task):
 
     def modules(self) -> dict[str, nn.Module]:
         return {"criterion": self.criterion} if isinstance(self.criterion, nn.Module) else {}
-
-
-class OwnLoss(Task):
-    """The loss that the model computes itself, from labels among its arguments: ``outputs.loss``, ``outputs["loss"]``,
-    the first of several outputs, or all that the model returns.
-
-    A training step is ``local(*inputs)``, or ``local(**inputs)``, as the model is called; there are no targets. Local
-    losses are computed by the model's own code, which the auxiliary networks copy.
-    """
-
-    name = "own_loss"
-    takes_targets = False
-
-    def __init__(self, *, supposed: bool = False) -> None:
-        self.supposed = supposed  # nobody has said so
-
-    def example_inputs(self, model: nn.Module, given: Any) -> tuple[Any, ...] | dict[str, Any]:
-        if given is None and self.supposed:
-            raise PlanError(_WHICH)
-        return super().example_inputs(model, given)
-
-    def fits(self, outputs: Any) -> None:
-        if self.supposed and _named_loss(outputs) is None:
-            raise PlanError(f"{_WHICH}. (Nor does the model return a scalar called 'loss'.)")
-        self.loss(outputs, None)
-
-    def loss(self, outputs: Any, targets: Any) -> Tensor:
-        found = _named_loss(outputs)
-        if found is None:
-            first = outputs[0] if isinstance(outputs, list | tuple) and outputs else outputs
-            found = first if isinstance(first, Tensor) and first.numel() == 1 and first.is_floating_point() else None
-        if found is None:
-            raise CriterionError(
-                f"task 'own_loss': the model returns no loss, but {type(outputs).__name__} {specs(outputs)}. It is "
-                "looked for as outputs.loss, outputs['loss'], the first output, or all that is returned: give the "
-                "labels that the model computes it from among example_inputs= and in every step, or pass task= or "
-                "criterion=.")
-        return found
-
-
-_WHICH = ("task= or criterion= is required: task= 'classification', 'detection', 'own_loss', 'segmentation', "
-          "'super_resolution', or criterion=(outputs, targets) -> loss")
-
-
-def _named_loss(outputs: Any) -> Tensor | None:
-    """A scalar that outputs call their loss."""
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
-    return loss if isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point() else None
 
 
 class Classification(Task):

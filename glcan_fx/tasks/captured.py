@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -118,11 +118,9 @@ def _calls(model: nn.Module, inputs: Any, error: TraceError, values: Any = None)
     known = values is not None and not any(tensor.is_meta or isinstance(tensor, FakeTensor)
                                            for tensor in tensors_in(values))
     try:
-        if known:
-            with suppress(Exception):
-                return run(_example(inputs), random=True)
-            return run(values, random=False)
-        return run(_example(inputs), random=True)
+        with suppress(Exception) if known else nullcontext():
+            return run(_example(inputs), random=True)
+        return run(values, random=False)
     except Exception as failure:  # noqa: BLE001 - whatever the user's forward raises
         raise error from failure
 
