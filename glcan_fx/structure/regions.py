@@ -21,6 +21,7 @@ START: Any = "start"  # a virtual node before all inputs
 _GROWS = 1.5  # fewer positions than this factor more are padding or an extra token, not up-sampling
 
 Edge = tuple[fx.Node, fx.Node]
+Weight = Callable[[fx.Node], float]
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,15 @@ class Region:
 class Flow:
     """The edges along which gradients flow from the inputs to the output.
 
-    positions: the number of spatial positions (or tokens) of every floating-point tensor. bypassed: the nodes that
-    removed bypass edges led to.
+    positions: the number of spatial positions (or tokens) of every floating-point tensor. weight: of a node, by which
+    one of several paths is taken for the network, the others for bypasses. bypassed: the nodes that removed bypass
+    edges led to.
     """
 
     trace: Trace
     graph: nx.DiGraph
     positions: dict[fx.Node, int]
+    weight: Weight
     bypassed: set[fx.Node]
 
     def open_chain(self) -> list[fx.Node]:
@@ -60,7 +63,7 @@ class Flow:
         """The bypasses of the first region in the trunk that hides the network."""
         for start, end in pairwise(chain):
             region = self.region(start, end)
-            bypasses = _bypasses(self.graph, region) if region.nodes and self._hides_network(region) else []
+            bypasses = _bypasses(self.graph, region, self.weight) if region.nodes and self._hides_network(region) else []
             if bypasses or self.grows_between(start, end):
                 return bypasses
         return []
@@ -111,7 +114,9 @@ class Flow:
         rank = tensor_of(region.start).dim()  # values of another rank are attention's heads and the like
         inside = [self.positions[n] for n in region.nodes if n in self.positions and tensor_of(n).dim() == rank]
         outside = min(self.positions.get(region.start, 1), self.positions.get(region.end, 1))
-        return bool(inside) and 1 < min(inside) < outside / _GROWS and self._grows_inside(region)
+        # one position alone is a gate of channels, or an average beside other branches
+        shrinks = any(1 < count < outside / _GROWS for count in inside)
+        return shrinks and self._grows_inside(region)
 
     def _grows_inside(self, region: Region) -> bool:
         """Whether the resolution grows inside a region. Attention to fewer tokens has its positions from the queries.
@@ -141,7 +146,7 @@ class Flow:
 
     def _holds_repeated_blocks(self, region: Region) -> bool:
         """Whether two or more blocks of one kind, each with branches of its own, lie inside the region."""
-        bypasses = _bypasses(self.graph, region)
+        bypasses = _bypasses(self.graph, region, self.weight)
         if not bypasses:
             return False
         inner = _without(_inside(self.graph, region), bypasses, region.start)
@@ -155,10 +160,15 @@ class Flow:
         return any(len(paths) > 1 for paths in kinds.values())
 
 
-def dataflow(trace: Trace, positions: dict[fx.Node, int], data: Set[fx.Node]) -> Flow:
+def elements(node: fx.Node) -> float:
+    """How many elements a node's value has, and one for the node itself."""
+    return 1 + sum(tensor.numel() for tensor in tensors_in(node.meta.get("value")))
+
+
+def dataflow(trace: Trace, positions: dict[fx.Node, int], data: Set[fx.Node], weight: Weight) -> Flow:
     """Edges along which gradients flow from the data to the outputs; sizes, masks and context carry none.
 
-    positions: of every floating-point tensor; data: the inputs that are not context.
+    positions: of every floating-point tensor; data: the inputs that are not context; weight: see ``Flow``.
 
     Raises PlanError where no output depends on a floating-point input.
     """
@@ -182,7 +192,7 @@ def dataflow(trace: Trace, positions: dict[fx.Node, int], data: Set[fx.Node]) ->
             "no output depends on a floating-point input: there is nothing to cut. Pass example_inputs= with the "
             "tensors that the model is trained on."
         )
-    return Flow(trace, graph, positions, set())
+    return Flow(trace, graph, positions, weight, set())
 
 
 def _sources(node: fx.Node) -> list[fx.Node]:
@@ -230,13 +240,13 @@ def _is_exit(node: fx.Node) -> bool:
     return node.op == "output" or (isinstance(node.target, type) and all(user.op == "output" for user in node.users))
 
 
-def _bypasses(graph: nx.DiGraph, region: Region) -> list[Edge]:
+def _bypasses(graph: nx.DiGraph, region: Region, weight: Weight) -> list[Edge]:
     """The fewest edges out of a region's start without which its heaviest path gets a chain of its own."""
     start, end = region.start, region.end
     inner = _inside(graph, region)
     branches = {target: nx.descendants(inner, target) | {target} for target in inner.successors(start)}
     kept: dict[frozenset[fx.Node], None] = {}
-    for node in _heaviest_path(inner, start):
+    for node in _heaviest_path(inner, start, weight):
         kept[frozenset(target for target, reach in branches.items() if node in reach)] = None
     for keep in sorted(kept, key=len, reverse=True):
         bypasses = [(start, target) for target in branches if target not in keep]
@@ -245,14 +255,13 @@ def _bypasses(graph: nx.DiGraph, region: Region) -> list[Edge]:
     return []
 
 
-def _heaviest_path(graph: nx.DiGraph, start: fx.Node) -> Iterable[fx.Node]:
-    """The nodes behind ``start`` on the path with the most elements."""
-    weight: dict[fx.Node | None, int] = {None: 0}
+def _heaviest_path(graph: nx.DiGraph, start: fx.Node, weight: Weight) -> Iterable[fx.Node]:
+    """The nodes behind ``start`` on the path with the largest sum of weights."""
+    total: dict[fx.Node | None, float] = {None: 0}
     after: dict[fx.Node, fx.Node | None] = {}
     for node in reversed(list(nx.topological_sort(graph))):
-        after[node] = max(graph.successors(node), key=weight.__getitem__, default=None)
-        elements = sum(tensor.numel() for tensor in tensors_in(node.meta.get("value")))
-        weight[node] = elements + 1 + weight[after[node]]
+        after[node] = max(graph.successors(node), key=total.__getitem__, default=None)
+        total[node] = weight(node) + total[after[node]]
     node = after[start]
     while node is not None:
         yield node

@@ -25,7 +25,7 @@ from glcan_fx.structure.nodes import (
     is_float_tensor,
     tensor_of,
 )
-from glcan_fx.structure.regions import Flow, between, dataflow
+from glcan_fx.structure.regions import Flow, Weight, between, dataflow, elements
 from glcan_fx.structure.structure import Structure, Tap, Unit
 
 
@@ -35,16 +35,18 @@ def analyze(trace: Trace) -> Structure:
     Raises PlanError where no output depends on a floating-point input.
     """
     layouts = channels_last(trace)
-    found = [_structure(trace, data, layouts) for data in data_inputs(trace)]
+    # where paths part, the largest values are the network's, or, in nested decoders and below wide heads, the most layers
+    weights: tuple[Weight, ...] = elements, lambda node: node in trace.layers
+    found = [_structure(trace, data, layouts, weight) for data in data_inputs(trace) for weight in weights]
     return max(found, key=lambda structure: len(structure.units))
 
 
-def _structure(trace: Trace, data: frozenset[fx.Node], layouts: frozenset[fx.Node]) -> Structure:
+def _structure(trace: Trace, data: frozenset[fx.Node], layouts: frozenset[fx.Node], weight: Weight) -> Structure:
     """The structure with these inputs as the data."""
     batch = next((tensor_of(node).shape[0] for node in data if tensor_of(node).dim() > 1), 0)
     positions = {node: count_positions(tuple(tensor_of(node).shape), node in layouts, batch)
                  for node in trace.graph.nodes if is_float_tensor(node)}
-    flow = dataflow(trace, positions, data)
+    flow = dataflow(trace, positions, data, weight)
     whole = flow.open_chain()
     chain = _until_tail(flow, whole)
     units = _units(flow, chain) or _units(flow, whole)[:1]  # no layer before what was taken for the tail: one unit
