@@ -5,7 +5,8 @@ Regions of the trunk that keep the shape are dropped (or, with ``depth``, sample
 activation (GLCAN, arXiv 2406.00446, section 4.1).
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
 from itertools import pairwise, takewhile
 
 from torch import fx
@@ -13,10 +14,8 @@ from torch import fx
 from glcan_fx.auxiliary.builder import Builder
 from glcan_fx.auxiliary.stage import fixes_size_of_all, reaches, region_between, repeat, stage
 from glcan_fx.auxiliary.tails import fixed_sizes
-from glcan_fx.capture.trace import is_float
-from glcan_fx.errors import PlanError
 from glcan_fx.layers import narrowed
-from glcan_fx.structure.nodes import ancestors, is_size, tensor_of
+from glcan_fx.structure.nodes import ancestors, is_float_tensor, is_size, tensor_of
 from glcan_fx.structure.structure import Structure
 
 
@@ -30,14 +29,15 @@ def synthesize_taps(
     order = {node: index for index, node in enumerate(structure.chain)}
     ahead = [node for node in structure.chain[order[cut] + 1:] if node in wanted]
     ahead = ahead[: max((i + 1 for i, node in enumerate(ahead) if node in missing), default=0)]
-    way = _way(structure, cut, ahead, missing)
+    way = _without_detours(structure, _way(structure, cut, ahead, missing), missing)
     keep = _sampled_blocks(structure, way, depth)
     interface = structure.interface if predictions else frozenset()
     value, present, narrow = own, cut, False
+    regions = _Regions(build, cut, width, lean, {cut: own})
     for index, (start, end) in enumerate(pairwise(way)):
         same = structure.shape(start) == structure.shape(end)
         if (same and end in keep) or not _can_shorten(structure, start, end):
-            value = _copy_region(build, cut, start, end, value, f"block{index}")
+            value = regions.copy(start, end, f"block{index}")
             present = end
             if not narrow:
                 build.full.add(f"block{index}")
@@ -50,6 +50,7 @@ def synthesize_taps(
             narrow = narrowed(structure.channels(end), final_width) < structure.channels(end)
         else:
             value = _resized(build, start, end, value, f"sized{index}")
+        regions.made[end] = value
         if end in missing:
             made, needed = tensor_of(present).dtype, tensor_of(end).dtype
             build.values[end] = value if made == needed else build.graph.call_method("to", (value, needed))
@@ -81,8 +82,15 @@ def _way(structure: Structure, cut: fx.Node, ahead: list[fx.Node], missing: list
     def asks_for_what_is_not_made(start: fx.Node, end: fx.Node) -> bool:
         region = region_between(structure, start, end)
         made = known | {start, *region}
-        return any(source in dependent and source not in made and (is_size(node) or is_size(source))
-                   for node in region for source in node.all_input_nodes)
+        present = {structure.shape(node) for node in way}
+        for node in region:
+            asked = {source for source in node.all_input_nodes
+                     if source in dependent and source not in made and (is_size(node) or is_size(source))}
+            if any(structure.shape(value) not in present for value in _measured(asked, made)):
+                return True
+            if is_float_tensor(node):
+                present.add(structure.shape(node))
+        return False
 
     for end in ahead:
         while len(way) > 1 and way[-1] not in missing and not _can_shorten(structure, way[-1], end) and (
@@ -90,6 +98,34 @@ def _way(structure: Structure, cut: fx.Node, ahead: list[fx.Node], missing: list
             way.pop()
         way.append(end)
     return way
+
+
+def _measured(sizes: Set[fx.Node], made: Set[fx.Node]) -> set[fx.Node]:
+    """The values that sizes are of, up to what is made."""
+    found, stack = set[fx.Node](), list(sizes)
+    while stack:
+        node = stack.pop()
+        if is_size(node):
+            stack += [source for source in node.all_input_nodes if source not in made]
+        else:
+            found.add(node)
+    return found
+
+
+def _without_detours(structure: Structure, way: list[fx.Node], missing: list[fx.Node]) -> list[fx.Node]:
+    """The way without values of another shape (a map in windows) between two of the same, if none of them is missing.
+    """
+    def alike(a: fx.Node, b: fx.Node) -> bool:
+        return structure.shape(a) == structure.shape(b) and (
+            (a in structure.channels_last) == (b in structure.channels_last))
+
+    found = way[:1]
+    for index, node in enumerate(way[1:], 1):
+        needed = takewhile(lambda before: before not in missing, way[index:-1])
+        returns = any(alike(found[-1], way[index + 1 + steps]) for steps, _ in enumerate(needed))
+        if alike(found[-1], node) or not returns:
+            found.append(node)
+    return found
 
 
 def _sampled_blocks(structure: Structure, way: list[fx.Node], depth: int) -> set[fx.Node]:
@@ -105,39 +141,70 @@ def _can_shorten(structure: Structure, start: fx.Node, end: fx.Node) -> bool:
     return same_rank and reaches(structure, start, end)
 
 
-def _copy_region(
-    build: Builder, cut: fx.Node, start: fx.Node, end: fx.Node, value: fx.Node, prefix: str
-) -> fx.Node:
-    """A fresh copy of a trunk region, applied to ``value``."""
-    structure = build.structure
-    known, dependent, context = structure.known_by(cut), structure.dependent, structure.context
-    region = [node for node in region_between(build.structure, start, end) if node not in known]
-    saved = dict(build.values)
-    build.values[start] = value
-    for node in region:
-        if node.op == "placeholder":
-            build.input(node)
-            continue
-        for source in node.all_input_nodes:
-            if source not in build.values and source not in region:
-                beside = source in context or not is_float(source.meta["value"])
-                if source in dependent and source in known and beside:
-                    build.input(source)  # context, or a size, that is known by then
+@dataclass
+class _Regions:
+    """Fresh copies of regions of the trunk. made: what stands for the values of the trunk behind the cut, so far."""
+
+    build: Builder
+    cut: fx.Node
+    width: float
+    lean: bool
+    made: dict[fx.Node, fx.Node]
+
+    def copy(self, start: fx.Node, end: fx.Node, prefix: str) -> fx.Node:
+        """A copy of what lies between two values, applied to what stands for the first."""
+        build, structure = self.build, self.build.structure
+        known, dependent, context = structure.known_by(self.cut), structure.dependent, structure.context
+        region = [node for node in region_between(structure, start, end) if node not in known]
+        saved = dict(build.values)
+        build.values[start] = self.made[start]
+        for node in region:
+            if node.op == "placeholder":
+                build.input(node)
+                continue
+            for source in node.all_input_nodes:
+                if source in build.values or source in region:
                     continue
-                if source in dependent and source not in context:
-                    raise PlanError(
-                        f"the region up to '{end.name}' also reads '{source.name}', which the auxiliary network does "
-                        "not have: use GLCAN(depth=0), or other split points."
-                    )
-                for extra in [n for n in structure.trace.graph.nodes if n in ancestors([source])]:
-                    if extra.op == "placeholder":
-                        build.input(extra)
-                    elif extra not in build.values:
-                        build.copy(extra, prefix)
-        build.copy(node, prefix)
-    result = build.values[end]
-    build.values = {**saved, **{node: build.values[node] for node in build.inputs if node in build.values}}
-    return result
+                if source in dependent and (source in known or source not in context):
+                    self._provide(source, prefix)
+                else:
+                    for extra in [n for n in structure.trace.graph.nodes if n in ancestors([source])]:
+                        if extra.op == "placeholder":
+                            build.input(extra)
+                        elif extra not in build.values:
+                            build.copy(extra, prefix)
+            build.copy(node, prefix)
+        result = build.values[end]
+        build.values = {**saved, **{node: build.values[node] for node in build.inputs if node in build.values}}
+        return result
+
+    def _provide(self, node: fx.Node, prefix: str) -> None:
+        """Let there be a value that a copied region reads from beside it: context or what an earlier block made as it
+        is, a size by computing it again. For another value behind the cut (a long skip) the last one of its shape, or
+        one convolution."""
+        build, structure = self.build, self.build.structure
+        if node in build.values:
+            return
+        if node in structure.known_by(self.cut):
+            build.input(node)
+            return
+        if is_size(node):
+            for source in node.all_input_nodes:
+                self._provide(source, prefix)
+            build.copy(node, prefix)
+            return
+        values, above = {**build.values, **self.made}, ancestors([node])
+        alike = [other for other in values if _same_shape(structure, other, node)]
+        if alike:
+            build.values[node] = values[next((other for other in reversed(alike) if other in above), alike[-1])]
+            return
+        origin = next(other for other in reversed(self.made) if other in above or other is self.cut)
+        build.values[node] = stage(build, origin, node, self.made[origin], origin, f"{prefix}.{node.name}", self.width,
+                                   self.lean)
+
+
+def _same_shape(structure: Structure, a: fx.Node, b: fx.Node) -> bool:
+    return is_float_tensor(a) and is_float_tensor(b) and structure.shape(a) == structure.shape(b)
 
 
 def _resized(build: Builder, start: fx.Node, end: fx.Node, value: fx.Node, name: str) -> fx.Node:

@@ -98,7 +98,8 @@ def _joined(*paths: str) -> str:
 
 
 def _record(
-    subject: _Subject, mode: Fakes, forced: Mapping[str, Opaque], *, floating: torch.dtype | None = None
+    subject: _Subject, mode: Fakes, forced: Mapping[str, Opaque], *, floating: torch.dtype | None = None,
+    again: bool = False
 ) -> tuple[Recorder, nn.Module]:
     model, path, inputs, hooks = subject
     convert = fake_copy(mode, floating)
@@ -107,12 +108,14 @@ def _record(
         root.train()
     recorder = Recorder(root.get_submodule(path), mode, model.get_submodule(path), forced)
     args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
+    answered = False
     try:
         with quiet():
             recorder.record(tree_map_only(Tensor, convert, list(args)), tree_map_only(Tensor, convert, dict(kwargs)))
     finally:
-        if recorder.caches:
-            recorder.caches.clear_new()
+        answered = recorder.caches is not None and recorder.caches.clear_used()
+    if answered and not again:
+        return _record(subject, mode, forced, floating=floating, again=True)
     return recorder, root
 
 

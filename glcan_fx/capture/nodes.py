@@ -170,6 +170,8 @@ class Nodes:
             return {key: self.argument(part) for key, part in value.items()}
         if isinstance(value, torch.dtype) and (tensor := self._dtypes.get((id(users_frame()), value))) is not None:
             self._asked_dtypes[value] = self.node_of(tensor)
+        if isinstance(value, int | float) and type(value) not in (bool, int, float):
+            return int(value) if isinstance(value, int) else float(value)  # NumPy's numbers, members of enumerations
         if value is None or value is Ellipsis or isinstance(
                 value, int | float | complex | str | torch.dtype | torch.device | torch.memory_format | torch.layout):
             return value

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence, Set
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 from torch import fx
@@ -17,7 +18,7 @@ from glcan_fx.plans.plan import Block, LocalModule, Plan, Run
 from glcan_fx.structure.influence import reads_some
 from glcan_fx.structure.nodes import is_size
 from glcan_fx.structure.parts import parts_of
-from glcan_fx.structure.structure import Structure, Unit
+from glcan_fx.structure.structure import Structure, Unit, once
 from glcan_fx.structure.trunk import unit_at
 from glcan_fx.tasks.captured import Captured
 
@@ -33,7 +34,7 @@ class Costs:
         """Parameters, bytes saved for backward, and operations of an auxiliary network and its head."""
         structure, shape = remainder.structure, remainder.structure.shape(remainder.end)
         key = (shape, remainder.end in structure.channels_last, tuple(features), remainder.levels, method,
-               reads_some(structure, remainder.end))
+               reads_some(structure, remainder.end), _shapes_ahead(structure, remainder.end))
         depends_on_rest = getattr(method, "depth", 0) > 0 or len(shape) <= 2
         if depends_on_rest or key not in self._known:
             made = auxiliary_network(remainder, features, method, None)
@@ -43,6 +44,14 @@ class Costs:
                 cost = replace(cost, parameters=cost.parameters - _read_parameters(structure, made))
             self._known[key] = cost
         return self._known[key]
+
+
+@once
+def _shapes_ahead(structure: Structure, cut: fx.Node) -> tuple[tuple[int, ...], ...]:
+    """The shapes that the trunk takes behind a cut, one after the other."""
+    ahead = [unit.end for unit in structure.units]
+    shapes = [structure.shape(end) for end in ahead[ahead.index(cut):]] if cut in ahead else []
+    return tuple(shape for shape, _ in groupby(shapes))
 
 
 def _read_parameters(structure: Structure, made: Auxiliary) -> int:

@@ -6,6 +6,7 @@ a U-Net, everything behind the first tap of a feature pyramid) is opened by igno
 
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -63,7 +64,8 @@ class Flow:
         """The bypasses of the first region in the trunk that hides the network."""
         for start, end in pairwise(chain):
             region = self.region(start, end)
-            bypasses = _bypasses(self.graph, region, self.weight) if region.nodes and self._hides_network(region) else []
+            hides = region.nodes and self._hides_network(region)
+            bypasses = _bypasses(self.graph, region, self.weight) if hides else []
             if bypasses or self.grows_between(start, end):
                 return bypasses
         return []
@@ -79,7 +81,17 @@ class Flow:
         before, after = tensor_of(start).shape, tensor_of(end).shape
         moved = sorted(before) == sorted(after)  # axes, whose meaning was mistaken
         grows = len(before) == len(after) and not moved and self.positions[end] >= _GROWS * self.positions[start]
-        return grows and not self._given_back(end)
+        # the input itself may be padded with its mirror image, or enlarged
+        return grows and end in self._computed and not self._given_back(end)
+
+    @cached_property
+    def _computed(self) -> frozenset[fx.Node]:
+        """Nodes that are computed by layers."""
+        found = set(self.trace.layers)
+        for node in self.trace.graph.nodes:
+            if not found.isdisjoint(node.all_input_nodes):
+                found.add(node)
+        return frozenset(found)
 
     def _given_back(self, end: fx.Node) -> bool:
         """Whether a block, less than half of the network, only restores at ``end`` the resolution that it was given."""
@@ -105,7 +117,7 @@ class Flow:
         """
         if _is_exit(region.end):
             return True
-        if self._is_hourglass(region) and (self.bypassed or self._holds_half(region)):
+        if self._is_hourglass(region) and (self.bypassed and not _is_gate(region) or self._holds_half(region)):
             return True
         return self._holds_most_layers(region) or self._holds_repeated_blocks(region)
 
@@ -233,6 +245,12 @@ def _reached(step: Callable[[fx.Node], Iterator[fx.Node]], start: fx.Node, stop:
 
 def _inside(graph: nx.DiGraph, region: Region) -> nx.DiGraph:
     return graph.subgraph(region.nodes | {region.start, region.end})
+
+
+def _is_gate(region: Region) -> bool:
+    """Whether a region's start is multiplied with what is made of it (spatial attention)."""
+    end = region.end
+    return region.start in end.all_input_nodes and getattr(end.target, "__name__", end.target) in ("mul", "imul")
 
 
 def _is_exit(node: fx.Node) -> bool:

@@ -28,6 +28,8 @@ from glcan_fx.structure.nodes import (
 from glcan_fx.structure.regions import Flow, Weight, between, dataflow, elements
 from glcan_fx.structure.structure import Structure, Tap, Unit
 
+_CLEARLY = 1.5  # so many times more units: fewer are those of a neck
+
 
 def analyze(trace: Trace) -> Structure:
     """Find the structure of a recorded network.
@@ -35,10 +37,15 @@ def analyze(trace: Trace) -> Structure:
     Raises PlanError where no output depends on a floating-point input.
     """
     layouts = channels_last(trace)
-    # where paths part, the largest values are the network's, or, in nested decoders and below wide heads, the most layers
-    weights: tuple[Weight, ...] = elements, lambda node: node in trace.layers
-    found = [_structure(trace, data, layouts, weight) for data in data_inputs(trace) for weight in weights]
-    return max(found, key=lambda structure: len(structure.units))
+
+    def most_units(weight: Weight) -> Structure:
+        found = [_structure(trace, data, layouts, weight) for data in data_inputs(trace)]
+        return max(found, key=lambda structure: len(structure.units))
+
+    # Where paths part, the network is the one with the largest values. But below nested decoders and wide heads, that
+    # is theirs, and many more blocks lie on the one with the most layers.
+    by_size, by_depth = most_units(elements), most_units(lambda node: node in trace.layers)
+    return by_depth if len(by_depth.units) >= _CLEARLY * len(by_size.units) else by_size
 
 
 def _structure(trace: Trace, data: frozenset[fx.Node], layouts: frozenset[fx.Node], weight: Weight) -> Structure:
@@ -50,6 +57,7 @@ def _structure(trace: Trace, data: frozenset[fx.Node], layouts: frozenset[fx.Nod
     whole = flow.open_chain()
     chain = _until_tail(flow, whole)
     units = _units(flow, chain) or _units(flow, whole)[:1]  # no layer before what was taken for the tail: one unit
+    units = units or [Unit(whole[-1], *_names(trace, whole[-1]))]  # no layer at all
     if units and units[-1].end not in chain:
         chain = whole
     chain = chain[: chain.index(units[-1].end) + 1] if units else chain
@@ -61,11 +69,20 @@ def _structure(trace: Trace, data: frozenset[fx.Node], layouts: frozenset[fx.Nod
 def _until_tail(flow: Flow, chain: list[fx.Node]) -> list[fx.Node]:
     """The chain up to the trunk's last value."""
     stop = _before_long_skip(flow, chain, _last_before_tail(flow, chain))
-    # A neck's own projections belong to the tail: what shares a module with the event that ends the trunk.
+    # A neck's own projections belong to the tail: what shares a module with the event that ends the trunk, or with
+    # growth beside it.
     event, trunk = chain[min(stop + 1, len(chain) - 1)], chain[: stop + 1]
-    home = event.meta.get("module", "") if event.op != "output" else ""
-    outside = [node for node in trunk if not (within(node.meta["module"], home) or within(called_path(node), home))]
-    return outside if len(outside) > len(trunk) / 2 else trunk
+    for home in sorted({event.meta.get("module", "") if event.op != "output" else "", *_growing(flow, trunk)}):
+        outside = [node for node in trunk if not (within(node.meta["module"], home) or within(called_path(node), home))]
+        trunk = outside if len(outside) > len(trunk) / 2 else trunk
+    return trunk
+
+
+def _growing(flow: Flow, trunk: list[fx.Node]) -> set[str]:
+    """The modules in which the resolution of a value grows that the trunk does not come from."""
+    beside = flow.positions.keys() - ancestors([trunk[-1]])
+    return {node.meta["module"] for node in beside for source in node.all_input_nodes[:1]
+            if source in flow.positions and flow.grows_between(source, node)}
 
 
 def _last_before_tail(flow: Flow, chain: list[fx.Node]) -> int:
