@@ -61,7 +61,7 @@ def stage(
         if not _shrinks(structure, before, node, start, end):
             continue
         module = build.structure.trace.module(node)
-        if made or _is_pool(module):
+        if made or _is_pool(module) or module is None and _slightly(structure, before, node):
             value = _reduce(build, node, module, value, f"{name}.pool")
             continue
         geometry = _geometry(module, structure, before, node)
@@ -252,8 +252,17 @@ def _reduce(build: Builder, node: fx.Node, module: nn.Module | None, value: fx.N
         value = _move_axis(build, value, rank, to_last=True) if last else value
         value = build.add(name, build.clone(str(node.target)), value)
         return _move_axis(build, value, rank, to_last=False) if last else value
-    scale = [a // b for a, b in zip(build.structure.spatial(before), build.structure.spatial(node), strict=True)]
-    return build.add(name, _AVERAGE[len(scale)](scale[0] if len(scale) == 1 else tuple(scale), ceil_mode=True), value)
+    sides = list(zip(build.structure.spatial(before), build.structure.spatial(node), strict=True))
+    strides = [max(1, round(a / b)) for a, b in sides]
+    kernels = [stride if stride > 1 else a - b + 1 for stride, (a, b) in zip(strides, sides, strict=True)]
+    up = any(stride > 1 and a // stride != b for stride, (a, b) in zip(strides, sides, strict=True))
+    kernel, stride = (kernels[0], strides[0]) if len(sides) == 1 else (tuple(kernels), tuple(strides))
+    return build.add(name, _AVERAGE[len(sides)](kernel, stride, ceil_mode=up), value)
+
+
+def _slightly(structure: Structure, before: fx.Node, node: fx.Node) -> bool:
+    """Whether only a margin is lost, as without padding."""
+    return all(a < _FEWER * b for a, b in zip(structure.spatial(before), structure.spatial(node), strict=True))
 
 
 def _geometry(module: nn.Module | None, structure: Structure, before: fx.Node, node: fx.Node) -> dict[str, Any]:

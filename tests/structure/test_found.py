@@ -255,21 +255,23 @@ def test_taps_of_a_plain_transformer() -> None:
 
 
 class TwoStreams(nn.Module):
-    """Two values pass from block to block (TNT, CrossViT): no single one to end a local module with."""
+    """Two values pass from block to block; crossed: each of them is made of both (TNT, CrossViT), so that there is no
+    single one to end a local module with."""
 
     class Block(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, crossed: bool) -> None:
             super().__init__()
-            self.a, self.b = Mlp2d(8), Mlp2d(8)
+            self.a, self.b, self.crossed = Mlp2d(8), Mlp2d(8), crossed
 
         def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            x = self.a(x)
+            given = y.mean((2, 3), keepdim=True)
+            x = self.a(x + given if self.crossed else x)
             return x, self.b(y + x.mean((2, 3), keepdim=True))
 
-    def __init__(self) -> None:
+    def __init__(self, crossed: bool) -> None:
         super().__init__()
         self.stem, self.other, self.fc = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1), nn.Linear(8, 10)
-        self.blocks = nn.ModuleList(self.Block() for _ in range(6))
+        self.blocks = nn.ModuleList(self.Block(crossed) for _ in range(6))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
@@ -279,9 +281,51 @@ class TwoStreams(nn.Module):
         return self.fc(y.mean((2, 3)))
 
 
+def test_a_stream_that_another_only_reads() -> None:
+    torch.manual_seed(0)
+    images, labels, model = torch.randn(4, 3, 32, 32), torch.arange(4), TwoStreams(crossed=False)
+    local = glcan_fx.transform(model, k="natural", task="classification", example_inputs=images).train()
+    assert local.plan.k >= 6
+    local(images, labels).loss.backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert torch.equal(local.eval()(images), model.eval()(images))
+
+
+class Margins(nn.Module):
+    """Maps lose a margin before they are halved (YOLOv9's AConv), and by layers without padding."""
+
+    class Down(nn.Module):
+        def __init__(self, width: int, out: int, padding: int) -> None:
+            super().__init__()
+            self.conv, self.block = nn.Conv2d(width, out, 3, 2, padding), Mlp2d(out)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(self.conv(F.avg_pool2d(x, 2, 1)))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 8, 3), self.Down(8, 16, 1), self.Down(16, 16, 1)
+        self.lateral, self.up = nn.Conv2d(16, 16, 1), nn.ConvTranspose2d(16, 16, 2, 2)
+        self.head = nn.Conv2d(32, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(self.stem(x))
+        b = self.b(a)
+        return F.interpolate(self.head(torch.cat([self.lateral(a), self.up(b)], 1)), x.shape[-2:])
+
+
+def test_maps_that_lose_a_margin() -> None:
+    torch.manual_seed(0)
+    images, labels = torch.randn(2, 3, 34, 34), torch.randint(5, (2, 34, 34))
+    local = glcan_fx.transform(Margins(), k="natural", task="segmentation", example_inputs=images).train()
+    assert local.plan.k >= 3 and not any("no cut" in note for note in local.plan.notes), local.plan.notes
+    local(images, labels).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in local.parameters())
+
+
 def test_blocks_that_cannot_be_told_apart_are_said() -> None:
     images = torch.empty(4, 3, 32, 32)
-    plan = glcan_fx.plan(TwoStreams(), k="natural", task="classification", example_inputs=images)
+    plan = glcan_fx.plan(TwoStreams(crossed=True), k="natural", task="classification", example_inputs=images)
     assert plan.k < 6
     assert any("'blocks.0' … 'blocks.4' (5 of class Block): more than one value" in note for note in plan.notes)
     for kind in (Merging, Partial, Levit):
