@@ -173,15 +173,17 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 
 class Flops(TorchDispatchMode):
-    """Counts the floating-point operations of what runs inside."""
+    """Counts the floating-point operations of what runs inside; on fake tensors as ``PeakMemory``."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.count += flops_of(func, args, kwargs or {}, out)
+        kwargs = kwargs or {}
+        mode = fake_mode_of(args, kwargs)
+        out = func(*args, **kwargs) if mode is None else _on_fake(mode, func, types, args, kwargs)
+        self.count += flops_of(func, args, kwargs, out)
         return out
 
 

@@ -144,6 +144,7 @@ class PlannedModel:
             return local
         local, emitted = build(self.plan, self.captured)
         self._attach(local)
+        self.captured.structure.trace.clear_caches()
         if self._options.verify if verify is None else verify:
             verify_step(local, emitted, self.captured.structure, self._options.example_targets)
         warn_of_unstepped(local)

@@ -1,6 +1,7 @@
 """Build one auxiliary network per local module: a simplified copy of the remainder of the network."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,8 @@ def auxiliary_network(
     structure = remainder.structure
     build = Builder(structure, structure.trace.shadow if model is None else model, draft=model is None)
     build.input(remainder.end)
-    method.predict(build, remainder, features)
+    with _explained(build, method):
+        method.predict(build, remainder, features)
     results = fx.map_arg(remainder.outputs, lambda node: build.values[node])
     weights = {key: weight for key, weight in remainder.weights.items() if weight != 1}
     if weights:
@@ -52,10 +54,26 @@ def auxiliary_network(
     reach(network, structure, remainder.end, build.inputs)
     if remainder.predicts:
         _return_own(network)
-    cost, shapes = _measured(network, build, examples)
+    with _explained(build, method):
+        cost, shapes = _measured(network, build, examples)
     if not build.draft:
         _initialize(network, build)
     return Auxiliary(network, build.inputs, shapes, cost)
+
+
+@contextmanager
+def _explained(build: Builder, method: "Method") -> Iterator[None]:
+    """Say which auxiliary network cannot be built, and what to do."""
+    try:
+        yield
+    except PlanError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a layer or function that does not accept what it meets in a copy
+        raise PlanError(
+            f"the auxiliary network behind '{build.inputs[0].name}' cannot be built with "
+            f"{method}: {error}. Try GLCAN(width=1, hidden=0, head='full'), other split points, or example_inputs of "
+            "the type that the model computes in."
+        ) from error
 
 
 def _initialize(network: Network, build: Builder) -> None:
@@ -152,17 +170,8 @@ def _fit(
         paths = predictors_of_source(build) if outputs_are_predictions else set()
         keep = {part for path, part in trial.named_modules()
                 if path.partition(".")[2] in paths or path.partition(".")[0] in build.full}
-    try:
-        with quiet(), build.structure.trace.mode, torch.no_grad():
-            changed = fit(trial, lambda: trial.forward(*examples), method.width, keep)
-    except PlanError:
-        raise
-    except Exception as error:  # noqa: BLE001 - a copied layer or function that does not accept the new widths
-        raise PlanError(
-            f"the auxiliary network behind '{build.inputs[0].name}' cannot be built with "
-            f"{method}: {error}. Try GLCAN(width=1, hidden=0, head='full'), other split points, or example_inputs of "
-            "the type that the model computes in."
-        ) from error
+    with _explained(build, method), quiet(), build.structure.trace.mode, torch.no_grad():
+        changed = fit(trial, lambda: trial.forward(*examples), method.width, keep)
     network.train()
     if not build.draft:
         for path, (inputs, outputs) in changed.items():

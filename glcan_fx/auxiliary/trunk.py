@@ -13,10 +13,11 @@ from torch import fx
 
 from glcan_fx.auxiliary.builder import Builder
 from glcan_fx.auxiliary.stage import fixes_size_of_all, reaches, region_between, repeat, stage
-from glcan_fx.auxiliary.tails import fixed_sizes
+from glcan_fx.auxiliary.tails import fixed_sizes, is_map
+from glcan_fx.errors import PlanError
 from glcan_fx.layers import narrowed
-from glcan_fx.structure.nodes import ancestors, is_float_tensor, is_size, tensor_of
-from glcan_fx.structure.structure import Structure
+from glcan_fx.structure.nodes import ancestors, descendants, is_float_tensor, is_size, tensor_of
+from glcan_fx.structure.structure import Structure, once
 
 
 def synthesize_taps(
@@ -55,7 +56,9 @@ def synthesize_taps(
             made, needed = tensor_of(present).dtype, tensor_of(end).dtype
             build.values[end] = value if made == needed else build.graph.call_method("to", (value, needed))
     for tap in missing:  # taps beside the chain: from the nearest value of the chain before them
-        if tap not in build.values:
+        if tap not in build.values and not _by_values(structure, tap):
+            regions.again(tap, f"tap_{tap.name}")
+        elif tap not in build.values:
             above = ancestors([tap])
             start = next((n for n in reversed(structure.chain) if n in above and n is not tap), structure.chain[0])
             base = own if order.get(start, -1) <= order[cut] else build.values.get(start, own)
@@ -63,6 +66,13 @@ def synthesize_taps(
             same = structure.shape(origin) == structure.shape(tap)
             build.values[tap] = base if same else stage(
                 build, origin, tap, base, origin, f"tap_{tap.name}", width, lean)
+
+
+@once
+def _by_values(structure: Structure, node: fx.Node) -> bool:
+    """Whether a value is computed from the values of the data, not from their sizes and from parameters alone (the
+    reference points of queries)."""
+    return any(node in descendants(source, values=True) for source in structure.data)
 
 
 def _is_output(structure: Structure, made: fx.Node, ahead: Sequence[fx.Node]) -> bool:
@@ -152,7 +162,8 @@ class _Regions:
     made: dict[fx.Node, fx.Node]
 
     def copy(self, start: fx.Node, end: fx.Node, prefix: str) -> fx.Node:
-        """A copy of what lies between two values, applied to what stands for the first."""
+        """A copy of what lies between two values, applied to what stands for the first. Raises PlanError where it reads
+        something that cannot be made."""
         build, structure = self.build, self.build.structure
         known, dependent, context = structure.known_by(self.cut), structure.dependent, structure.context
         region = [node for node in region_between(structure, start, end) if node not in known]
@@ -178,6 +189,18 @@ class _Regions:
         build.values = {**saved, **{node: build.values[node] for node in build.inputs if node in build.values}}
         return result
 
+    def again(self, node: fx.Node, prefix: str) -> None:
+        """Compute a value as the model does, from what is known at the cut."""
+        build, structure = self.build, self.build.structure
+        if node in build.values:
+            return
+        if node.op == "placeholder" or node in structure.dependent and node in structure.known_by(self.cut):
+            build.input(node)
+            return
+        for source in node.all_input_nodes:
+            self.again(source, prefix)
+        build.copy(node, prefix)
+
     def _provide(self, node: fx.Node, prefix: str) -> None:
         """Let there be a value that a copied region reads from beside it: context or what an earlier block made as it
         is, a size by computing it again. For another value behind the cut (a long skip) the last one of its shape, or
@@ -199,6 +222,9 @@ class _Regions:
             build.values[node] = values[next((other for other in reversed(alike) if other in above), alike[-1])]
             return
         origin = next(other for other in reversed(self.made) if other in above or other is self.cut)
+        if not is_map(node) or len(structure.spatial(node)) != len(structure.spatial(origin)):
+            raise PlanError(f"a region that is copied also reads '{node.name}', which the auxiliary network does "
+                            "not have: choose other split points.")
         build.values[node] = stage(build, origin, node, self.made[origin], origin, f"{prefix}.{node.name}", self.width,
                                    self.lean)
 

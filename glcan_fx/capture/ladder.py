@@ -51,7 +51,7 @@ def trace(
     log.info("%s captured on rung %d: %d nodes, %d specialisations, %d opaque modules", type(model).__name__,
              report.rung, len(graph.nodes), len(report.specialisations), len(report.opaque))
     reads = {_joined(path, inner): names for inner, names in recorder.reads.items()}
-    return Trace(graph, root, mode, constants, report, reads, hooks)
+    return Trace(graph, root, mode, constants, report, reads, hooks, recorder.caches)
 
 
 class _Subject(NamedTuple):

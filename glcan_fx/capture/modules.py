@@ -105,3 +105,9 @@ class _Link(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise NotImplementedError("sizes only")
+
+
+def hooks_on(module: nn.Module) -> list[str]:
+    """The kinds of hooks that a module has, which run where it is called."""
+    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    return [kind for kind in kinds if vars(module).get(f"_{kind}")]

@@ -9,7 +9,7 @@ graph cannot hold becomes one opaque node, the innermost such module first.
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -249,8 +249,8 @@ class Recorder(TorchFunctionMode):
             path = self.stack[-1]
             self.specialisations.setdefault((where, path), Specialisation(where, code, repr(answer), path))
 
-    def hashes(self) -> None:
-        """Note that a size was looked up in a dict, or a cache."""
+    def watch_caches(self) -> None:
+        """Note that caches may be used from here on: a size was looked up, or a module runs that is not recorded."""
         self.caches = self.caches or Caches()
 
     def note_hooks(self, keys: Sequence[int]) -> None:
@@ -353,7 +353,10 @@ class Recorder(TorchFunctionMode):
         with self._pause():
             for tensor in tensors_in((args, kwargs)):
                 self.nodes.node_of(tensor)  # made by the caller
-        known = () if is_torch_own(module) else set(dict(module.named_parameters()))
+        known: Collection[str] = ()
+        if not is_torch_own(module):
+            self.watch_caches()
+            known = set(dict(module.named_parameters()))
         self.stack.append(path)
         try:
             with self._pause(), kept_python_random():

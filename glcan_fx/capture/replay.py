@@ -199,9 +199,14 @@ def substituted(model: nn.Module, answer: Callable[[str, nn.Module], Callable[..
 
 
 def empty_stand_ins(view: nn.Module) -> None:
-    """Take the parameters out of what ``substituted`` put in: a copy shall not hold them. Its methods stay."""
+    """Take the parameters out of what ``substituted`` put in: a copy shall not hold them. Its methods stay. Where none
+    is left, an empty one is, for a forward that asks its first parameter for device and type."""
+    first = next(view.parameters(), None)
     for part in [part for part in view.modules() if "_stands_in" in vars(part)]:
         part.__dict__.update(_modules={}, _parameters={}, _buffers={})
+    if first is not None and next(view.parameters(), None) is None:
+        empty = nn.Parameter(first.detach().new_empty(0), requires_grad=False)
+        view.__dict__["_parameters"] = {**view._parameters, "_first": empty}
 
 
 class Reached(BaseException):  # a model's own `except Exception` must not stop it
@@ -261,9 +266,10 @@ class Rest(nn.Module):
         keep = {*around.behind}
 
         def answer(path: str, module: nn.Module) -> Callable[..., Any] | None:
-            if within(around.trunk, path) and path != around.trunk:
-                return None
-            return module if path in keep else Absent(path)
+            if path in keep:
+                return module
+            holds = within(around.trunk, path) and path != around.trunk or any(within(kept, path) for kept in keep)
+            return None if holds else Absent(path)
 
         view = substituted(model, answer)
         empty_stand_ins(view)

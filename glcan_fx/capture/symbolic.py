@@ -14,7 +14,7 @@ class Records(Protocol):
 
     def number(self, function: Callable[..., Any], *args: Any) -> Any: ...
     def ask(self, answer: Any) -> None: ...
-    def hashes(self) -> None: ...
+    def watch_caches(self) -> None: ...
 
 
 class Number:
@@ -32,7 +32,7 @@ class Number:
         return self.value
 
     def __hash__(self) -> int:
-        self.recorder.hashes()
+        self.recorder.watch_caches()
         return hash(self._asked())
 
     def __repr__(self) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from glcan_fx.capture.caches import Caches
 from glcan_fx.capture.calls import Call, left_on
 from glcan_fx.capture.shadow import fake_copy, replicate
 from glcan_fx.capture.source_lines import Opaque, Specialisation
@@ -69,7 +70,8 @@ class Trace:
     - ``random``: whether it draws random numbers that do not depend on the inputs.
 
     ``constants`` are the tensors that are neither parameters nor buffers, by attribute name; ``reads`` are the names of
-    the attributes that recorded forwards read, by module path; ``hooks``: whether the user's hooks ran.
+    the attributes that recorded forwards read, by module path; ``hooks``: whether the user's hooks ran; ``caches``: the
+    user's, as they were before one was used.
     """
 
     graph: fx.Graph
@@ -79,6 +81,12 @@ class Trace:
     report: Report = Report()
     reads: dict[str, set[str]] = field(default_factory=dict)
     hooks: bool = False
+    caches: Caches | None = None
+
+    def clear_caches(self) -> None:
+        """Clear the user's caches that fake tensors, or recorded sizes, were put into: before the model really runs."""
+        if self.caches is not None:
+            self.caches.clear_used()
 
     @property
     def placeholders(self) -> list[fx.Node]:

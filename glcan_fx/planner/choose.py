@@ -11,6 +11,7 @@ from torch import nn
 from glcan_fx.auxiliary.method import Method
 from glcan_fx.auxiliary.remainder import levels_of
 from glcan_fx.auxiliary.tails import ending_of
+from glcan_fx.capture.modules import hooks_on
 from glcan_fx.config import K, OptimizerLike
 from glcan_fx.errors import BudgetError, PlanError
 from glcan_fx.methods import DGL
@@ -84,7 +85,7 @@ class _Choice:
             self.choices, ending, request.compute_budget, request.memory_budget)
         self.refused: dict[str, PlanError] = {}
         if isinstance(request.k, int | str):  # the choice of cuts is ours
-            self.refused = self.table.refused(self._plain())
+            self.refused = _hooked(self.structure, captured.model) | self.table.refused(self._plain())
         self.units = [unit for unit in self.structure.units if unit.name not in self.refused]
         self.predictor = Predictor(self.table, self._simulate, _states(request.options.optimizer),
                                    bool(sliced_tail(self.structure, captured.task)))
@@ -338,6 +339,17 @@ class _Choice:
     def _notes(self) -> tuple[str, ...]:
         refused = (f"no cut behind '{name}': {str(error)[:200]}" for name, error in self.refused.items())
         return (*_facts(self.structure, self.captured.model), *refused)
+
+
+def _hooked(structure: Structure, model: nn.Module) -> dict[str, PlanError]:
+    """Units that end inside of a module that has hooks, the user's or the model's own: it is called as a whole."""
+    refused: dict[str, PlanError] = {}
+    for unit in structure.units[:-1]:
+        for call in structure.divided([unit.end]):
+            if call.path and any(hooks_on(m.get_submodule(call.path)) for m in (model, structure.trace.shadow)):
+                refused[unit.name] = PlanError(f"'{call.path}', which goes on behind it, has a hook, so that it is "
+                                               "called as a whole")
+    return refused
 
 
 def _states(optimizer: OptimizerLike) -> int:

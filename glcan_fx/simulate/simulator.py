@@ -61,7 +61,10 @@ class Simulator:
         decisions = repr(plan.modules), plan.method, plan.fused_loss, plan.slices  # an edited plan may hold lists
         key = decisions, optimizer, in_forward
         if key not in self._steps:
-            found = simulate_local(self.local(plan), self.inputs, self.targets, optimizer, in_forward)
+            try:
+                found = simulate_local(self.local(plan), self.inputs, self.targets, optimizer, in_forward)
+            finally:
+                self.structure.trace.clear_caches()
             log.info("simulated a step, k=%d: %s", plan.k, size(found.peak))
             self._steps[key] = found
         return self._steps[key]

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from glcan_fx.capture.modules import hooks_on
 from glcan_fx.errors import ModelChangedError, PlanError
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _MANY = 200  # values of one attribute
 _MISSING = object()
 
@@ -67,12 +67,11 @@ def _modules(model: nn.Module, opened: Opened) -> Iterator[tuple[str, nn.Module]
 
 def _refuse_hooks(modules: list[tuple[str, nn.Module]], error: type[Exception]) -> None:
     for path, module in modules:
-        for table in _HOOKS:
-            if vars(module).get(table):
-                raise error(
-                    f"module '{path}' of class {type(module).__name__} has a hook ({table.strip('_')}), but a local "
-                    "module ends inside it, so its forward is written out and never called. Put the hook on the "
-                    "modules inside it, remove it, or choose split points that leave the module whole.")
+        for kind in hooks_on(module):
+            raise error(
+                f"module '{path}' of class {type(module).__name__} has a hook ({kind}), but a local module ends inside "
+                "it, so its forward is written out and never called. Put the hook on the modules inside it, remove it, "
+                "or choose split points that leave the module whole.")
 
 
 def _of_module(

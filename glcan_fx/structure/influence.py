@@ -50,34 +50,81 @@ def reads_some(structure: Structure, cut: fx.Node) -> bool:
 
 def reach(network: Network, structure: Structure, cut: fx.Node, inputs: list[fx.Node]) -> None:
     """Let an auxiliary network depend on the data at its cut: what of it reads only positions that do not depend on
-    it reads the average of all positions instead. Raises PlanError where its outputs do not depend on it even so."""
+    it reads the average of all positions instead. Where it still does not depend on all positions, or not all of its
+    outputs on data, which may be all that a loss reads, the average is added at its input. Raises PlanError where its
+    outputs do not depend on the data even so."""
     mixed, before = _walked(structure)
     if (cut not in mixed or before is None) and not network.graph.find_nodes(op="get_attr"):  # it adds none of its own
         return
-    walk = _Walk(shadow(network, structure.trace.mode), structure.trace.mode)
-    changed = False
     with _alone(), suppress(_Undecided):
-        for node, source in zip(network.graph.find_nodes(op="placeholder"), inputs, strict=True):
-            if source is cut and source in mixed:
-                walk.values[node] = replace(mixed[source])
-            else:
-                known = before.constant(source) if before else tree_map_only(
-                    Tensor, lambda t: Seen(walk.empty(t.shape, t.dtype), "none"), source.meta["value"])
-                walk.values[node] = replace(known, depends="all") if source is cut else known
+        walk, changed = _begun(network, structure, cut, inputs, mixed.get(cut)), False
         for node in list(network.graph.nodes):
             if node.op not in ("placeholder", "output"):
                 walk.run(node)
                 if _misses(walk, node):
                     _read_means(network.graph, walk, node)
                     changed = True
-    if changed:
-        network.recompile()
-    if any(node not in walk.values for node in network.graph.nodes if node.op != "output"):
-        return
-    outputs = fx.map_arg(network.graph.output_node().args, lambda node: walk.values[node])
-    made = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Seen) or leaf is _Undecided]
-    if made and all(isinstance(leaf, Seen) and leaf.depends == "none" for leaf in made):
-        raise PlanError(f"what an auxiliary network behind '{cut.name}' computes does not depend on the data there")
+        if changed:
+            network.recompile()
+        made = _outputs(walk)
+        if cut in mixed and (any(isinstance(leaf, Seen) and leaf.depends == "some" for leaf in made)
+                             or _ignores_the_rest(network, structure, cut, inputs)):
+            _add_mean(network, inputs.index(cut), mixed[cut])
+            return
+        if made and all(isinstance(leaf, Seen) and leaf.depends == "none" for leaf in made):
+            raise PlanError(f"what an auxiliary network behind '{cut.name}' computes does not depend on the data there")
+
+
+def _begun(
+    network: Network, structure: Structure, cut: fx.Node, inputs: list[fx.Node], own: Seen | None
+) -> "_Walk":
+    """A walk through an auxiliary network, with its inputs. own: which entries at its cut depend on data; None: all."""
+    before = _walked(structure)[1]
+    walk = _Walk(shadow(network, structure.trace.mode), structure.trace.mode)
+    for node, source in zip(network.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        known = before.constant(source) if before else tree_map_only(
+            Tensor, lambda t: Seen(walk.empty(t.shape, t.dtype), "none"), source.meta["value"])
+        if source is cut and not isinstance(known, Seen):
+            raise _Undecided
+        if source is cut:
+            known = replace(own) if own is not None else replace(known, depends="all")
+        walk.values[node] = known
+    return walk
+
+
+def _outputs(walk: "_Walk") -> list[Any]:
+    """What a walk found of a network's outputs: a ``Seen`` or ``_Undecided`` each."""
+    nodes = next(iter(walk.values)).graph.output_node().args
+    made = tree_leaves(fx.map_arg(nodes, lambda node: walk.values[node]))
+    return [leaf for leaf in made if isinstance(leaf, Seen) or leaf is _Undecided]
+
+
+def _ignores_the_rest(network: Network, structure: Structure, cut: fx.Node, inputs: list[fx.Node]) -> bool:
+    """Whether no output depends on the positions at the cut that do not depend on data (a class token that is
+    dropped next): what makes them would not learn."""
+    data = _walked(structure)[0][cut]
+    other = torch.where(data.value.isnan(), 1.0, torch.nan).to(data.value.dtype)
+    walk = _begun(network, structure, cut, inputs, Seen(other, "some"))
+    for node in network.graph.nodes:
+        if node.op not in ("placeholder", "output"):
+            walk.run(node)
+    return all(isinstance(leaf, Seen) and leaf.depends == "none" for leaf in _outputs(walk))
+
+
+def _add_mean(network: Network, index: int, seen: Seen) -> None:
+    """Add the average of all positions to each at an input."""
+    node = network.graph.find_nodes(op="placeholder")[index]
+    with network.graph.inserting_after(node):
+        mean = network.graph.call_method("mean", (node, _mixed_axes(seen)), {"keepdim": True})
+    with network.graph.inserting_after(mean):
+        mixed = network.graph.call_function(torch.add, (node, mean))
+    node.replace_all_uses_with(mixed, delete_user_cb=lambda user: user not in (mean, mixed))
+    network.recompile()
+
+
+def _mixed_axes(seen: Seen) -> list[int]:
+    depends = seen.value.isnan()
+    return [axis for axis in range(depends.dim()) if (depends.any(axis) != depends.all(axis)).any()]
 
 
 def _misses(walk: "_Walk", node: fx.Node) -> bool:
@@ -101,9 +148,7 @@ def _read_means(graph: fx.Graph, walk: "_Walk", node: fx.Node) -> None:
         for source in reader.all_input_nodes:
             seen = walk.values[source]
             if isinstance(seen, Seen) and seen.depends == "some":
-                depends = seen.value.isnan()
-                axes = [axis for axis in range(depends.dim()) if (depends.any(axis) != depends.all(axis)).any()]
-                mean = graph.call_method("mean", (source, axes), {"keepdim": True})
+                mean = graph.call_method("mean", (source, _mixed_axes(seen)), {"keepdim": True})
                 means[source] = graph.call_method("expand_as", (mean, source))
                 walk.run(mean)
                 walk.run(means[source])

@@ -143,7 +143,7 @@ class Structure:
         if key not in self._assigned:
             owner: dict[fx.Node, int] = {}
             known: set[fx.Node] = set()
-            divided = self._divided(cuts)
+            divided = self.divided(cuts)
             for index, cut in enumerate(cuts):
                 known = self._with_sizes(self._with_calls(known, ancestors([cut], known), divided), cut)
                 for node in known - owner.keys():
@@ -157,7 +157,7 @@ class Structure:
             self._assigned[key] = owner
         return self._assigned[key]
 
-    def _divided(self, cuts: Sequence[fx.Node]) -> set[Call]:
+    def divided(self, cuts: Sequence[fx.Node]) -> set[Call]:
         """The calls of modules that go on behind one of the cuts with layers that have parameters."""
         found: set[Call] = set()
         for cut in cuts:

@@ -114,6 +114,63 @@ def test_sizes_in_a_cache() -> None:
     assert all(type(size) is int for size in halves(16))  # what a recording left would be of a graph that is gone
 
 
+def test_tensors_in_a_cache() -> None:
+    """A cached table of positions is never a fake tensor afterwards, wherever the module that makes it runs."""
+    class Positions(nn.Module):
+        @functools.lru_cache  # noqa: B019
+        def table(self, height: int, width: int) -> Tensor:
+            return torch.arange(height * width).view(height, width) / (height * width)
+
+        def forward(self, height: int, width: int) -> Tensor:
+            return self.table(int(height), int(width))
+
+    class Placed(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions = Positions()
+
+        def features(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for block in self.blocks:
+                x = block(x + self.positions(x.shape[2], x.shape[3]))
+                if not torch.isfinite(x).all():
+                    x = x.clamp(-1e3, 1e3)
+            return x
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = Placed()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)
+
+    for kind in (Placed, Whole):
+        local = compiled(kind())
+        assert_trains(local)
+        str(glcan_fx.plan(local.original, criterion=F.cross_entropy, example_inputs=IMAGES))
+        assert_trains(local.train())
+
+
+def test_no_cut_inside_of_a_module_with_a_hook() -> None:
+    class Stages(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(*(Residual(nn.GELU()) for _ in range(3))) for _ in range(3))
+
+    model, seen = Stages(), []
+    model.blocks[1].register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    local = compiled(model)
+    cuts = local.plan.cuts
+    assert "blocks.0.1" in cuts and not {"blocks.1.0", "blocks.1.1"} & {*cuts}
+    assert any("'blocks.1', which goes on behind it, has a hook" in note for note in local.plan.notes)
+    seen.clear()
+    local(IMAGES, LABELS)
+    assert len(seen) == 1
+    with pytest.raises(glcan_fx.PlanError, match="'blocks.1' of class Sequential has a hook"):
+        glcan_fx.transform(model, k=["blocks.1.0"], criterion=F.cross_entropy, example_inputs=IMAGES)
+
+
 @pytest.mark.parametrize("called", [False, True])
 def test_hooks_that_a_model_installs_once(called: bool) -> None:
     class Collects(Net):
