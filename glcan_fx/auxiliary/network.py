@@ -11,13 +11,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from glcan_fx.auxiliary.builder import Auxiliary, Builder
 from glcan_fx.auxiliary.features import Feature
+from glcan_fx.auxiliary.reach import reach
 from glcan_fx.auxiliary.stage import initialize
 from glcan_fx.capture.trace import quiet, shadow
 from glcan_fx.errors import PlanError
 from glcan_fx.fx_utils import Network
 from glcan_fx.initialization import freshen
 from glcan_fx.layers import Cost, cost_of, fit, not_in_place, scale_gradient, set_width
-from glcan_fx.structure.influence import reach
 from glcan_fx.structure.structure import Structure
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Which entries of a value depend on the data, and auxiliary networks that read some which do.
+"""Which entries of a value depend on the data.
 
 A class token joins the patches in front of the first block; a cut there outputs a value of which one position depends
 on parameters alone. A tail that reads this position teaches the patch embedding nothing. To find such positions without
@@ -8,7 +8,7 @@ operations on values of which some entries depend on data, and others do not, ru
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -18,9 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from glcan_fx.capture.shadow import replicate
 from glcan_fx.capture.trace import quiet, shadow
-from glcan_fx.errors import PlanError
 from glcan_fx.fakes import Fakes
-from glcan_fx.fx_utils import Network
 from glcan_fx.structure.nodes import ancestors
 from glcan_fx.structure.structure import Structure, once
 
@@ -39,145 +37,30 @@ class Seen:
     shared: bool = False  # its memory is that of another value
 
 
-class _Undecided(Exception):
+class Undecided(Exception):
     """It cannot be said what depends on data."""
 
 
 def reads_some(structure: Structure, cut: fx.Node) -> bool:
     """Whether some entries of what is handed on at a cut depend on data, and others do not."""
-    return cut in _walked(structure)[0]
+    return cut in walked(structure)[0]
 
 
-def reach(network: Network, structure: Structure, cut: fx.Node, inputs: list[fx.Node]) -> None:
-    """Let an auxiliary network depend on the data at its cut: what of it reads only positions that do not depend on
-    it reads the average of all positions instead. Where it still does not depend on all positions, or not all of its
-    outputs on data, which may be all that a loss reads, the average is added at its input. Raises PlanError where its
-    outputs do not depend on the data even so."""
-    mixed, before = _walked(structure)
-    if (cut not in mixed or before is None) and not network.graph.find_nodes(op="get_attr"):  # it adds none of its own
-        return
-    with _alone(), suppress(_Undecided):
-        walk, changed = _begun(network, structure, cut, inputs, mixed.get(cut)), False
-        for node in list(network.graph.nodes):
-            if node.op not in ("placeholder", "output"):
-                walk.run(node)
-                if _misses(walk, node):
-                    _read_means(network.graph, walk, node)
-                    changed = True
-        if changed:
-            network.recompile()
-        made = _outputs(walk)
-        if cut in mixed and (any(isinstance(leaf, Seen) and leaf.depends == "some" for leaf in made)
-                             or _ignores_the_rest(network, structure, cut, inputs)):
-            _add_mean(network, inputs.index(cut), mixed[cut])
-            return
-        if made and all(isinstance(leaf, Seen) and leaf.depends == "none" for leaf in made):
-            raise PlanError(f"what an auxiliary network behind '{cut.name}' computes does not depend on the data there")
-
-
-def _begun(
-    network: Network, structure: Structure, cut: fx.Node, inputs: list[fx.Node], own: Seen | None
-) -> "_Walk":
-    """A walk through an auxiliary network, with its inputs. own: which entries at its cut depend on data; None: all."""
-    before = _walked(structure)[1]
-    walk = _Walk(shadow(network, structure.trace.mode), structure.trace.mode)
-    for node, source in zip(network.graph.find_nodes(op="placeholder"), inputs, strict=True):
-        known = before.constant(source) if before else tree_map_only(
-            Tensor, lambda t: Seen(walk.empty(t.shape, t.dtype), "none"), source.meta["value"])
-        if source is cut and not isinstance(known, Seen):
-            raise _Undecided
-        if source is cut:
-            known = replace(own) if own is not None else replace(known, depends="all")
-        walk.values[node] = known
-    return walk
-
-
-def _outputs(walk: "_Walk") -> list[Any]:
-    """What a walk found of a network's outputs: a ``Seen`` or ``_Undecided`` each."""
-    nodes = next(iter(walk.values)).graph.output_node().args
-    made = tree_leaves(fx.map_arg(nodes, lambda node: walk.values[node]))
-    return [leaf for leaf in made if isinstance(leaf, Seen) or leaf is _Undecided]
-
-
-def _ignores_the_rest(network: Network, structure: Structure, cut: fx.Node, inputs: list[fx.Node]) -> bool:
-    """Whether no output depends on the positions at the cut that do not depend on data (a class token that is
-    dropped next): what makes them would not learn."""
-    data = _walked(structure)[0][cut]
-    other = torch.where(data.value.isnan(), 1.0, torch.nan).to(data.value.dtype)
-    walk = _begun(network, structure, cut, inputs, Seen(other, "some"))
-    for node in network.graph.nodes:
-        if node.op not in ("placeholder", "output"):
-            walk.run(node)
-    return all(isinstance(leaf, Seen) and leaf.depends == "none" for leaf in _outputs(walk))
-
-
-def _add_mean(network: Network, index: int, seen: Seen) -> None:
-    """Add the average of all positions to each at an input."""
-    node = network.graph.find_nodes(op="placeholder")[index]
-    with network.graph.inserting_after(node):
-        mean = network.graph.call_method("mean", (node, _mixed_axes(seen)), {"keepdim": True})
-    with network.graph.inserting_after(mean):
-        mixed = network.graph.call_function(torch.add, (node, mean))
-    node.replace_all_uses_with(mixed, delete_user_cb=lambda user: user not in (mean, mixed))
-    network.recompile()
-
-
-def _mixed_axes(seen: Seen) -> list[int]:
-    depends = seen.value.isnan()
-    return [axis for axis in range(depends.dim()) if (depends.any(axis) != depends.all(axis)).any()]
-
-
-def _misses(walk: "_Walk", node: fx.Node) -> bool:
-    """Whether a node reads a value that depends on data, but none of the entries that do."""
-    made = walk.values[node]
-    return isinstance(made, Seen) and made.depends == "none" and made.value.is_floating_point() and not makes_new(
-        node) and any(leaf.depends == "some" for leaf in walk.inputs(_reader(walk, node)))
-
-
-def _reader(walk: "_Walk", node: fx.Node) -> fx.Node:
-    """The node that reads a tensor, where ``node`` takes one of several of its results."""
-    first = node.args[0] if node.args else None
-    return first if isinstance(first, fx.Node) and not isinstance(walk.values[first], Seen) else node
-
-
-def _read_means(graph: fx.Graph, walk: "_Walk", node: fx.Node) -> None:
-    """Give a node the average of all positions, at every position, of what it reads."""
-    reader = _reader(walk, node)
-    means = {}
-    with graph.inserting_before(node):
-        for source in reader.all_input_nodes:
-            seen = walk.values[source]
-            if isinstance(seen, Seen) and seen.depends == "some":
-                mean = graph.call_method("mean", (source, _mixed_axes(seen)), {"keepdim": True})
-                means[source] = graph.call_method("expand_as", (mean, source))
-                walk.run(mean)
-                walk.run(means[source])
-        if reader is not node:
-            copied = graph.node_copy(reader, lambda source: means.get(source, source))
-            walk.run(copied)
-            means = {reader: copied}
-    for source, mean in means.items():
-        node.replace_input_with(source, mean)
-    walk.run(node)
-
-
-# ---------------------------------------------------------------------------------------------- the recorded graph
-
-_Walked = tuple[dict[fx.Node, Seen], "_Walk | None"]
+Walked = tuple[dict[fx.Node, Seen], "Walk | None"]
 
 
 @once
-def _walked(structure: Structure) -> _Walked:
+def walked(structure: Structure) -> Walked:
     """Of the trunk's values those of which some entries depend on data, and what found them."""
     try:
-        with _alone():
+        with alone():
             return _walk(structure)
-    except _Undecided as error:
+    except Undecided as error:
         log.debug("not decided which positions depend on data: %s", error)
         return {}, None
 
 
-def _walk(structure: Structure) -> _Walked:
+def _walk(structure: Structure) -> Walked:
     trunk, chain = ancestors([structure.chain[-1]]), set(structure.chain)
     joins = [node for node in _joins(structure) if node in trunk]
     mixed: dict[fx.Node, Seen] = {}
@@ -185,7 +68,7 @@ def _walk(structure: Structure) -> _Walked:
         return mixed, None
     trace = structure.trace
     batch = next((t.shape[0] for t in _tensors([n.meta["value"] for n in trace.placeholders]) if t.dim() > 1), 0)
-    walk = _Walk(shadow(trace.shadow, trace.mode), trace.mode)
+    walk = Walk(shadow(trace.shadow, trace.mode), trace.mode)
 
     def given(value: Tensor) -> Seen:
         shape = (_BATCH, *value.shape[1:]) if value.dim() and value.shape[0] == batch else value.shape
@@ -257,13 +140,13 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def alone() -> Iterator[None]:
     """Without gradients, and with the random state as it was."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]), quiet():
         yield
 
 
-class _Walk:
+class Walk:
     """Runs a graph's nodes one by one, as far as needed to know what depends on data."""
 
     def __init__(self, root: nn.Module, mode: Fakes) -> None:
@@ -294,19 +177,19 @@ class _Walk:
     def run(self, node: fx.Node) -> None:
         try:
             self.values[node] = self._result(node)
-        except _Undecided:
+        except Undecided:
             raise
         except Exception as error:  # noqa: BLE001 - what reads it is not known, either
             log.debug("%s: %s", node.name, error)
-            self.values[node] = _Undecided
+            self.values[node] = Undecided
 
     def _result(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
             owner, _, name = str(node.target).rpartition(".")
             value = getattr(self.root.get_submodule(owner), name)
             return Seen(value, "none") if isinstance(value, Tensor) else value
-        if any(self.values[source] is _Undecided for source in node.all_input_nodes):
-            return _Undecided
+        if any(self.values[source] is Undecided for source in node.all_input_nodes):
+            return Undecided
         seen = self.inputs(node)
         data = [leaf for leaf in seen if leaf.depends != "none"]
         with self.mode:
@@ -322,7 +205,7 @@ class _Walk:
             for leaf in changed:
                 after = self._classified(given[id(leaf)])
                 if leaf.shared and not _alike(leaf, after):
-                    raise _Undecided(f"{node.name} changes memory that other values share")
+                    raise Undecided(f"{node.name} changes memory that other values share")
                 leaf.value, leaf.depends = after.value, after.depends
             return _wrapped(out, seen, given, self._classified)
         return _wrapped(out, seen, given, lambda value: Seen(value, "all"))
@@ -334,7 +217,7 @@ class _Walk:
         fans = [weight[0].numel() for weight in given if weight.dim() in (2, 4, 5)]
         self.work += sum(t.numel() for t in _tensors(out)) * max(fans, default=1)
         if self.work > _WORK:
-            raise _Undecided("it takes too long")
+            raise Undecided("it takes too long")
 
     def _call(
         self, node: fx.Node, seen: list[Seen], convert: Callable[[Seen], Tensor]
