@@ -199,14 +199,9 @@ def substituted(model: nn.Module, answer: Callable[[str, nn.Module], Callable[..
 
 
 def empty_stand_ins(view: nn.Module) -> None:
-    """Take the parameters out of what ``substituted`` put in: a copy shall not hold them. Its methods stay. Where none
-    is left, an empty one is, for a forward that asks its first parameter for device and type."""
-    first = next(view.parameters(), None)
+    """Take the parameters out of what ``substituted`` put in: a copy shall not hold them. Its methods stay."""
     for part in [part for part in view.modules() if "_stands_in" in vars(part)]:
         part.__dict__.update(_modules={}, _parameters={}, _buffers={})
-    if first is not None and next(view.parameters(), None) is None:
-        empty = nn.Parameter(first.detach().new_empty(0), requires_grad=False)
-        view.__dict__["_parameters"] = {**view._parameters, "_first": empty}
 
 
 class Reached(BaseException):  # a model's own `except Exception` must not stop it
@@ -273,6 +268,10 @@ class Rest(nn.Module):
 
         view = substituted(model, answer)
         empty_stand_ins(view)
+        first = next(model.parameters(), None)
+        if first is not None and next(view.parameters(), None) is None:  # a forward may ask it for device and type
+            empty = nn.Parameter(first.detach().new_empty(0), requires_grad=False)
+            view.__dict__["_parameters"] = {**view._parameters, "_first": empty}
         self.model = unhooked_copy(view)
         freshen(self.model, moments(view))
 

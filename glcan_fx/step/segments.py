@@ -176,7 +176,9 @@ class Remainder(nn.Module):
         units = {unit.path for group in groups for unit in group}
 
         def answer(path: str, module: nn.Module) -> Callable[..., Any] | None:
-            return Absent(path) if path in units else None  # others may be used by their methods and parameters
+            if path in units:
+                return Absent(path)
+            return None if any(within(unit, path) for unit in units) else Absent(path)
 
         view = substituted(model, answer)
         empty_stand_ins(view)

@@ -103,8 +103,9 @@ def test_a_tensor_that_is_an_attribute_is_read_anew(model):
 def test_a_hook_on_a_container_that_is_cut_is_refused(model):
     model.stages.register_forward_hook(lambda *_: None)
     with pytest.raises(glcan_fx.PlanError, match="'stages'.* has a hook .* a local module ends inside it"):
-        compiled(model)
+        compiled(model, k=["stages.0"])
     compiled(model, k=["stem"])  # called whole
+    assert not any(cut.startswith("stages.") for cut in compiled(model).plan.cuts)  # where the choice is ours
 
 
 def test_with_one_local_module_everything_is_the_models_own(model):
