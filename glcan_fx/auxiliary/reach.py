@@ -28,15 +28,15 @@ def reach(network: Network, structure: Structure, cut: fx.Node, inputs: list[fx.
     if (cut not in mixed or before is None) and not network.graph.find_nodes(op="get_attr"):  # it adds none of its own
         return
     with alone(), suppress(Undecided):
-        walk, changed = _begun(network, structure, cut, inputs, mixed.get(cut)), False
+        walk = _begun(network, structure, cut, inputs, mixed.get(cut))
         for node in list(network.graph.nodes):
             if node.op not in ("placeholder", "output"):
                 walk.run(node)
                 if _misses(walk, node):
-                    _read_means(network.graph, walk, node)
-                    changed = True
-        if changed:
-            network.recompile()
+                    try:
+                        _read_means(network.graph, walk, node)
+                    finally:
+                        network.recompile()  # whatever is undecided later
         made = _outputs(walk)
         if cut in mixed and (any(isinstance(leaf, Seen) and leaf.depends == "some" for leaf in made)
                              or _ignores_the_rest(network, structure, cut, inputs)):

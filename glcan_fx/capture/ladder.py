@@ -108,7 +108,6 @@ def _record(
         root.train()
     recorder = Recorder(root.get_submodule(path), mode, model.get_submodule(path), forced)
     args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
-    answered = False
     try:
         with quiet():
             recorder.record(tree_map_only(Tensor, convert, list(args)), tree_map_only(Tensor, convert, dict(kwargs)))
