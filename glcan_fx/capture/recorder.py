@@ -355,7 +355,7 @@ class Recorder(TorchFunctionMode):
                 self.nodes.node_of(tensor)  # made by the caller
         known: Collection[str] = ()
         if not is_torch_own(module):
-            if not is_norm(module):  # those keep nothing, and are many
+            if id(module) not in self._whole:  # norms keep nothing, and are many
                 self.watch_caches()
             known = set(dict(module.named_parameters()))
         self.stack.append(path)
