@@ -36,7 +36,7 @@ from glcan_fx.step.output import LocalOutput, collect, reported, shape_of, total
 from glcan_fx.step.parts import ReadOnly, Recomputed, SizeCheck, Whole, WithAux
 from glcan_fx.step.sliced import SlicedHead
 from glcan_fx.step.trained import backwards_of, called_by, layers_of, targets_of, targets_of_last, trained_alone
-from glcan_fx.tasks.base import LossHead
+from glcan_fx.tasks.base import LossHead, Spec
 
 if TYPE_CHECKING:
     from glcan_fx.plans.plan import Plan
@@ -139,12 +139,21 @@ class LocalModel(nn.Module):
         key = tuple((tuple(t.shape[1:]), t.dtype) for name in self.inputs()
                     for t in tensors_in(given.get(name)))
         steps = self.__dict__["_steps"]
+        if key == self._example_key():
+            return self._training_step
         if key not in steps:
             made = type(self)._written_for(self, given)
             steps[key] = self._training_step if made is None else partial(self._written(made.graph), self)
             if made is not None:
                 self._train_also(made.graph)
         return steps[key]
+
+    def _example_key(self) -> tuple[Any, ...]:
+        """The sizes that the step was written for."""
+        inputs = self.plan.inputs
+        specs = tree_leaves([inputs[name] for name in self.inputs() if name in inputs]
+                            if isinstance(inputs, dict) else inputs)
+        return tuple((spec.shape[1:], getattr(torch, spec.dtype)) for spec in specs if isinstance(spec, Spec))
 
     def _train_also(self, graph: fx.Graph) -> None:
         """Let the local losses train what another step uses beside the parameters of the first one."""

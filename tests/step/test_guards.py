@@ -216,6 +216,25 @@ def test_another_branch_of_sizes_gets_a_step_of_its_own():
         assert all(p.grad is not None for p in local.parameters())
 
 
+def test_at_the_example_sizes_nothing_is_recorded_again():
+    calls = []
+
+    class Counted(Asks):
+        def forward(self, x: Tensor, twice: bool = False) -> Tensor:
+            calls.append(x.shape)
+            return super().forward(x, twice)
+
+    planned = glcan_fx.plan(Counted(), k="natural", task="classification", example_inputs=images(size=18))
+    local = planned.build()
+    calls.clear()
+    planned.simulate()
+    for dtype in (torch.float32, torch.float64):
+        local.to(dtype)(images(size=18).to(dtype), LABELS)
+        assert len(calls) == (0 if dtype == torch.float32 else 2)  # two batch sizes
+    local.to(torch.float32)(images(size=20), LABELS)
+    assert calls
+
+
 def test_a_truth_value_among_the_arguments_may_not_change():
     local = compiled(Asks(), example_inputs={"x": images(), "twice": True})
     local(x=images(), twice=True, targets=LABELS)
