@@ -4,6 +4,7 @@ from glcan_fx import methods
 from glcan_fx.api import estimate_memory, plan, transform
 from glcan_fx.capture.trace import Report
 from glcan_fx.config import Options
+from glcan_fx.devices import DEVICES, Device, Work
 from glcan_fx.errors import (
     BudgetError,
     CriterionError,
@@ -31,10 +32,10 @@ from glcan_fx.tasks import Classification, CriterionTask, Detection, OwnLoss, Se
 __version__ = "0.1.0"
 
 __all__ = [
-    "Block", "BudgetError", "Classification", "CriterionError", "CriterionTask", "Detection", "Estimate", "Feature",
-    "FeatureInfo", "GlcanFxError", "LocalModel", "LocalModule", "LocalOutput", "Memory", "ModelChangedError",
-    "ModelChangedWarning", "NotLearningError", "Options", "OwnLoss", "Phase", "Plan", "PlanError", "PlannedModel",
-    "Point", "Report", "Rules", "Run", "Segmentation", "SmallExampleWarning", "StatefulCriterionWarning",
-    "SuperResolution", "TargetError", "Task", "TraceError", "UnsupportedError", "UnusedGradientsWarning",
-    "estimate_memory", "methods", "plan", "transform",
+    "DEVICES", "Block", "BudgetError", "Classification", "CriterionError", "CriterionTask", "Detection", "Device",
+    "Estimate", "Feature", "FeatureInfo", "GlcanFxError", "LocalModel", "LocalModule", "LocalOutput", "Memory",
+    "ModelChangedError", "ModelChangedWarning", "NotLearningError", "Options", "OwnLoss", "Phase", "Plan", "PlanError",
+    "PlannedModel", "Point", "Report", "Rules", "Run", "Segmentation", "SmallExampleWarning",
+    "StatefulCriterionWarning", "SuperResolution", "TargetError", "Task", "TraceError", "UnsupportedError",
+    "UnusedGradientsWarning", "Work", "estimate_memory", "methods", "plan", "transform",
 ]

@@ -79,8 +79,9 @@ def plan(
         memory_budget: bytes, or text ("6GiB"), that a training step may take at most, by simulation: one local module
             where it fits with blocks that run again, else the fewest. "least": as little as there is. The plan's notes
             say what was tried, and what exact gradients would take.
-        compute_budget: floating-point operations that a training step may take, relative to backpropagation's, blocks
-            that run again included, by simulation: instead of the above, and of 1.05 with a ``memory_budget``. Where
+        compute_budget: floating-point operations that a training step may take, or, with ``Options(device=...)``,
+            estimated time, relative to backpropagation's, blocks that run again included, by simulation: instead of
+            the above, and of 1.05 with a ``memory_budget``. Where
             nothing keeps both budgets, memory is kept, and a note says so. 1.3 lets a few local modules come closest to
             backpropagation's accuracy.
         method: the auxiliary networks' method, "glcan" or "dgl", or an object of ``glcan_fx.methods`` with options of
@@ -114,7 +115,7 @@ def plan(
     if isinstance(captured, Uncaptured):
         return PlannedModel(plan_segments(captured, request), captured, options)
     captured.task.fits(captured.structure.trace.output.meta["value"])
-    simulator = Simulator(captured, options.example_targets)
+    simulator = Simulator(captured, options.example_targets, options.device)
     try:
         chosen = choose(captured, request, simulator)
     except NothingToCut as error:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from glcan_fx.devices import Device, device_of
 from glcan_fx.errors import PlanError
 
 K = int | Literal["fewest", "natural", "auto"] | Sequence[str]
@@ -17,8 +18,8 @@ K = int | Literal["fewest", "natural", "auto"] | Sequence[str]
 OptimizerLike = str | Callable[[Iterable[nn.Parameter]], Optimizer] | None
 
 OPTIMIZERS: Mapping[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
-    "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
-    "adam": partial(torch.optim.Adam, lr=0.1),
+    "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9, foreach=True),
+    "adam": partial(torch.optim.Adam, lr=0.1, foreach=True),
 }
 
 
@@ -35,6 +36,9 @@ class Options:
             steps check.
         verify: run the compiled training step beside the model, on random values at two batch sizes, and probe whether
             every local module gets gradients, where that takes about a second.
+        device: on which a step is to be fast: ``compute_budget``, and all that a plan says of compute, is then about
+            estimated seconds. A name of ``glcan_fx.DEVICES`` ("rtx4090"), "cpu" or "cuda" (the one at hand, measured in
+            two seconds), or a ``glcan_fx.Device``. None: about floating-point operations.
 
     Raises PlanError for values that are not possible.
     """
@@ -44,9 +48,11 @@ class Options:
     fused_loss: bool = True
     slices: int = 1
     verify: bool = True
+    device: str | Device | None = None
 
     def __post_init__(self) -> None:
         check_optimizer(self.optimizer)
+        device_of(self.device)
         if isinstance(self.slices, bool) or not isinstance(self.slices, int) or self.slices < 1:
             raise PlanError(f"slices={self.slices!r}: a number, 1 or more")
 

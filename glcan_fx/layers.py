@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
+from glcan_fx.devices import Work
 from glcan_fx.errors import PlanError
-from glcan_fx.peak_memory import Flops
+from glcan_fx.peak_memory import Counting
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -238,14 +239,14 @@ def towers(module: nn.Module, run: Callable[[], Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a part costs a training step: parameters, bytes kept for backward, floating-point operations forward."""
+    """What a part costs a training step: parameters, bytes kept for backward, and what its operators do forward."""
 
     parameters: int = 0
     saved: int = 0
-    flops: int = 0
+    work: Work = Work()
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.parameters + other.parameters, self.saved + other.saved, self.flops + other.flops)
+        return Cost(self.parameters + other.parameters, self.saved + other.saved, self.work.plus(other.work))
 
 
 def cost_of(module: nn.Module, run: Callable[[], Any]) -> tuple[Cost, Any]:
@@ -259,10 +260,10 @@ def cost_of(module: nn.Module, run: Callable[[], Any]) -> tuple[Cost, Any]:
             seen.setdefault(tensor.untyped_storage()._cdata, tensor.detach())
         return tensor
 
-    with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor), Flops() as flops:
+    with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor), Counting() as counting:
         result = run()
     saved = sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
-    return Cost(weights_in(module), saved, flops.count), result
+    return Cost(weights_in(module), saved, counting.work), result
 
 
 def weights_in(module: nn.Module) -> int:

@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from glcan_fx.devices import Work
 from glcan_fx.errors import PlanError
 from glcan_fx.fakes import Fakes, fake_mode_of
 
@@ -77,6 +77,7 @@ class PeakMemory(TorchDispatchMode):
             training_step()
         memory.bytes        # peak, in bytes
         memory.flops        # of convolutions, matrix products and attention; a multiplication and an addition are two
+        memory.work         # the same, with the bytes that operators read and write, and how many there are
 
     On fake tensors, results that depend on values are answered for the largest case: every element is selected, every
     box survives suppression, a number is 0, all elements are of one kind. Real tensors may be mixed in; what depends on
@@ -87,7 +88,7 @@ class PeakMemory(TorchDispatchMode):
         super().__init__()
         self.bytes = 0
         self.live = 0
-        self.flops = 0
+        self.flops = self.moved = self.operators = 0
         self.log = Log()
         self._known: dict[int, int] = {}  # storage -> block
         self._owners = owners
@@ -129,14 +130,19 @@ class PeakMemory(TorchDispatchMode):
         if func is _DEVICE:
             return func(*args) if mode is None else args[0].fake_device
         out = func(*args, **kwargs) if mode is None else _on_fake(mode, func, types, args, kwargs)
+        made = [out] if isinstance(out, Tensor) else _tensors_in(out)
         self.flops += flops_of(func, args, kwargs, out)
-        if isinstance(out, Tensor):
-            self._add(out)
-        elif out is not None:
-            for leaf in tree_leaves(out):
-                if isinstance(leaf, Tensor):
-                    self._add(leaf)
+        if _works(func):
+            self.operators += 1
+            self.moved += _bytes(args) + _bytes(kwargs) + _bytes(made)
+        for tensor in made:
+            self._add(tensor)
         return out
+
+    @property
+    def work(self) -> Work:
+        """What operators did."""
+        return Work(self.flops, self.moved, self.operators)
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -172,18 +178,45 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     return int(count(*args, **kwargs, out_val=out))
 
 
-class Flops(TorchDispatchMode):
-    """Counts the floating-point operations of what runs inside; on fake tensors as ``PeakMemory``."""
+def _works(func: Any) -> bool:
+    """Whether an operator reads or writes values: it does not only look at memory, or make some."""
+    return not (getattr(func, "is_view", False) or func in _WITHOUT_VALUES)
+
+
+_WITHOUT_VALUES = {_aten.detach.default, _aten.empty.memory_format, _aten.empty_strided.default,
+                   _aten.empty_like.default, _aten.new_empty.default, _aten.new_empty_strided.default}
+
+
+def _bytes(value: Any) -> int:
+    """Bytes of the tensors among an operator's nested arguments, or results."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, tuple | list):
+        return sum(map(_bytes, value))
+    return sum(map(_bytes, value.values())) if isinstance(value, dict) else 0
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    """The tensors among an operator's nested results."""
+    if isinstance(value, tuple | list):
+        return [tensor for part in value for tensor in _tensors_in(part)]
+    return [value] if isinstance(value, Tensor) else []
+
+
+class Counting(TorchDispatchMode):
+    """Counts what operators do; on fake tensors as ``PeakMemory``."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.work = Work()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         mode = fake_mode_of(args, kwargs)
         out = func(*args, **kwargs) if mode is None else _on_fake(mode, func, types, args, kwargs)
-        self.count += flops_of(func, args, kwargs, out)
+        if _works(func):
+            moved = _bytes(args) + _bytes(kwargs) + _bytes(out)
+            self.work = self.work.plus(Work(flops_of(func, args, kwargs, out), moved, 1))
         return out
 
 

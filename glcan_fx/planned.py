@@ -46,7 +46,7 @@ class PlannedModel:
         self.plan = plan
         self.captured, self._options, self._method = captured, options, method
         if simulator is None and isinstance(captured, Captured):
-            simulator = Simulator(captured, options.example_targets)
+            simulator = Simulator(captured, options.example_targets, options.device)
         self._simulator = simulator
 
     def __getattr__(self, name: str) -> Any:

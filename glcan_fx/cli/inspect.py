@@ -31,7 +31,9 @@ exit codes: 0 done, 1 the model cannot be planned as asked, 2 usage or file erro
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `glcan-fx inspect` to `parser`."""
-    add_model(parser)
+    training = add_model(parser)
+    training.add_argument("--device", metavar="rtx4090", help="plan for the estimated time of a step on this GPU, and "
+                          "show it; cpu or cuda: the one at hand, measured (default: floating-point operations alone)")
     out = parser.add_argument_group("output")
     out.add_argument("--plan", type=Path, metavar="FILE", help="show this plan (JSON) on the model, not a new one")
     out.add_argument("--frontier", action="store_true", help="also show what can be had: memory against compute, with "
@@ -155,7 +157,8 @@ def _plan(args: argparse.Namespace, preset: Preset, model: nn.Module) -> Planned
             raise LoadError(f"{args.plan}: {error}") from error
         if task is not None and task != given.task:
             raise LoadError(f"--task {task}: the plan in {args.plan} is for task {given.task}")
-        return api.plan(model, plan=given, task=None if given.task in TASKS else AnyLoss())
+        return api.plan(model, plan=given, task=None if given.task in TASKS else AnyLoss(),
+                        options=Options(device=args.device))
     sizes = args.input or preset.inputs
     dtype = getattr(torch, args.input_dtype or "float32", None)
     if not isinstance(dtype, torch.dtype):
@@ -165,7 +168,7 @@ def _plan(args: argparse.Namespace, preset: Preset, model: nn.Module) -> Planned
         model, k=args.k or ("fewest" if args.memory_budget else preset.k), task=task or AnyLoss(),
         example_inputs=(examples[0] if len(examples) == 1 else examples) if examples else None,
         memory_budget=args.memory_budget, compute_budget=args.compute_budget,
-        options=Options(optimizer=args.optimizer or preset.optimizer))
+        options=Options(optimizer=args.optimizer or preset.optimizer, device=args.device))
 
 
 def _output(text: str) -> Path:

@@ -13,6 +13,7 @@ from glcan_fx.auxiliary.remainder import levels_of
 from glcan_fx.auxiliary.tails import ending_of
 from glcan_fx.capture.modules import hooks_on
 from glcan_fx.config import K, OptimizerLike
+from glcan_fx.devices import OPERATIONS, device_of
 from glcan_fx.errors import BudgetError, PlanError
 from glcan_fx.methods import DGL
 from glcan_fx.planner.costs import CostTable
@@ -69,7 +70,7 @@ def frontier_of(captured: Captured, request: Request, simulator: Simulator, chos
     request: for the fewest local modules, without budgets. Raises PlanError where a step cannot be simulated."""
     memory = simulator.memory(chosen, request.options.optimizer)
     peers = [(name, step) for name, step in memory.named() if step is not memory.plan]
-    return frontier(_Choice(captured, request, simulator).everything(), chosen, memory.plan, peers)
+    return frontier(_Choice(captured, request, simulator).everything(), chosen, memory.plan, peers, memory.device)
 
 
 class _Choice:
@@ -78,11 +79,12 @@ class _Choice:
     def __init__(self, captured: Captured, request: Request, simulator: Simulator) -> None:
         self.captured, self.request, self.simulator = captured, request, simulator
         self.structure = captured.structure
-        self.table = CostTable(captured)
+        self.table = CostTable(captured, device_of(request.options.device))
         ending = ending_of(self.structure, not captured.task.outputs_are_levels)
         self.choices = request.method.choices(ending)
         self.allowed: Mapping[Method, float] = allowances(
             self.choices, ending, request.compute_budget, request.memory_budget)
+        self._allowed_on = OPERATIONS if request.compute_budget is None else self.table.device
         self.refused: dict[str, PlanError] = {}
         if isinstance(request.k, int | str):  # the choice of cuts is ours
             self.refused = _hooked(self.structure, captured.model) | self.table.refused(self._plain())
@@ -120,8 +122,8 @@ class _Choice:
         if budget is not None and candidate.compute > budget:
             raise BudgetError(
                 f"compute_budget={budget:g}: with k={candidate.k} a step takes "
-                f"{math.ceil(1000 * candidate.compute) / 1000:.3f} of backpropagation's compute. Give at least that, "
-                "choose another k, or leave auxiliary networks to the planner.")
+                f"{math.ceil(1000 * candidate.compute) / 1000:.3f} of backpropagation's {self._unit}. Give at least "
+                "that, choose another k, or leave auxiliary networks to the planner.")
         return candidate
 
     def _fewest(self) -> Plan:
@@ -163,7 +165,7 @@ class _Choice:
         if found is None:
             raise self._nothing_fits(search, budget)
         compute, most = self._compute(found), self.request.compute_budget
-        asked = f"compute_budget={most:g}" if most is not None else f"{COMPUTE:g} of backpropagation's compute"
+        asked = f"compute_budget={most:g}" if most is not None else f"{COMPUTE:g} of backpropagation's {self._unit}"
         note = (f"memory budget {size(budget)}: nothing fits it and {asked}; this plan takes {compute:.2f}, the least "
                 f"that was found; simulated: {search.note()}")
         if most is not None:
@@ -195,15 +197,23 @@ class _Choice:
         if exact is None:
             smallest = search.smallest(1)
             return [f"exact gradients (k=1) need {size(self._simulate(smallest).peak)} at least, at "
-                    f"{self._compute(smallest):.2f} of backpropagation's compute"]
+                    f"{self._compute(smallest):.2f} of backpropagation's {self._unit}"]
         compute = self._compute(exact)
-        return [f"exact gradients (k=1) fit the same memory at {compute:.2f} of backpropagation's compute: "
+        return [f"exact gradients (k=1) fit the same memory at {compute:.2f} of backpropagation's {self._unit}: "
                 f"memory_budget='{limit / 2**20:.0f}MiB', compute_budget={math.ceil(100 * compute) / 100:g}"]
 
+    @property
+    def _unit(self) -> str:
+        """What ``compute_budget`` is about."""
+        device = self.table.device
+        return "compute" if device is OPERATIONS else f"time on {device.name}"
+
     def _compute(self, plan: Plan) -> float:
-        """A simulated step's compute, relative to backpropagation's."""
-        plain = self.simulator.backpropagation(self.request.options.optimizer)
-        return self._simulate(plan).flops / max(1, plain.flops)
+        """The compute of a plan's simulated step, relative to backpropagation's."""
+        return self._relative(self._simulate(plan))
+
+    def _relative(self, step: Estimate) -> float:
+        return step.relative_to(self.simulator.backpropagation(self.request.options.optimizer), self.table.device)
 
     # ---- what there is
 
@@ -232,7 +242,7 @@ class _Choice:
         self, numbers: Sequence[int], kinds: Sequence[Savings], learn: Callable[[Savings], None]
     ) -> Search:
         return Search(self.predictor, self._numbered, numbers, kinds, self._planned, self._simulate, learn,
-                      self.request.compute_budget)
+                      self._relative, self.request.compute_budget)
 
     def _numbered(self, k: int) -> Iterator[Candidate]:
         return self.candidates(k if self._given is None else self._given)
@@ -285,10 +295,13 @@ class _Choice:
             if method.predictors == "model" and cuts and not self.table.reads_model(cuts, method):
                 raise PlanError("predictors='model': no auxiliary network ends with a layer of the shape of the "
                                 "model's last one. Remove it, or make them wider: width=1, head='light'.")
-            extra = self.table.extra(cuts, method, allowed) if cuts else 0.0
+            extra = self.table.extra(cuts, method, allowed, self._allowed_on) if cuts else 0.0
             heavy = extra < math.inf > allowed and self.table.weight(cuts, method) > EXTRA_MEMORY
-            fits = extra < math.inf and not heavy
-            self._candidates[key] = Candidate(tuple(cuts), method, 1 + extra) if fits else None
+            if extra < math.inf and not heavy:
+                compute = 1 + (self.table.extra(cuts, method) if cuts else 0.0)
+                self._candidates[key] = Candidate(tuple(cuts), method, compute)
+            else:
+                self._candidates[key] = None
         return self._candidates[key]
 
     def _least_excess(self, k: K) -> Candidate:
@@ -299,7 +312,7 @@ class _Choice:
             except PlanError:
                 continue
             assert candidate is not None
-            excess = max(candidate.compute - 1 - self.allowed[method],
+            excess = max(self.table.extra(candidate.cuts, method, device=self._allowed_on) - self.allowed[method],
                          self.table.weight(candidate.cuts, method) - EXTRA_MEMORY)
             found.append((excess, -index, candidate))
         least = min(found, key=lambda one: one[:2])[2]

@@ -1,4 +1,4 @@
-"""The cost of plans, from what their local modules cost: operations and weights, without simulating a step."""
+"""The cost of plans, from what their local modules cost: compute and weights, without simulating a step."""
 
 import math
 from collections.abc import Sequence
@@ -7,23 +7,25 @@ from functools import cached_property
 from torch import fx
 
 from glcan_fx.auxiliary.method import Method
+from glcan_fx.devices import OPERATIONS, Device, Work
 from glcan_fx.errors import PlanError
 from glcan_fx.layers import Cost
-from glcan_fx.planner.modules import Costs, last_module, plan_module, reads_model, tail_cost
+from glcan_fx.planner.modules import Costs, auxiliary_cost, last_module, plan_module, reads_model, tail_cost
 from glcan_fx.plans.plan import LocalModule
-from glcan_fx.structure.structure import Unit, multiply_adds
+from glcan_fx.structure.structure import Unit, work_of
 from glcan_fx.tasks.captured import Captured
 
 
 class CostTable:
-    """What local modules and training steps of a captured model would cost; every figure is computed once."""
+    """What local modules and training steps of a captured model would cost; every figure is computed once. device: on
+    which compute is seconds, or ``OPERATIONS``."""
 
-    def __init__(self, captured: Captured) -> None:
-        self.captured = captured
+    def __init__(self, captured: Captured, device: Device = OPERATIONS) -> None:
+        self.captured, self.device = captured, device
         self.structure = captured.structure
         self._costs = Costs(captured)
         self._units: dict[tuple[str, Method], Cost] = {}
-        self._steps: dict[tuple[fx.Node, ...], float] = {}
+        self._steps: dict[tuple[fx.Node, ...], Work] = {}
 
     def module(self, unit: Unit, cuts: Sequence[Unit], method: Method) -> LocalModule:
         """The local module that ends with ``unit``, one of ``cuts``."""
@@ -42,8 +44,7 @@ class CostTable:
         key = unit.name, method
         if key not in self._units:
             cuts = self.structure.units[:-1]
-            module = self.module(unit, cuts if unit in cuts else [unit], method)
-            self._units[key] = Cost(module.aux_parameters, module.aux_saved, module.aux_flops)
+            self._units[key] = auxiliary_cost(self._costs, unit, cuts if unit in cuts else [unit], method)
         return self._units[key]
 
     @cached_property
@@ -51,8 +52,8 @@ class CostTable:
         """The cost of the task's head in the last module."""
         return tail_cost(self.captured)
 
-    def step(self, cuts: Sequence[Unit] = ()) -> float:
-        """Floating-point operations of a training step without auxiliary networks; without cuts backpropagation's.
+    def step(self, cuts: Sequence[Unit] = (), device: Device | None = None) -> float:
+        """Compute of a training step without auxiliary networks; without cuts backpropagation's. device: this table's.
 
         Forward, and as much for the gradients of a layer's weights and of its input. Frozen layers have none of their
         weights, and no gradient is needed of what no trained layer of the same local module has made.
@@ -60,24 +61,28 @@ class CostTable:
         ends = tuple(unit.end for unit in cuts)
         if ends not in self._steps:
             owner = self.structure.assign(ends)
-            total, trained = 3.0 * self.tail.flops, set[fx.Node]()
+            total, trained = Work().plus(self.tail.work, 3), set[fx.Node]()
             for node in self.structure.trace.graph.nodes:
                 passes = any(source in trained and owner.get(source) == owner.get(node)
                              for source in node.all_input_nodes)
                 trains = any(p.requires_grad for p in self.structure.trace.parameters(node))
                 if passes or trains:
                     trained.add(node)
-                total += 2 * (1 + passes + trains) * multiply_adds(self.structure, [node])
-            self._steps[ends] = max(1.0, total)
-        return self._steps[ends]
+                total = total.plus(work_of(self.structure, [node]), 1 + passes + trains)
+            self._steps[ends] = total
+        return (device or self.device).seconds(self._steps[ends]) or 1.0
 
-    def extra(self, cuts: Sequence[Unit], method: Method, most: float = math.inf) -> float:
+    def extra(
+        self, cuts: Sequence[Unit], method: Method, most: float = math.inf, device: Device | None = None
+    ) -> float:
         """Compute of a training step beyond backpropagation's, relative to it: what auxiliary networks take (backward
         is twice forward), less the gradients that no longer pass a cut. Infinite above ``most``: those of further
-        modules are not built then."""
-        found = self.step(cuts) / self.step() - 1
+        modules are not built then. device: this table's."""
+        device = device or self.device
+        whole = self.step(device=device)
+        found = self.step(cuts, device) / whole - 1
         for unit in cuts:
-            found += 3 * self.auxiliary(unit, method).flops / self.step()
+            found += 3 * device.seconds(self.auxiliary(unit, method).work) / whole
             if found > most:
                 return math.inf
         return found

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from glcan_fx.devices import OPERATIONS, Device
 from glcan_fx.errors import PlanError
 from glcan_fx.planner.predict import Savings
 from glcan_fx.planner.search import Candidate, Search, in_words
@@ -28,7 +29,8 @@ class Point:
 
     name: in words. k: local modules. exact: whether gradients are backpropagation's. peak: bytes of a training step,
     and compute relative to backpropagation's, both simulated. chosen: whether it is the plan at hand. plan: to pass to
-    ``transform(plan=...)``; None for backpropagation and activation checkpointing.
+    ``transform(plan=...)``; None for backpropagation and activation checkpointing. time: estimated for
+    ``Options.device``, relative to backpropagation's; None without one.
     """
 
     name: str
@@ -38,6 +40,12 @@ class Point:
     compute: float
     chosen: bool = False
     plan: Plan | None = None
+    time: float | None = None
+
+    @property
+    def cost(self) -> float:
+        """What ``compute_budget`` is about: time where it is known, else compute."""
+        return self.compute if self.time is None else self.time
 
 
 class _Wanted(NamedTuple):
@@ -51,16 +59,23 @@ class _Wanted(NamedTuple):
     savings: Savings
 
 
-def frontier(search: Search, chosen: Plan, step: Estimate, peers: Sequence[tuple[str, Estimate]]) -> tuple[Point, ...]:
+def frontier(
+    search: Search, chosen: Plan, step: Estimate, peers: Sequence[tuple[str, Estimate]], device: Device = OPERATIONS
+) -> tuple[Point, ...]:
     """Plans that no other is better than: none with fewer local modules and as little compute takes as little memory,
     to some per cent. peers: backpropagation first, and what else there is to compare with. step: the chosen plan's.
 
     Every point is simulated, which takes seconds. Points are in the order of exactness, then of compute.
     """
-    flops = max(1.0, peers[0][1].flops)
-    points = [Point(name, 1, True, peer.peak, peer.flops / flops) for name, peer in peers]
-    points.append(Point(in_words(chosen), chosen.k, chosen.k == 1, step.peak, step.flops / flops, True, chosen))
-    computes = sorted({*COMPUTES, *(point.compute for point in points)})
+    plain = peers[0][1]
+
+    def point(name: str, plan: Plan | None, found: Estimate) -> Point:
+        k = 1 if plan is None else plan.k
+        time = None if device is OPERATIONS else found.relative_to(plain, device)
+        return Point(name, k, k == 1, found.peak, found.relative_to(plain), plan is chosen, plan, time)
+
+    points = [*(point(name, None, peer) for name, peer in peers), point(in_words(chosen), chosen, step)]
+    computes = sorted({*COMPUTES, *(point.cost for point in points)})
     for wanted in _worth(sorted(_wanted(search, computes), key=lambda one: one[:4])):
         plan = _plan(search, wanted)
         if plan is None or plan.modules == chosen.modules and plan.slices == chosen.slices:
@@ -69,13 +84,13 @@ def frontier(search: Search, chosen: Plan, step: Estimate, peers: Sequence[tuple
             found = search.simulate(plan)
         except PlanError:
             continue
-        points.append(Point(in_words(plan), plan.k, plan.k == 1, found.peak, found.flops / flops, plan=plan))
+        points.append(point(in_words(plan), plan, found))
     kept: list[Point] = []
-    for point in sorted(points, key=lambda one: (one.k, one.compute, one.peak)):
-        clearly = _CLEARLY * (_LOCAL if point.k > 1 else 1)
-        cheaper = [other.peak for other in kept if other.compute <= point.compute + _SAME]
-        if point.plan is None or point.chosen or point.peak < clearly * min(cheaper, default=math.inf):
-            kept.append(point)
+    for one in sorted(points, key=lambda one: (one.k, one.cost, one.peak)):
+        clearly = _CLEARLY * (_LOCAL if one.k > 1 else 1)
+        cheaper = [other.peak for other in kept if other.cost <= one.cost + _SAME]
+        if one.plan is None or one.chosen or one.peak < clearly * min(cheaper, default=math.inf):
+            kept.append(one)
     return tuple(kept)
 
 

@@ -79,6 +79,13 @@ def plan_module(costs: Costs, unit: Unit, cuts: Sequence[Unit], method: Method) 
     return _module(costs, remainder, method.features(remainder), cuts, method)
 
 
+def auxiliary_cost(costs: Costs, unit: Unit, cuts: Sequence[Unit], method: Method) -> Cost:
+    """What the auxiliary network of that module costs. Raises PlanError as ``plan_module``."""
+    captured = costs.captured
+    remainder = remainder_of(captured.structure, captured.task, unit, cuts, method.levels, method.rules)
+    return costs.of(remainder, method.features(remainder), method)
+
+
 def check_plan(plan: Plan, captured: Captured) -> Plan:
     """A plan, perhaps edited, checked against a model: with the figures that its local modules have there. Raises
     PlanError where it does not fit."""
@@ -156,7 +163,7 @@ def _module(
     uses = structure.uses([cut.end for cut in cuts])[remainder.index]
     return LocalModule(
         **_extent(structure, cuts, remainder.index), cut=remainder.unit.name, parameters=uses.parameters,
-        aux_parameters=cost.parameters, saved=uses.saved, aux_saved=cost.saved, aux_flops=cost.flops,
+        aux_parameters=cost.parameters, saved=uses.saved, aux_saved=cost.saved, aux_flops=round(cost.work.flops),
         features=tuple(features), levels=remainder.levels, sigma=remainder.sigma)
 
 

@@ -163,7 +163,7 @@ class Predictor:
     def _rerun(self, start: int, end: int, behind: int, gradients: int) -> Rerun:
         key = start, end, behind, gradients
         if key not in self._reruns:
-            self._reruns[key] = Rerun(self.stages, *key)
+            self._reruns[key] = Rerun(self.stages, *key, self.table.device)
         return self._reruns[key]
 
     def _stages_up_to(self, unit: Unit) -> int:

@@ -1,4 +1,4 @@
-"""Which blocks of a local module run again in backward, for the least operations within a memory limit.
+"""Which blocks of a local module run again in backward, for the least compute within a memory limit.
 
 A dynamic programme over the module's stages and the memory that is left (rotor: Beaumont et al., Optimal checkpointing
 for heterogeneous chains, 2019, without offloading; Chen et al., arXiv 1604.06174, is the case of runs of equal length
@@ -12,6 +12,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from glcan_fx.devices import OPERATIONS, Device
 from glcan_fx.planner.stages import Stages
 from glcan_fx.plans.plan import Run
 
@@ -25,10 +26,13 @@ class Rerun:
     """Stages ``start`` to ``end`` (not included) of a network, which end with a loss.
 
     behind: bytes that the auxiliary network, or head, and loss need at most, beside what the stages keep for them.
-    gradients: bytes of the gradients of what follows the stages in this local module.
+    gradients: bytes of the gradients of what follows the stages in this local module. device: what running again costs.
     """
 
-    def __init__(self, stages: Stages, start: int, end: int, behind: int, gradients: int = 0) -> None:
+    def __init__(
+        self, stages: Stages, start: int, end: int, behind: int, gradients: int = 0,
+        device: Device = OPERATIONS,
+    ) -> None:
         self.stages, self.start, self.end, self.behind, self.gradients = stages, start, end, max(0, behind), gradients
         mine = stages.stages[start:end]
         later = [gradients]
@@ -38,8 +42,8 @@ class Rerun:
         self._saved = [stage.saved for stage in mine]
         self._needs = [stage.needs + stages.passing(start, start + i) + later[i + 1]
                        for i, stage in enumerate(mine)]
-        self._flops = [stage.flops for stage in mine]
-        self._tie = _TIE * (sum(self._flops) + 1) / max(1, len(mine))
+        self._costs_again = [device.seconds(stage.work) for stage in mine]
+        self._tie = _TIE * (sum(self._costs_again) or 1.0) / max(1, len(mine))
         self._slot = max(1, self.kept_all // _SLOTS + 1)
         self._tables: dict[tuple[int, int, bool], Vector] = {}
         self._ways: dict[tuple[int, int, bool], NDArray[np.int64]] = {}
@@ -64,7 +68,7 @@ class Rerun:
         return int(np.argmax(np.isfinite(costs))) * self._slot if np.isfinite(costs[-1]) else self.kept_all
 
     def extra(self, limit: float) -> float:
-        """Operations that run again so that no more than ``limit`` bytes are live; infinite where there is no way."""
+        """Compute of what runs again so that no more than ``limit`` bytes are live; infinite where there is no way."""
         if limit >= self.kept_all:
             return 0.0
         slot = int(limit // self._slot)
@@ -92,7 +96,7 @@ class Rerun:
         return found
 
     def _costs(self, start: int, end: int, last: bool) -> Vector:
-        """Operations of running again while stages from ``start`` to ``end`` are processed, by the slots of memory that
+        """Compute of running again while stages from ``start`` to ``end`` are processed, by the slots of memory that
         are left; last: whether the loss follows."""
         key = start, end, last
         if key in self._tables:
@@ -110,7 +114,7 @@ class Rerun:
         for way in range(start + 1, end + last):
             if not self.stages.may_run(self.start + start, self.start + way):
                 continue
-            again = sum(self._flops[start:way]) + self._tie
+            again = sum(self._costs_again[start:way]) + self._tie
             found = (again + _after(self._costs(way, end, last), self._stored(start, way))
                      + self._costs(start, way, False))
             better = found < costs

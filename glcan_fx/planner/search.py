@@ -38,6 +38,7 @@ _NARROWEST_DECODER = 1 / 3
 ALIKE = 1.02
 """Memory that is the same to a user, relative."""
 
+_SAME = 0.005  # of compute: how well it is foretold
 _MOST_ABOVE = 1.05  # more says nothing of other steps
 _SLACK = 1.07  # steps may take less than is foretold: of the exact one we want to be sure
 _TRIES = 3  # simulated steps for one number of local modules, whose foretold memory is off by a few per cent
@@ -76,8 +77,8 @@ class Search:
 
     candidates: for a number of local modules, those with auxiliary networks that may be taken, the richest first.
     numbers: of local modules, in order. kinds: of savings, in the order in which they are tried. plan: makes a plan.
-    most: compute that a step may take, or None for ``COMPUTE``, or more where auxiliary networks alone need it.
-    above: by how much simulated steps in which blocks run again were above what was foretold, at most; relative.
+    compute: of a step, relative to backpropagation's. most: compute that a step may take, or None for ``COMPUTE``, or
+    more where auxiliary networks alone need it. above: by how much simulated steps in which blocks run again were above what was foretold, at most; relative.
     """
 
     predictor: Predictor
@@ -87,6 +88,7 @@ class Search:
     plan: Callable[[Candidate, Savings, Foretold], Plan]
     simulate: Callable[[Plan], Estimate]
     learn: Callable[[Savings], None]
+    compute: Callable[[Estimate], float]
     most: float | None
     tried: dict[str, Estimate] = field(default_factory=dict)
     above: float = 1.0
@@ -210,7 +212,7 @@ class Search:
                 return None
             self.tried[in_words(plan)] = step
             if step.peak <= limit:
-                return plan
+                return plan if self.compute(step) <= may + _SAME else None
             if any(foretold.runs):
                 self.above = min(_MOST_ABOVE, max(self.above, step.peak / asked))
             asked -= 1.1 * (step.peak - limit)

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from glcan_fx.devices import Work
 from glcan_fx.pytree import tensors_in
 from glcan_fx.structure.nodes import is_size
 from glcan_fx.structure.parts import parts_of
-from glcan_fx.structure.structure import Structure, multiply_adds
+from glcan_fx.structure.structure import Structure, work_of
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,8 @@ class Stage:
     """A block of the trunk, or a part of neck and head.
 
     In bytes: ``saved`` is what it keeps for backward, its output included; ``needs`` is that and the gradients of
-    values, at the layer where both are most; ``gradients`` are those of its parameters. ``flops``: operations of its
-    forward pass. ``since``, ``until``: a run of stages that runs again begins with stage ``since`` at the latest, and
+    values, at the layer where both are most; ``gradients`` are those of its parameters. ``work``: of its forward
+    pass. ``since``, ``until``: a run of stages that runs again begins with stage ``since`` at the latest, and
     ends with ``until`` at the earliest (values that are changed in place); ``again``: whether it may run again.
     """
 
@@ -25,7 +26,7 @@ class Stage:
     saved: int
     needs: int
     gradients: int
-    flops: float
+    work: Work
     since: int
     until: int
     again: bool
@@ -88,7 +89,7 @@ class Stages:
         over = [self._at.get(user, len(self.names))
                 for node in nodes if node.meta["overwritten"] for user in node.users]
         return Stage(self.names[index], sum(kept.values()), needs, gradients,
-                     2 * multiply_adds(structure, nodes), min([index, *changed]), max([index, *over]),
+                     work_of(structure, nodes), min([index, *changed]), max([index, *over]),
                      bool(kept) and not any(str(node.target) in opaque for node in nodes))
 
     def _gradients(self, index: int) -> list[int]:

@@ -14,22 +14,28 @@ from glcan_fx.units import size
 TITLE = "What can be had: memory of a step against compute"
 HINT = ("Exact: backpropagation's gradients. Fewer local modules train more like backpropagation. A row is to be had "
         "with memory_budget= and compute_budget=, or with transform(model, plan=point.plan).")
-COLUMNS = ("plan", "gradients", "peak", "of BP", "compute", "auxiliary networks")
+
+
+def columns(points: Sequence[Point]) -> list[str]:
+    """The heads of the table's columns."""
+    time = ["time"] * any(point.time is not None for point in points)
+    return ["plan", "gradients", "peak", "of BP", "compute", *time, "auxiliary networks"]
 
 
 def rows(points: Sequence[Point]) -> list[list[str]]:
     """The cells of the table, a row for each point."""
     plain = next(point.peak for point in points if point.plan is None)  # backpropagation's
     return [[f"{'▶ ' if point.chosen else ''}{point.name}", "exact" if point.exact else "local", size(point.peak),
-             f"{point.peak / plain:.2f}", f"{point.compute:.2f}", _networks(point)] for point in points]
+             f"{point.peak / plain:.2f}", f"{point.compute:.2f}",
+             *([] if point.time is None else [f"{point.time:.2f}"]), _networks(point)] for point in points]
 
 
 def frontier_table(points: Sequence[Point]) -> Table:
     """A table with a row for each point; the chosen one is marked."""
     table = Table(title=f"{TITLE}, simulated", title_justify="left", box=box.SIMPLE_HEAD, caption=HINT,
                   caption_justify="left")
-    for index, name in enumerate(COLUMNS):
-        numbers = 2 <= index <= 4
+    for name in columns(points):
+        numbers = name in ("peak", "of BP", "compute", "time")
         table.add_column(name, justify="right" if numbers else "left", no_wrap=numbers)
     for point, cells in zip(points, rows(points), strict=True):
         table.add_row(*cells, style="bold" if point.chosen else None)
@@ -45,8 +51,10 @@ def frontier_text(points: Sequence[Point], width: int = 120) -> str:
 
 def frontier_data(points: Sequence[Point]) -> dict[str, Any]:
     """For the report's page, as static/report.js describes it."""
-    return {"title": TITLE, "text": HINT, "columns": list(COLUMNS), "rows": rows(points), "points": [
-        {"name": point.name, "k": point.k, "exact": point.exact, "peak": point.peak, "compute": point.compute,
+    names = columns(points)
+    axis = "time" if "time" in names else "compute"
+    return {"title": TITLE, "text": HINT, "columns": names, "axis": axis, "rows": rows(points), "points": [
+        {"name": point.name, "k": point.k, "exact": point.exact, "peak": point.peak, "compute": point.cost,
          "chosen": point.chosen, "peer": point.plan is None} for point in points]}
 
 

@@ -136,7 +136,7 @@ def _memory(plan: Plan, memory: Memory | None) -> dict[str, Any] | None:
     plain = memory.backpropagation
     return {"text": step_title(plan), "steps": [
         {"name": name, "peak": step.peak, "peak_text": f"{size(step.peak)} ({step.peak / plain.peak:.2f})",
-         "compute": f"{step.flops / max(1, plain.flops):.2f}", "when": step.when,
+         "compute": memory.compute(step), "when": step.when,
          "parts": [[part, count, size(count)] for part, count in sorted(step.parts.items(), key=lambda x: -x[1])],
          "live": list(step.live), "phases": [[phase.name, phase.start] for phase in step.timeline]}
         for name, step in memory.named()]}

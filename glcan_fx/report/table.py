@@ -9,6 +9,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from glcan_fx.devices import OPERATIONS
 from glcan_fx.plans.plan import LocalModule, Plan, Run
 from glcan_fx.simulate.estimate import Memory
 from glcan_fx.units import size
@@ -173,9 +174,10 @@ def step_title(plan: Plan) -> str:
 def memory_text(plan: Plan, memory: Memory) -> list[str]:
     """What a training step takes, beside backpropagation."""
     plain = memory.backpropagation
-    lines = [f"{step_title(plan)}; compute relative to backpropagation's:"]
-    lines += [f"  {name}: {size(e.peak)} ({e.peak / plain.peak:.2f}), compute {e.flops / max(plain.flops, 1):.2f}"
-              for name, e in memory.named()]
+    time = "" if memory.device is OPERATIONS else f" and time on {memory.device.name}, estimated,"
+    lines = [f"{step_title(plan)}; compute{time} relative to backpropagation's:"]
+    lines += [f"  {name}: {size(step.peak)} ({step.peak / plain.peak:.2f}), {memory.compute(step)}"
+              for name, step in memory.named()]
     if memory.checkpointing is None:
         lines.append("  activation checkpointing, every block: not known: no block is one call of a sub-module")
     parts = sorted(memory.plan.parts.items(), key=lambda item: -item[1])
@@ -194,7 +196,7 @@ def _advice(plan: Plan, memory: Memory) -> list[str]:
         what = f"saves {saved:.0%} of" if saved > 0 else "takes more than"
         return [f"This plan {what} backpropagation's memory: train the model as it is."]
     if plan.k > 1 and again is not None and again.peak <= peak:
-        compute = again.flops / max(1, memory.backpropagation.flops)
+        compute = again.relative_to(memory.backpropagation, memory.device)
         return ["Activation checkpointing takes no more memory than this plan, with exact gradients: for an exact plan "
                 f"pass memory_budget= and compute_budget={max(1.01, compute):.2f}."]
     return []

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from glcan_fx.capture.shadow import kept_python_random
 from glcan_fx.capture.trace import quiet
 from glcan_fx.config import OPTIMIZERS, OptimizerLike, check_optimizer
+from glcan_fx.devices import OPERATIONS, Device, Work, device_of
 from glcan_fx.errors import GlcanFxError, PlanError
 from glcan_fx.peak_memory import Log, PeakMemory
 from glcan_fx.pytree import tensors_in
@@ -49,7 +50,8 @@ class Estimate:
     convolutions, matrix products and attention, forward and backward. live: live bytes over the step, thinned out: the
     most in each of 400 parts in which equally many bytes are allocated and released, which stands for time. kept: of
     each local module, the bytes of its own activations and those of its auxiliary network and loss that are live when
-    its backward begins; its input counts for the module that made it. start: bytes that are live when the step begins.
+    its backward begins; its input counts for the module that made it. start: bytes that are live when the step
+    begins. work: what operators do, flops among it.
     """
 
     peak: int
@@ -60,6 +62,18 @@ class Estimate:
     live: tuple[int, ...] = field(default=(), compare=False, repr=False)
     kept: tuple[tuple[int, int], ...] = ()
     start: int = 0
+    work: Work = field(default=Work(), compare=False, repr=False)
+
+    def seconds(self, device: str | Device) -> float:
+        """About how long the step takes on a device, in float32: one of ``glcan_fx.devices.DEVICES`` by name, "cpu" or
+        "cuda" at hand (measured in two seconds, once), or a ``Device``. Good for the ratio of two steps; no step
+        reaches a device's rates. Raises PlanError for another name."""
+        return device_of(device).seconds(self.work)
+
+    def relative_to(self, plain: "Estimate", device: str | Device | None = None) -> float:
+        """The compute of this step relative to that of another one: seconds on a device, or floating-point operations.
+        """
+        return device_of(device).seconds(self.work) / (device_of(device).seconds(plain.work) or 1.0)
 
     def share(self, module: int) -> float:
         """A local module's part of the step's operations, its auxiliary network's included; from 0 to 1."""
@@ -72,11 +86,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Memory:
-    """A plan beside what it replaces: backpropagation, plain and activation checkpointing, every block in backward."""
+    """A plan beside what it replaces: backpropagation, plain and with activation checkpointing of every block. device:
+    on which the plan is to be fast, or ``OPERATIONS``."""
 
     plan: Estimate
     backpropagation: Estimate
     checkpointing: Estimate | None
+    device: Device = OPERATIONS
 
     def named(self) -> list[tuple[str, Estimate]]:
         """The steps that are known, in words."""
@@ -84,6 +100,13 @@ class Memory:
                 ("activation checkpointing, every block", self.checkpointing),
                 ("this plan", self.plan)]
         return [(name, estimate) for name, estimate in rows if estimate is not None]
+
+    def compute(self, step: Estimate) -> str:
+        """The compute of a step relative to backpropagation's, and its time where the device is known, in words."""
+        text = f"compute {step.relative_to(self.backpropagation):.2f}"
+        if self.device is OPERATIONS:
+            return text
+        return f"{text}, time {step.relative_to(self.backpropagation, self.device):.2f}"
 
 
 def simulate(
@@ -131,7 +154,7 @@ def _simulate(
             one.step()
         del loss
         model.zero_grad()
-    return _account(memory.log, memory.flops, names)
+    return _account(memory, names)
 
 
 def simulate_local(
@@ -214,7 +237,8 @@ def minimised(result: Any) -> Tensor:
 _KINDS = {"forward": "activations", "auxiliary": "auxiliary network", "loss": "loss", "backward": "temporaries"}
 
 
-def _account(log: Log, flops: int, names: Sequence[str]) -> Estimate:
+def _account(memory: PeakMemory, names: Sequence[str]) -> Estimate:
+    log, flops = memory.log, memory.flops
     live = log.live()
     peak = max(live, default=0)
     at = live.index(peak) if live else 0
@@ -231,7 +255,7 @@ def _account(log: Log, flops: int, names: Sequence[str]) -> Estimate:
             timeline.append(Phase(_readable(phase, names), _module(phase, names), max(live[start:end], default=0),
                                   after - before, moved[min(start - begin, len(moved) - 1)] / max(1, moved[-1])))
     return Estimate(peak, _readable(when, names), parts, tuple(timeline), flops, curve(live[begin:]),
-                    _kept(log, names), live[begin - 1] if begin else 0)
+                    _kept(log, names), live[begin - 1] if begin else 0, memory.work)
 
 
 def _kept(log: Log, names: Sequence[str]) -> tuple[tuple[int, int], ...]:

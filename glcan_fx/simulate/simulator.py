@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 from glcan_fx.capture.shadow import fake_copy, replicate
 from glcan_fx.capture.trace import hasattr_path, within
 from glcan_fx.config import OptimizerLike
+from glcan_fx.devices import Device, device_of
 from glcan_fx.errors import PlanError
 from glcan_fx.plans.plan import Plan
 from glcan_fx.pytree import map_tensors
@@ -28,10 +29,11 @@ log = logging.getLogger("glcan_fx")
 
 
 class Simulator:
-    """Runs training steps of a captured model on fake tensors. given_targets: the user's example targets, or None."""
+    """Runs training steps of a captured model on fake tensors. given_targets: the user's example targets, or None;
+    device: on which a plan is to be fast."""
 
-    def __init__(self, captured: Captured, given_targets: Any = None) -> None:
-        self.captured, self.given_targets = captured, given_targets
+    def __init__(self, captured: Captured, given_targets: Any = None, device: str | Device | None = None) -> None:
+        self.captured, self.given_targets, self.device = captured, given_targets, device_of(device)
         self.structure, self.model, self.task = captured.structure, captured.model, captured.task
         self._steps: dict[Any, Estimate] = {}
 
@@ -43,7 +45,7 @@ class Simulator:
             again = self.backpropagation(optimizer, recompute=True) if self.blocks[1] else None
         except PlanError as error:
             log.info("activation checkpointing, every block: %s", error)
-        return Memory(self.simulate(plan, optimizer, in_forward), self.backpropagation(optimizer), again)
+        return Memory(self.simulate(plan, optimizer, in_forward), self.backpropagation(optimizer), again, self.device)
 
     def backpropagation(self, optimizer: OptimizerLike, *, recompute: bool = False) -> Estimate:
         """A step of backpropagation; ``recompute``: with activation checkpointing on every block. It is the same for

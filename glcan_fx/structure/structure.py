@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from glcan_fx.capture.calls import Call
 from glcan_fx.capture.trace import Trace
+from glcan_fx.devices import Work
 from glcan_fx.layers import predictors
 from glcan_fx.pytree import tensors_in
 from glcan_fx.structure.layout import count_positions
@@ -226,6 +227,21 @@ def multiply_adds(structure: Structure, nodes: Iterable[fx.Node] | None = None) 
             positions = structure.positions(at) if isinstance(at.meta["value"], Tensor) else 1
             total += weights * positions * (tensor.shape[0] if tensor.dim() else 1)
     return total
+
+
+def work_of(structure: Structure, nodes: Iterable[fx.Node]) -> Work:
+    """What the operators of some nodes do in a forward pass at the example's size; a module is one."""
+    nodes = list(nodes)
+    moved = operators = 0
+    for node in nodes:
+        given = [tensor for source in node.all_input_nodes for tensor in tensors_in(source.meta.get("value"))]
+        made = list(tensors_in(node.meta.get("value")))
+        known = {tensor.untyped_storage()._cdata for tensor in given}
+        looks_only = {tensor.untyped_storage()._cdata for tensor in made} <= known and not node.meta["mutates"]
+        if node.op not in ("placeholder", "get_attr", "output") and not looks_only:
+            operators += 1
+            moved += sum(t.numel() * t.element_size() for t in (*given, *made, *structure.trace.parameters(node)))
+    return Work(2 * multiply_adds(structure, nodes), moved, operators)
 
 
 def _is_transposed(trace: Trace, node: fx.Node) -> bool:

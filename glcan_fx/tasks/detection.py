@@ -137,13 +137,7 @@ class Detection(Task):
         image: tuple[int, int],
     ) -> Cost:
         template = self._template(model, outputs, source, levels, style, width, image)
-        images, places = next(iter(outputs.values())).shape[0], positions_of(outputs)
-
-        def total(attribute: str) -> int:
-            return round(images * getattr(template.per_image, attribute)
-                         + places * template.per_place[attribute])
-
-        return Cost(template.per_image.parameters, total("saved"), total("flops"))
+        return template.cost(next(iter(outputs.values())).shape[0], positions_of(outputs))
 
     def _template(self, model: nn.Module, outputs: Any, *request: Any) -> "Template":
         made = self._templates.setdefault(model, {})

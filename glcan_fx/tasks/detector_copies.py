@@ -13,6 +13,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSDScoringHead
 from torchvision.ops import MultiScaleRoIAlign
 
+from glcan_fx.devices import Work
 from glcan_fx.errors import PlanError
 from glcan_fx.initialization import Moments, moments, unhooked_copy
 from glcan_fx.layers import Cost, cost_of, fit, keep_outputs, not_in_place, predictors, replace, towers
@@ -23,12 +24,20 @@ EXAMPLE = 320  # pixels: large enough for every torchvision detector's coarsest 
 
 @dataclass(frozen=True)
 class Template:
-    """The detector behind its backbone, made lighter; what its copies are drawn from; what they cost."""
+    """The detector behind its backbone, made lighter; what its copies are drawn from; what they cost: bytes kept for
+    backward and ``Work``, for each image and for each position."""
 
     detector: nn.Module
     moments: Moments
-    per_image: Cost
-    per_place: dict[str, float]  # saved, flops
+    parameters: int
+    per_image: tuple[float, ...]
+    per_position: tuple[float, ...]
+
+    def cost(self, images: int, positions: int) -> Cost:
+        """What a copy costs."""
+        saved, *work = (round(images * image + positions * position)
+                        for image, position in zip(self.per_image, self.per_position, strict=True))
+        return Cost(self.parameters, saved, Work(*work))
 
 
 def make_template(
@@ -64,11 +73,12 @@ def make_template(
         smaller = random_features(outputs, 2 * scale)
         images, targets, _ = example_of(model, outputs, image, 2 * scale)
         small, _ = cost_of(detector, lambda: head(smaller, images, targets))
-    places, fewer = positions_of(narrow), positions_of(smaller)
-    per_place = {name: max(0.0, (getattr(large, name) - getattr(small, name)) / max(1, places - fewer))
-                 for name in ("saved", "flops")}
-    rest = {name: round(max(0.0, getattr(large, name) - per_place[name] * places) / 2) for name in per_place}
-    return Template(detector, source_moments, Cost(large.parameters, **rest), per_place)
+    count, fewer = positions_of(narrow), positions_of(smaller)
+    figures = [(cost.saved, *cost.work) for cost in (large, small)]
+    per_position = tuple(max(0.0, (more - less) / max(1, count - fewer)) for more, less in zip(*figures, strict=True))
+    per_image = tuple(max(0.0, (more - count * each) / 2)  # of two images
+                      for more, each in zip(figures[0], per_position, strict=True))
+    return Template(detector, source_moments, large.parameters, per_image, per_position)
 
 
 def _one_prediction_each(detector: nn.Module, predictors: Set[nn.Module]) -> None:

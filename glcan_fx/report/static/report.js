@@ -7,8 +7,8 @@
 //   modules: [{index, name, colour, facts: [[name, text]], code, aux_code, saved, aux_saved}],   bytes, for backward
 //   memory: null or {text, steps: [{name, peak, peak_text, compute, when, parts: [[name, bytes, text]],
 //           live: [bytes], phases: [[name, start]]}]},                   start: a fraction of the step
-//   frontier: null or {title, text, columns: [text], rows: [[text]],
-//           points: [{name, k, exact, peak, compute, chosen, peer}]},    peak: bytes; compute: of backpropagation's
+//   frontier: null or {title, text, columns: [text], axis: a column, compute or time, rows: [[text]],
+//           points: [{name, k, exact, peak, compute, chosen, peer}]},    peak: bytes; compute: the axis's, a ratio
 //   notes: [text], report: [text]
 // }
 "use strict";
@@ -140,7 +140,7 @@
             { class: "step-head" },
             key(i, steps.length),
             make("strong", {}, step.name),
-            make("span", {}, `${step.peak_text}, compute ${step.compute}; peak during ${step.when}`),
+            make("span", {}, `${step.peak_text}, ${step.compute}; peak during ${step.when}`),
           ),
           bar,
         ),
@@ -329,7 +329,8 @@
   // ---- frontier ----------------------------------------------------------------------------------------------------
 
   /** Peak against compute: a round mark for exact gradients, a square one for local ones, a ring for what is chosen. */
-  function showFrontier({ title, text, columns, rows, points }) {
+  function showFrontier({ title, text, columns, axis, rows, points }) {
+    const cost = columns.indexOf(axis);
     const section = byId("frontier");
     section.hidden = false;
     const box = make("div", { class: "chart" });
@@ -371,7 +372,7 @@
         height,
         viewBox: `0 0 ${width} ${height}`,
         role: "img",
-        "aria-label": points.map((p, i) => `${p.name}: ${rows[i][2]} at compute ${rows[i][4]}`).join(". "),
+        "aria-label": points.map((p, i) => `${p.name}: ${rows[i][2]} at ${axis} ${rows[i][cost]}`).join(". "),
       });
       for (const [bytes, mark] of marks) {
         svg.append(
@@ -383,12 +384,12 @@
         svg.append(draw("text", { x: x(tenth / 10), y: bottom + 16, "text-anchor": "middle" }, (tenth / 10).toFixed(1)));
       }
       svg.append(
-        draw("text", { x: (left + width) / 2, y: bottom + 36, "text-anchor": "middle" }, "compute of a step, relative to backpropagation's"),
+        draw("text", { x: (left + width) / 2, y: bottom + 36, "text-anchor": "middle" }, `${axis} of a step, relative to backpropagation's`),
       );
       const taken = points.map((point) => [x(point.compute) - 6, x(point.compute) + 6, y(point.peak) + 4]);
       points.forEach((point, i) => {
         const at = mark(point.exact, x(point.compute), y(point.peak), point.chosen);
-        at.append(draw("title", {}, `${point.name}: ${rows[i][2]}, compute ${rows[i][4]}`));
+        at.append(draw("title", {}, `${point.name}: ${rows[i][2]}, ${axis} ${rows[i][cost]}`));
         svg.append(at);
         const name = point.peer ? point.name : point.exact ? "" : `k=${point.k}`;
         if (!name) return;
