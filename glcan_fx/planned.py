@@ -20,7 +20,6 @@ from glcan_fx.report.page import plan_fragment, plan_report
 from glcan_fx.report.table import plan_text
 from glcan_fx.simulate.estimate import Estimate, Memory
 from glcan_fx.simulate.simulator import Simulator
-from glcan_fx.step import variants  # noqa: F401 - steps for other sizes
 from glcan_fx.step.build import build
 from glcan_fx.step.local_model import LocalModel
 from glcan_fx.step.segments import build_segments

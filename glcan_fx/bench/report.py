@@ -22,7 +22,7 @@ from glcan_fx.bench.job import Job
 from glcan_fx.bench.measured import COMPILE_BUDGET, PRECISION
 from glcan_fx.bench.rows import EXPLAINED, Row
 from glcan_fx.files import replacing, write
-from glcan_fx.models.presets import PRESETS
+from glcan_fx.presets import PRESETS
 from glcan_fx.report.page import page
 from glcan_fx.units import size
 

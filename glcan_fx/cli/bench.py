@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from glcan_fx.bench.rows import METHODS, Fatal, Row, fill
 from glcan_fx.cli.arguments import add_model
-from glcan_fx.models.presets import PRESETS, Preset
+from glcan_fx.presets import PRESETS, Preset
 
 if TYPE_CHECKING:
     from glcan_fx.bench.job import Job

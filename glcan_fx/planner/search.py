@@ -78,7 +78,8 @@ class Search:
     candidates: for a number of local modules, those with auxiliary networks that may be taken, the richest first.
     numbers: of local modules, in order. kinds: of savings, in the order in which they are tried. plan: makes a plan.
     compute: of a step, relative to backpropagation's. most: compute that a step may take, or None for ``COMPUTE``, or
-    more where auxiliary networks alone need it. above: by how much simulated steps in which blocks run again were above what was foretold, at most; relative.
+    more where auxiliary networks alone need it. above: by how much simulated steps in which blocks run again were above
+    what was foretold, at most; relative.
     """
 
     predictor: Predictor

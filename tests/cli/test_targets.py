@@ -9,7 +9,7 @@ from torch import nn
 
 from glcan_fx.errors import LoadError
 from glcan_fx.models.load import load
-from glcan_fx.models.presets import PRESETS
+from glcan_fx.presets import PRESETS
 from glcan_fx.tasks import make_task
 
 MODELS = """
