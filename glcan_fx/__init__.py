@@ -3,6 +3,7 @@
 Names are imported when they are first used, so that the command line shows its help without loading torch.
 """
 
+import random
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -69,12 +70,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "methods":
-        return import_module("glcan_fx.methods")
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'glcan_fx' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
-    return value
+    state = random.getstate()
+    try:
+        home = import_module(_HOMES.get(name, f"glcan_fx.{name}"))
+    finally:
+        random.setstate(state)  # some libraries draw numbers when they are imported, now that a loop may have seeded
+    return globals().setdefault(name, getattr(home, name) if name in _HOMES else home)
 
 
 def __dir__() -> list[str]:

@@ -1,5 +1,6 @@
 """The package as a whole: its names, and what importing it costs."""
 
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,12 @@ def test_every_public_name_is_there() -> None:
         assert getattr(glcan_fx, name) is getattr(glcan_fx, name)
     with pytest.raises(AttributeError, match="module 'glcan_fx' has no attribute 'transfrom'"):
         glcan_fx.transfrom  # noqa: B018
+
+
+def test_importing_draws_no_random_numbers() -> None:
+    out = run("import random, glcan_fx\nrandom.seed(0)\nglcan_fx.transform\nprint(random.random())")
+    random.seed(0)
+    assert float(out) == random.random()
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["inspect", "--help"], ["bench", "--help"], ["demo", "--help"],

@@ -251,7 +251,7 @@ class Recorder(TorchFunctionMode):
 
     def watch_caches(self) -> None:
         """Note that caches may be used from here on: a size was looked up, or a module runs that is not recorded."""
-        self.caches = self.caches or Caches()
+        self.caches = self.caches or Caches(self.original)
 
     def note_hooks(self, keys: Sequence[int]) -> None:
         """Calls in which a hook runs that was registered around them, while recording, cannot be made whole: it will

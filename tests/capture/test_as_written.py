@@ -1,6 +1,9 @@
 """Models as people write them: what eager mode leaves the same stays the same, and hides no block."""
 
 import functools
+import importlib
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -284,3 +287,37 @@ def test_a_power_behind_the_trunk() -> None:
     local = compiled(Square())
     assert local.plan.k == 5
     assert_trains(local)
+
+
+def test_caches_are_found_wherever_code_reaches_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind functions that are imported inside of functions, helpers' classes, attributes, and decorators."""
+    (tmp_path / "far_away.py").write_text("import functools\n@functools.lru_cache\ndef far(size): return size + 1\n")
+    (tmp_path / "net.py").write_text(
+        "import functools, torch\n"
+        "class Helper:\n"
+        "    @staticmethod\n    @functools.cache\n    def near(size): return size + 2\n"
+        "helper = Helper()\n"
+        "def logged(function):\n"
+        "    @functools.wraps(function)\n    def wrapper(*args): return function(*args)\n    return wrapper\n"
+        "@logged\n@functools.lru_cache\ndef wrapped(size): return size + 3\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.conv, self.fc = torch.nn.Conv2d(3, 8, 3, 2, 1), torch.nn.Linear(8, 5)\n"
+        "        self.own = functools.lru_cache(lambda size: size + 4)\n"
+        "    def forward(self, x):\n"
+        "        import far_away\n"
+        "        size = x.shape[-1]\n"
+        "        scale = far_away.far(size) + helper.near(size) + wrapped(size) + self.own(size)\n"
+        "        return self.fc(torch.relu(self.conv(x)).mean((2, 3))) * scale\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    net = importlib.import_module("net")
+    model = net.Net()
+    x = torch.randn(2, 3, 16, 16)
+    model(x)
+    local = glcan_fx.transform(model, k="natural", task="classification", example_inputs=x)
+    far = sys.modules["far_away"].far
+    assert all(f.cache_info().currsize == 0 for f in (far, net.Helper.near, net.wrapped.__wrapped__, model.own))
+    for size in (16, 24):
+        images = torch.randn(2, 3, size, size)
+        torch.testing.assert_close(local.train()(images, torch.tensor([0, 1])).output, model.train()(images).detach())
