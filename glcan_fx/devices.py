@@ -9,6 +9,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from glcan_fx.errors import PlanError
 
@@ -31,13 +32,13 @@ class Device:
     """Rates of a device.
 
     flops: operations per second in float32, as PyTorch's defaults run convolutions (TF32 where the device has it);
-    bandwidth: bytes per second of its memory; launch: seconds that an operator takes at least.
+    bandwidth: bytes per second of its memory; launch: seconds that an operator takes at least, in Python and all below.
     """
 
     name: str
     flops: float
     bandwidth: float
-    launch: float = 6e-6
+    launch: float = 1e-5
 
     def seconds(self, work: Work) -> float:
         """About how long operators take: their arithmetic, their traffic and their launches, one after the other.
@@ -83,22 +84,30 @@ def device_of(device: str | Device | None) -> Device:
 
 @cache
 def measured(kind: str) -> Device:
-    """The rates of the device at hand, with the threads that there are: of convolutions, of additions of large tensors,
-    and of additions of small ones. Raises PlanError where there is none."""
+    """The rates of the device at hand, with the threads that there are: of a convolution, of the sum of large tensors,
+    and of training steps of a network that is too small for its arithmetic to count. Raises PlanError where there is
+    none."""
     if kind == "cuda" and not torch.cuda.is_available():
         raise PlanError(f"device='cuda': there is no GPU here. Name one: {', '.join(DEVICES)}.")
     large = kind == "cuda"
     wait: Callable[[], None] = torch.cuda.synchronize if large else lambda: None
-    with torch.random.fork_rng(enabled=True):
-        x = torch.randn(32 if large else 4, 64, 56, 56, device=kind)
-        weight = torch.randn(64, 64, 3, 3, device=kind)
-        values = torch.ones(2**26 if large else 2**23, device=kind)
-        one = torch.ones(8, device=kind)
-    arithmetic = _median(lambda: torch.conv2d(x, weight, padding=1), wait)
-    traffic = _median(lambda: values + values, wait)
-    least = _median(lambda: [one + one for _ in range(100)], wait) / 100
+    x = torch.ones(32 if large else 4, 64, 56, 56, device=kind)
+    weight = torch.ones(64, 64, 3, 3, device=kind)
+    values = torch.ones(2**26 if large else 2**23, device=kind)
+    with torch.random.fork_rng():
+        small = nn.Sequential(*(layer for _ in range(_LAYERS) for layer in (
+            nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()))).to(kind)
+    one = torch.ones(2, 4, 4, 4, device=kind)
+    with torch.no_grad():
+        arithmetic = _median(lambda: torch.conv2d(x, weight, padding=1), wait)
+        traffic = _median(lambda: values + values, wait)
+    with torch.enable_grad():
+        launches = _median(lambda: small(one).sum().backward(), wait)
     operations = 2 * weight.numel() * x.shape[0] * 56 * 56
-    return Device(kind, operations / arithmetic, 3 * 4 * values.numel() / traffic, least)
+    return Device(kind, operations / arithmetic, 3 * 4 * values.numel() / traffic, launches / (6 * _LAYERS))
+
+
+_LAYERS = 10  # each of three operators, and three in backward
 
 
 def _median(run: Callable[[], object], wait: Callable[[], None], seconds: float = 0.4) -> float:
@@ -107,8 +116,7 @@ def _median(run: Callable[[], object], wait: Callable[[], None], seconds: float 
     end = time.perf_counter() + seconds
     while len(times) < 8 or time.perf_counter() < end:
         start = time.perf_counter()
-        with torch.no_grad():
-            run()
+        run()
         wait()
         times.append(time.perf_counter() - start)
     return statistics.median(times[len(times) // 4:])
