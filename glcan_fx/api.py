@@ -2,16 +2,19 @@
 
 import logging
 import threading
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch import nn
 
 from glcan_fx.auxiliary.method import Method
 from glcan_fx.capture.replay import Segments
 from glcan_fx.config import K, Options
-from glcan_fx.errors import PlanError, TraceError
+from glcan_fx.errors import GlcanFxError, PlanError, TraceError
 from glcan_fx.methods import method_of
 from glcan_fx.planned import PlannedModel
 from glcan_fx.planner.choose import NothingToCut, choose
@@ -31,6 +34,22 @@ log = logging.getLogger("glcan_fx")
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 _ONE = threading.RLock()
+
+
+@contextmanager
+def _no_raw_error(model: nn.Module) -> Iterator[None]:
+    """Whatever else goes wrong while a model is compiled is told as such; the error itself stays the cause."""
+    try:
+        yield
+    except (GlcanFxError, MemoryError, torch.OutOfMemoryError, Warning):  # a warning: the user made errors of them
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise PlanError(
+            f"{type(model).__name__} cannot be compiled: {type(error).__name__}: {error} ({frame.filename}:"
+            f"{frame.lineno}, in {frame.name}). Where that is not your own code, please report it, with the traceback: "
+            "glcan_fx should have compiled it, or said why not. A sub-module that holds most of the activations may "
+            "compile alone.") from error
 
 
 def _one_at_a_time(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
@@ -111,6 +130,13 @@ def plan(
     if example_inputs is None:
         log.info("no example_inputs: planned for %s", ", ".join(map(str, inputs)))
 
+    with _no_raw_error(model):
+        return _planned_now(model, made, inputs, values, request)
+
+
+def _planned_now(model: nn.Module, made: Task, inputs: Any, values: Any, request: Request) -> PlannedModel:
+    """Capture the model, and choose a plan."""
+    options = request.options
     captured = capture(model, made, inputs, values)
     if isinstance(captured, Uncaptured):
         return PlannedModel(plan_segments(captured, request), captured, options)
@@ -171,7 +197,8 @@ def transform(
     planned = _plan(model, k=k, task=task, criterion=criterion, example_inputs=example_inputs,
                     memory_budget=memory_budget, compute_budget=compute_budget, method=method, plan=plan,
                     options=options, **method_options)
-    local = planned.build()
+    with _no_raw_error(model):
+        local = planned.build()
     log.info("compiled %s; create the optimizer after this call, from its parameters()", planned.plan.model)
     return local
 
@@ -233,9 +260,10 @@ def _planned_before(
     if isinstance(plan.around, Segments):
         error = TraceError(f"{type(model).__name__} does not run on the plan's sizes")
         return PlannedModel(plan, capture_calls(model, made, plan.inputs, error), options)
-    captured = capture_part(model, made, plan.inputs, plan.around)
-    captured.task.fits(captured.structure.trace.output.meta["value"])
-    return PlannedModel(check_plan(plan, captured), captured, options)
+    with _no_raw_error(model):
+        captured = capture_part(model, made, plan.inputs, plan.around)
+        captured.task.fits(captured.structure.trace.output.meta["value"])
+        return PlannedModel(check_plan(plan, captured), captured, options)
 
 
 def _check_alone(plan: Any, *others: Any) -> None:

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import glcan_fx
 
@@ -52,3 +54,15 @@ def test_a_compiled_model_from_a_file_is_whole(tmp_path: Path) -> None:
     run(f"import sys, torch\nsys.path.insert(0, {str(tmp_path)!r})\n"
         f"local = torch.load({str(tmp_path / 'local.pt')!r}, weights_only=False).train()\n"
         "for size in (16, 17): local(torch.randn(2, 3, size, size), torch.tensor([0, 1])).loss.backward()")
+
+
+@pytest.mark.parametrize("place", ["glcan_fx.api.choose", "glcan_fx.api.capture", "glcan_fx.planned.build"])
+def test_no_raw_error_leaves_the_compiler(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise KeyError("x")
+
+    monkeypatch.setattr(place, fails)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
+    with pytest.raises(glcan_fx.PlanError, match=r"Sequential cannot be compiled: KeyError: 'x' \(.*test_package") as e:
+        glcan_fx.transform(model, task="classification", example_inputs=torch.empty(2, 3, 8, 8))
+    assert isinstance(e.value.__cause__, KeyError) and not model.training
