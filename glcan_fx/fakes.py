@@ -32,7 +32,7 @@ class Fakes(FakeTensorMode):
 
     Planning runs the same few hundred operators tens of thousands of times. What is remembered, by the metadata of
     tensors and all other arguments: operators that return new tensors, views of their first argument, and those that
-    write into it and leave its metadata as it was. Factories, real tensors and constants take torch's own way.
+    write into it and leave its metadata as it was. Factories and constants take torch's own way.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,8 @@ class Fakes(FakeTensorMode):
             kind = self._kinds[func]
         except KeyError:
             kind = self._kinds[func] = _kind(func)
-        key = self._key(func, args, kwargs) if kind is not None else None
+        usual = kind == "new" or kind is not None and type(args[0]) is FakeTensor
+        key = self._key(func, args, kwargs) if usual else None
         if key is None:
             return super().dispatch(func, types, args, kwargs)
         answer = self._answers.get(key)
@@ -100,6 +101,10 @@ class Fakes(FakeTensorMode):
                         _layout(arg) is not torch.strided):  # complex numbers may be conjugated
                     return False
                 key += (arg.shape, arg.stride(), arg.storage_offset(), dtype, arg.fake_device)
+            elif kind is Tensor and arg.dim():  # a number of its own may make results of another type
+                if arg.dtype.is_complex or arg.layout is not torch.strided:
+                    return False
+                key += (kind, arg.shape, arg.stride(), arg.dtype, arg.device)
             elif kind in _PLAIN:
                 key += (kind, arg)  # 1 and 1.0 are equal, and do not make the same
             elif kind is list or kind is tuple:
