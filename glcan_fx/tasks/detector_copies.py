@@ -55,30 +55,29 @@ def make_template(
     _select_levels(detector, levels, list(outputs))
     source_moments = moments(detector)
     head = DetectorHead(detector)
-    images, targets, scale = example_of(model, outputs, image)
+    *large, scale = example_of(model, outputs, image)
+    *small, scale = example_of(model, outputs, image, 2 * scale)
     with torch.random.fork_rng(devices=[]):
-        full, narrow = random_features(source, scale), random_features(outputs, scale)
+        full, narrow, wider = (random_features(*of) for of in (
+            (source, scale), (outputs, scale), (outputs, scale // 2)))
         if style != "full" or width < 1:
             if style == "lean":
-                _one_prediction_each(detector, predictors(detector, head(full, images, targets)))
+                _one_prediction_each(detector, predictors(detector, head(full, *small)))
                 source_moments = moments(detector)
-            keep = predictors(detector, head(full, images, targets))
+            keep = predictors(detector, head(full, *small))
             if style != "full":
-                for path in towers(detector, lambda: head(full, images, targets)):
+                for path in towers(detector, lambda: head(full, *small)):
                     if not any(part in keep for part in detector.get_submodule(path).modules()):
                         replace(detector, path, nn.Identity())
-            fit(detector, lambda: head(narrow, images, targets), width, keep)
+            fit(detector, lambda: head(narrow, *small), width, keep)
         # a part grows with the positions, a part (sampled regions) only with the images: two sizes tell them apart
-        large, _ = cost_of(detector, lambda: head(narrow, images, targets))
-        smaller = random_features(outputs, 2 * scale)
-        images, targets, _ = example_of(model, outputs, image, 2 * scale)
-        small, _ = cost_of(detector, lambda: head(smaller, images, targets))
-    count, fewer = positions_of(narrow), positions_of(smaller)
-    figures = [(cost.saved, *cost.work) for cost in (large, small)]
+        costs = [cost_of(detector, lambda: head(wider, *large))[0], cost_of(detector, lambda: head(narrow, *small))[0]]
+    count, fewer = positions_of(wider), positions_of(narrow)
+    figures = [(cost.saved, *cost.work) for cost in costs]
     per_position = tuple(max(0.0, (more - less) / max(1, count - fewer)) for more, less in zip(*figures, strict=True))
     per_image = tuple(max(0.0, (more - count * each) / 2)  # of two images
                       for more, each in zip(figures[0], per_position, strict=True))
-    return Template(detector, source_moments, large.parameters, per_image, per_position)
+    return Template(detector, source_moments, costs[0].parameters, per_image, per_position)
 
 
 def _one_prediction_each(detector: nn.Module, predictors: Set[nn.Module]) -> None:
