@@ -16,6 +16,13 @@ from glcan_fx.errors import GlcanFxError
 from glcan_fx.pytree import map_tensors
 from glcan_fx.tasks import AnyLoss, Task, make_task
 
+OURS = ("exact", "glcan", "budget")
+"""Methods that are plans."""
+
+EXACT_COMPUTE = 1.34
+"""What an exact plan may take, relative to backpropagation's: about one forward pass more, as checkpointing takes that
+recomputes every block."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -98,6 +105,8 @@ def options_of(job: Job, method: str) -> dict[str, Any]:
     """Keyword arguments of ``plan`` and ``transform``."""
     options: dict[str, Any] = {"k": job.k, "task": job.make_task(), "example_inputs": job.examples(),
                                "compute_budget": job.compute_budget, "options": Options(optimizer=job.optimizer)}
+    if method == "exact":
+        options |= {"k": 1, "memory_budget": "least", "compute_budget": job.compute_budget or EXACT_COMPUTE}
     if method == "budget":
         options |= {"k": job.budget_k, "memory_budget": job.memory_budget}
     return options

@@ -18,7 +18,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.optim import Optimizer
 
 from glcan_fx import api
-from glcan_fx.bench.job import Job, Skipped, at_batch, autocast_of, micro_notes, options_of
+from glcan_fx.bench.job import OURS, Job, Skipped, at_batch, autocast_of, micro_notes, options_of
 from glcan_fx.bench.peers import PREPARE
 from glcan_fx.config import OPTIMIZERS
 from glcan_fx.errors import UnusedGradientsWarning
@@ -52,7 +52,7 @@ def measured(job: Job, method: str, blocks: Sequence[str]) -> dict[str, Any]:
     notes = micro_notes(model) if method == "accumulate" else []
     result: dict[str, Any] = {"notes": notes, "device": device_name(device)}
     trained: nn.Module = model
-    if method in ("glcan", "budget"):
+    if method in OURS:
         trained = api.transform(model, **options_of(job, method))
         result["k"] = trained.plan.k
     if method in PREPARE:

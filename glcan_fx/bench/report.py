@@ -28,8 +28,8 @@ from glcan_fx.units import size
 
 WIDTH = 100  # columns: of the table at most, and where the width is not known
 COLOURS = {"bp": "tab:blue", "checkpoint": "tab:green", "nested": "tab:olive", "selective": "tab:cyan",
-           "offload": "tab:gray", "accumulate": "tab:brown", "compile": "tab:purple", "glcan": "tab:orange",
-           "budget": "tab:red"}
+           "offload": "tab:gray", "accumulate": "tab:brown", "compile": "tab:purple", "exact": "tab:pink",
+           "glcan": "tab:orange", "budget": "tab:red"}
 
 _Figure = Callable[[Row], float | None]
 
@@ -221,7 +221,7 @@ def _compared(axes: Any, rows: Sequence[Row]) -> None:
 def _course(axes: Any, rows: Sequence[Row]) -> None:
     name, unit, _ = _unit(rows)
     for row in rows:
-        if row.method in ("bp", "checkpoint", "glcan") and row.curve:
+        if row.method in ("bp", "checkpoint", "exact", "glcan") and row.curve:
             share = [100 * (index + 1) / len(row.curve) for index in range(len(row.curve))]
             axes.plot(share, [size / unit for size in row.curve], color=COLOURS[row.method], label=row.title)
     axes.set(xlabel="course of a step, % of the bytes that it allocates and releases",

@@ -22,6 +22,7 @@ METHODS = {
     "offload": "save_on_cpu",
     "accumulate": "accumulation",
     "compile": "torch.compile",
+    "exact": "glcan_fx, exact",
     "glcan": "glcan",
     "budget": "glcan, budget",
 }
@@ -33,6 +34,8 @@ EXPLAINED = {
     "offload": "torch.autograd.graph.save_on_cpu: what is saved for backward moves to main memory",
     "accumulate": "gradient accumulation over micro-batches of one image",
     "compile": "torch.compile with activation_memory_budget = 0.5",
+    "exact": "blocks that run again as glcan_fx chooses them, for the least memory at 1.34 of the compute (or "
+             "--compute-budget): backpropagation's gradients",
     "glcan": "gradient-isolated local modules, as glcan_fx plans them",
     "budget": "the same, planned for --memory-budget",
 }
@@ -70,7 +73,7 @@ class Row:
                 lines += [line for line in (value if key == "notes" else [value]) if line not in lines]
             elif key in vars(self) and key != "method" and (key != "flops" or self.flops is None):
                 setattr(self, key, value)
-        if "k" in message:
+        if "k" in message and self.method != "exact":
             self.title = f"{METHODS[self.method]}, k={self.k}"
 
     @property

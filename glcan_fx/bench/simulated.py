@@ -10,7 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from glcan_fx import api
-from glcan_fx.bench.job import Job, Skipped, at_batch, autocast_of, micro_notes, options_of, said, under_autocast
+from glcan_fx.bench.job import (
+    OURS,
+    Job,
+    Skipped,
+    at_batch,
+    autocast_of,
+    micro_notes,
+    options_of,
+    said,
+    under_autocast,
+)
 from glcan_fx.bench.peers import PREPARE, Elsewhere
 from glcan_fx.models.load import load
 from glcan_fx.peak_memory import PeakMemory
@@ -33,7 +43,7 @@ def estimates(job: Job, methods: Sequence[str]) -> Iterator[dict[str, Any]]:
     task = job.make_task()
     task.network(model)  # whether the task fits at all
     plans: dict[str, PlannedModel | Exception] = {}
-    for name in ("glcan", "budget"):
+    for name in OURS:
         if name in methods:
             plans[name] = _attempt(partial(_plan, job, model, name))
     usable = [plan for plan in plans.values() if isinstance(plan, PlannedModel)]
@@ -76,7 +86,7 @@ def _estimated(
         raise Skipped("not estimated: what torch.compile keeps is known only where it runs")
     draft: Simulator = _given(base).simulator
     optimizer = job.optimizer
-    if method in ("glcan", "budget"):
+    if method in OURS:
         local = _given(plan).simulator.local(_given(plan).plan)
         under_autocast(local, job, "cpu")
         return {**_message(simulate_local(local, draft.inputs, draft.targets, optimizer)), "k": local.plan.k}

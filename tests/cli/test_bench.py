@@ -227,7 +227,9 @@ def test_estimates_of_all_methods(tmp_path, capfd):
     assert code == 0
     assert list(rows) == [name for name in bench.METHODS if name != "budget"]
     base = rows["bp"]
-    for name in ("checkpoint", "nested", "selective", "offload", "accumulate", "glcan"):
+    assert rows["exact"]["estimated"] <= min(rows[name]["estimated"] for name in ("checkpoint", "selective"))
+    assert rows["exact"]["flops"] <= 1.345 * rows["bp"]["flops"] and rows["exact"]["title"] == "glcan_fx, exact"
+    for name in ("checkpoint", "nested", "selective", "offload", "accumulate", "exact", "glcan"):
         assert rows[name]["estimated"] < base["estimated"], name
     assert rows["nested"]["flops"] > rows["checkpoint"]["flops"] > 1.1 * base["flops"]
     assert rows["selective"]["flops"] == rows["offload"]["flops"] == rows["accumulate"]["flops"] == base["flops"]
