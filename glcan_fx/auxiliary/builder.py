@@ -23,6 +23,9 @@ class Auxiliary:
     cost: Cost  # at the example size
 
 
+_RESHAPES = {"view": "reshape", "view_as": "reshape_as"}
+
+
 @dataclass
 class Builder:
     """The graph under construction and the modules that it calls."""
@@ -76,6 +79,8 @@ class Builder:
             self.values[source] = self.graph.call_function(torch.clone, (self.values[source],))
         new = self.graph.node_copy(node, lambda source: self.values[source])
         new.meta = {}
+        if node.op == "call_method" and not any(isinstance(arg, torch.dtype) for arg in node.args):
+            new.target = _RESHAPES.get(str(node.target), node.target)  # what is synthesised may be laid out otherwise
         if node.op in ("call_module", "get_attr"):
             path = f"{prefix}.{node.target}"
             if path not in self.copies:

@@ -95,6 +95,20 @@ def direct_layers(structure: Structure, cut: fx.Node, tail: Tail) -> tuple[list[
     return made, needed
 
 
+def last_layer(structure: Structure, output: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+    """The last value with weights in front of an output, and what is made of it alone up to the output, in order (a
+    softmax, a shift). The output itself where other values come in."""
+    behind: list[fx.Node] = []
+    node = output
+    while node not in structure.trace.layers:
+        sources = [source for source in node.all_input_nodes if source in structure.dependent]
+        if len(sources) != 1 or not is_map(node) or node.meta["mutates"]:
+            return output, []
+        behind.insert(0, node)
+        node = sources[0]
+    return (node, behind) if is_map(node) else (output, [])
+
+
 def _behind(tail: Tail, made: list[fx.Node]) -> list[fx.Node]:
     """What of the tail is computed from the layers that make the maps, and what it needs beside them."""
     reached: set[fx.Node] = set()

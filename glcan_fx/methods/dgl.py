@@ -13,7 +13,7 @@ from glcan_fx.auxiliary.builder import Builder
 from glcan_fx.auxiliary.features import Feature, FeatureInfo
 from glcan_fx.auxiliary.method import OPEN, Method
 from glcan_fx.auxiliary.remainder import Remainder
-from glcan_fx.auxiliary.tails import Ending
+from glcan_fx.auxiliary.tails import Ending, last_layer
 from glcan_fx.errors import PlanError
 from glcan_fx.structure.nodes import tensor_of
 
@@ -45,7 +45,12 @@ class DGL(Method):
         own = build.input(remainder.end)
         nodes = [node for node in tree_leaves(remainder.outputs) if isinstance(node, fx.Node)]
         for index, node in enumerate(nodes):
-            build.values[node] = _predicted(build, remainder.end, own, node, f"local{index}")
+            layer, behind = last_layer(build.structure, node)
+            if layer not in build.values:
+                build.values[layer] = _predicted(build, remainder.end, own, layer, f"local{index}")
+            for after in behind:
+                if after not in build.values:
+                    build.copy(after, "tail")
 
     def description(self, levels: Sequence[int]) -> str:
         return "Auxiliary networks: decoupled greedy learning's, on each module's own output."

@@ -1,10 +1,13 @@
 """Which inputs of a network are the data, and which are context: labels, masks, prompts, edges, sizes."""
 
-from torch import fx
+from collections.abc import Set
+
+import torch
+from torch import Tensor, fx
 
 from glcan_fx.capture.trace import Trace, is_float
 from glcan_fx.pytree import tensors_in
-from glcan_fx.structure.nodes import descendants
+from glcan_fx.structure.nodes import descendants, is_float_tensor
 
 _FEW = 0.25  # of the layers: what is computed from context alone at most
 
@@ -31,6 +34,22 @@ def data_inputs(trace: Trace) -> list[frozenset[fx.Node]]:
     alone = [source for source in data if _is_float_input(source)
              and len(layers) - reached[source] <= _FEW * len(layers)]
     return [together, *(frozenset([source]) for source in alone)]
+
+
+def carrying_data(trace: Trace, inputs: Set[fx.Node]) -> set[fx.Node]:
+    """The nodes that are computed from some inputs, but for masks: truth values that were made of integers, and what is
+    made of them alone. All of them where masks are all that reaches the output."""
+    for masks in (False, True):
+        found = set(inputs)
+        for node in trace.graph.nodes:
+            sources = [source for source in node.all_input_nodes if source in found]
+            value = node.meta.get("value")
+            mask = isinstance(value, Tensor) and value.dtype == torch.bool and not any(map(is_float_tensor, sources))
+            if sources and (masks or not mask):
+                found.add(node)
+        if trace.output in found:
+            break
+    return found
 
 
 def _in_one_batch(trace: Trace, data: fx.Node, layers: set[fx.Node]) -> set[fx.Node]:

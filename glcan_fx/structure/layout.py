@@ -1,6 +1,7 @@
 """Which axis of a value holds the channels."""
 
 import math
+import operator
 from collections.abc import Sequence
 
 from torch import fx, nn
@@ -15,7 +16,7 @@ def channels_last(trace: Trace) -> frozenset[fx.Node]:
     last: dict[fx.Node, bool] = {}
     nodes = [n for n in trace.graph.nodes if is_float_tensor(n)]
 
-    def evidence(node: fx.Node) -> bool | None:
+    def evidence(node: fx.Node, value: fx.Node) -> bool | None:
         module = trace.module(node)
         if isinstance(module, nn.Linear | nn.MultiheadAttention):
             return True
@@ -24,17 +25,19 @@ def channels_last(trace: Trace) -> frozenset[fx.Node]:
         if module is None:
             return None
         weights = [p for p in module.parameters() if p.dim() >= 2]
-        if not any(True for _ in module.children()):
-            return False if any(p.dim() >= 3 for p in weights) else None
-        # called as a whole: matrices alone, and one of the size of the last axis, as in a transformer's block
-        last_axis = tensor_of(node).shape[-1] if tensor_of(node).dim() > 2 else 0
+        if any(p.dim() >= 3 for p in weights) and not any(True for _ in module.children()):
+            return False
+        # matrices alone, and one of the size of the last axis: a recurrent layer, or a transformer's block
+        last_axis = tensor_of(value).shape[-1] if tensor_of(value).dim() > 2 else 0
         matrices = bool(weights) and all(p.dim() == 2 for p in weights)
         return True if matrices and any(last_axis in p.shape for p in weights) else None
 
-    for node in nodes:
-        own = evidence(node)
-        if own is not None:
-            last[node] = own
+    for node in trace.graph.nodes:
+        made = node if is_float_tensor(node) else next(  # of several results, the first
+            (user for user in node.users if user.target is operator.getitem and is_float_tensor(user)), None)
+        own = None if made is None else evidence(node, made)
+        if made is not None and own is not None:
+            last[made] = own
             for source in node.all_input_nodes:
                 if is_float_tensor(source):
                     last[source] = own

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from glcan_fx.capture.trace import Trace, is_float, within
 from glcan_fx.errors import PlanError
 from glcan_fx.pytree import tensors_in
+from glcan_fx.structure.context import carrying_data
 from glcan_fx.structure.nodes import common_path, input_dependent, tensor_of
 
 START: Any = "start"  # a virtual node before all inputs
@@ -128,7 +129,15 @@ class Flow:
         outside = min(self.positions.get(region.start, 1), self.positions.get(region.end, 1))
         # one position alone is a gate of channels, or an average beside other branches
         shrinks = any(1 < count < outside / _GROWS for count in inside)
-        return shrinks and self._grows_inside(region)
+        return shrinks and self._grows_inside(region) and not self._passes_vectors(region)
+
+    def _passes_vectors(self, region: Region) -> bool:
+        """Whether all that is computed inside a region passes a value without positions: where to look (a spatial
+        transformer), or with which weights, is no network around which a bypass leads."""
+        graph = _inside(self.graph, region).copy()
+        graph.remove_nodes_from([node for node in region.nodes if self.positions.get(node) == 1])
+        graph.remove_edges_from([edge for edge in [(region.start, region.end)] if graph.has_edge(*edge)])
+        return not nx.has_path(graph, region.start, region.end)
 
     def _grows_inside(self, region: Region) -> bool:
         """Whether the resolution grows inside a region. Attention to fewer tokens has its positions from the queries.
@@ -184,8 +193,18 @@ def dataflow(trace: Trace, positions: dict[fx.Node, int], data: Set[fx.Node], we
 
     Raises PlanError where no output depends on a floating-point input.
     """
+    graph = _gradients(trace, data)
+    if trace.output not in graph:
+        raise PlanError(
+            "no output depends on a floating-point input: there is nothing to cut. Pass example_inputs= with the "
+            "tensors that the model is trained on."
+        )
+    return Flow(trace, graph, positions, weight, set())
+
+
+def _gradients(trace: Trace, data: Set[fx.Node]) -> nx.DiGraph:
     graph = nx.DiGraph()
-    dependent = input_dependent(trace.graph)
+    dependent, carrying = input_dependent(trace.graph), carrying_data(trace, data)
     integers: set[fx.Node] = set()  # integer inputs (pixels in uint8, tokens) until they become floating-point numbers
     for node in trace.graph.nodes:
         if node.op == "placeholder" and node not in data:
@@ -193,18 +212,13 @@ def dataflow(trace: Trace, positions: dict[fx.Node, int], data: Set[fx.Node], we
         starts = node.op == "placeholder" or any(source in integers for source in node.all_input_nodes)
         carries = node.op == "output" or (node in dependent and is_float(node.meta["value"]))
         if not carries:
-            if starts and _holds_tensor(node):
+            if starts and _holds_tensor(node) and node in carrying:
                 integers.add(node)
             continue
         if starts and node.op != "output":
             graph.add_edge(START, node)
         graph.add_edges_from((source, node) for source in _sources(node) if source in graph)
-    if trace.output not in graph:
-        raise PlanError(
-            "no output depends on a floating-point input: there is nothing to cut. Pass example_inputs= with the "
-            "tensors that the model is trained on."
-        )
-    return Flow(trace, graph, positions, weight, set())
+    return graph
 
 
 def _sources(node: fx.Node) -> list[fx.Node]:

@@ -12,8 +12,15 @@ from glcan_fx.capture.trace import Trace
 from glcan_fx.devices import Work
 from glcan_fx.layers import predictors
 from glcan_fx.pytree import tensors_in
+from glcan_fx.structure.context import carrying_data
 from glcan_fx.structure.layout import count_positions
-from glcan_fx.structure.nodes import ancestors, descendants, input_dependent, is_size, tensor_of
+from glcan_fx.structure.nodes import (
+    ancestors,
+    descendants,
+    input_dependent,
+    is_size,
+    tensor_of,
+)
 
 
 @dataclass(frozen=True)
@@ -91,12 +98,9 @@ class Structure:
 
     @cached_property
     def context(self) -> frozenset[fx.Node]:
-        """Nodes that are computed from inputs that are not the data (labels, masks, prompts), and from nothing else."""
-        data = {*self.data}
-        for node in self.trace.graph.nodes:
-            if any(source in data for source in node.all_input_nodes):
-                data.add(node)
-        return self.dependent - data
+        """Nodes that are computed from inputs that are not the data (labels, masks, prompts), or of truth values that
+        were made of integers (where tokens are padding), and from nothing else."""
+        return self.dependent - carrying_data(self.trace, self.data)
 
     def uses(self, cuts: Sequence[fx.Node]) -> list[Used]:
         """Of each local module."""

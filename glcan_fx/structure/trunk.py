@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from glcan_fx.capture.trace import Trace, within
-from glcan_fx.structure.context import data_inputs
+from glcan_fx.structure.context import carrying_data, data_inputs
 from glcan_fx.structure.layout import channels_last, count_positions
 from glcan_fx.structure.nodes import (
     ancestors,
@@ -58,6 +58,7 @@ def _structure(trace: Trace, data: frozenset[fx.Node], layouts: frozenset[fx.Nod
     chain = _until_tail(flow, whole)
     units = _units(flow, chain) or _units(flow, whole)[:1]  # no layer before what was taken for the tail: one unit
     units = units or [Unit(whole[-1], *_names(trace, whole[-1]))]  # no layer at all
+    units[-1] = replace(units[-1], end=_last_layers(flow, whole, units[-1].end, carrying_data(trace, data)))
     if units and units[-1].end not in chain:
         chain = whole
     chain = chain[: chain.index(units[-1].end) + 1] if units else chain
@@ -142,6 +143,20 @@ def _units(flow: Flow, chain: list[fx.Node]) -> list[Unit]:
         ends[-1] = chain[-1]
     inside = _nodes_in(ends)
     return [Unit(end, *_names(trace, end, inside)) for end in ends]
+
+
+def _last_layers(flow: Flow, chain: list[fx.Node], end: fx.Node, carrying: Set[fx.Node]) -> fx.Node:
+    """Where the trunk ends that ends with ``end``: in front of what follows its last layer where that is what the
+    network returns (a softmax, a shift), or reads context (a mask of tokens): auxiliary networks copy it, as they do
+    the rest of a tail."""
+    trace, index = flow.trace, chain.index(end)
+    dependent, returned = input_dependent(trace.graph), end in trace.output.all_input_nodes
+    while index > 1 and trace.layers.isdisjoint({*between(flow.graph, chain[index - 1], chain[index]), chain[index]}):
+        masked = any(source in dependent and source not in carrying for source in chain[index].all_input_nodes)
+        if not (returned or masked):
+            break
+        index -= 1
+    return chain[index] if index > 0 and is_float_tensor(chain[index]) else end
 
 
 def _block_kinds(flow: Flow, chain: list[fx.Node]) -> set[type[nn.Module]]:
