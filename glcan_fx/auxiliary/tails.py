@@ -1,5 +1,6 @@
 """The tail of a network, which follows its trunk: neck, head, and how it ends."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -95,18 +96,21 @@ def direct_layers(structure: Structure, cut: fx.Node, tail: Tail) -> tuple[list[
     return made, needed
 
 
-def last_layer(structure: Structure, output: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-    """The last value with weights in front of an output, and what is made of it alone up to the output, in order (a
-    softmax, a shift). The output itself where other values come in."""
-    behind: list[fx.Node] = []
-    node = output
-    while node not in structure.trace.layers:
-        sources = [source for source in node.all_input_nodes if source in structure.dependent]
-        if len(sources) != 1 or not is_map(node) or node.meta["mutates"]:
-            return output, []
-        behind.insert(0, node)
-        node = sources[0]
-    return (node, behind) if is_map(node) else (output, [])
+def last_layers(structure: Structure, outputs: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The last maps and vectors with weights in front of outputs, and what is made of them up to the outputs (a
+    softmax, a shift, two heads side by side), with the parameters that it reads; both in order."""
+    made: set[fx.Node] = set()
+    behind: set[fx.Node] = set()
+    stack = list(outputs)
+    while stack:
+        node = stack.pop()
+        if node in structure.trace.layers and node in structure.dependent and is_map(node):
+            made.add(node)
+        elif node not in behind and node.op != "placeholder":
+            behind.add(node)
+            stack.extend(node.all_input_nodes)
+    nodes = structure.trace.graph.nodes
+    return [node for node in nodes if node in made], [node for node in nodes if node in behind]
 
 
 def _behind(tail: Tail, made: list[fx.Node]) -> list[fx.Node]:

@@ -13,7 +13,7 @@ from glcan_fx.auxiliary.builder import Builder
 from glcan_fx.auxiliary.features import Feature, FeatureInfo
 from glcan_fx.auxiliary.method import OPEN, Method
 from glcan_fx.auxiliary.remainder import Remainder
-from glcan_fx.auxiliary.tails import Ending, last_layer
+from glcan_fx.auxiliary.tails import Ending, last_layers
 from glcan_fx.errors import PlanError
 from glcan_fx.structure.nodes import tensor_of
 
@@ -44,13 +44,14 @@ class DGL(Method):
                             "only be computed by a copy of the model's own code. Use method='glcan', or a criterion.")
         own = build.input(remainder.end)
         nodes = [node for node in tree_leaves(remainder.outputs) if isinstance(node, fx.Node)]
-        for index, node in enumerate(nodes):
-            layer, behind = last_layer(build.structure, node)
-            if layer not in build.values:
-                build.values[layer] = _predicted(build, remainder.end, own, layer, f"local{index}")
-            for after in behind:
-                if after not in build.values:
-                    build.copy(after, "tail")
+        made, behind = last_layers(build.structure, nodes)
+        for index, node in enumerate(made):
+            build.values[node] = _predicted(build, remainder.end, own, node, f"local{index}")
+        for node in behind:
+            for source in node.all_input_nodes:
+                if source.op == "placeholder":
+                    build.input(source)
+            build.copy(node, "tail")
 
     def description(self, levels: Sequence[int]) -> str:
         return "Auxiliary networks: decoupled greedy learning's, on each module's own output."

@@ -58,7 +58,11 @@ def _structure(trace: Trace, data: frozenset[fx.Node], layouts: frozenset[fx.Nod
     chain = _until_tail(flow, whole)
     units = _units(flow, chain) or _units(flow, whole)[:1]  # no layer before what was taken for the tail: one unit
     units = units or [Unit(whole[-1], *_names(trace, whole[-1]))]  # no layer at all
-    units[-1] = replace(units[-1], end=_last_layers(flow, whole, units[-1].end, carrying_data(trace, data)))
+    returned = units[-1].end in trace.output.all_input_nodes
+    if returned and len(units) > 1 and _is_head(flow, whole, units[-2].end, units[-1].end):
+        del units[-1]
+    end = _last_layers(flow, whole, units[-1].end, None if returned else carrying_data(trace, data))
+    units[-1] = replace(units[-1], end=end)
     if units and units[-1].end not in chain:
         chain = whole
     chain = chain[: chain.index(units[-1].end) + 1] if units else chain
@@ -145,15 +149,30 @@ def _units(flow: Flow, chain: list[fx.Node]) -> list[Unit]:
     return [Unit(end, *_names(trace, end, inside)) for end in ends]
 
 
-def _last_layers(flow: Flow, chain: list[fx.Node], end: fx.Node, carrying: Set[fx.Node]) -> fx.Node:
+def _is_head(flow: Flow, chain: list[fx.Node], start: fx.Node, end: fx.Node) -> bool:
+    """Whether what makes the network's output of ``start`` is no layer after another: layers side by side (a mean and a
+    deviation), or weights that are read as parameters (prototypes). Auxiliary networks copy it, with the tail."""
+    trace = flow.trace
+    if any(node.op == "get_attr" and node in trace.layers for node in ancestors([end], ancestors([start]))):
+        return True
+    for first, last in pairwise(chain[chain.index(start): chain.index(end) + 1]):
+        inside = between(flow.graph, first, last)
+        branches = [(nx.descendants(flow.graph, node) | {node}) & inside & trace.layers
+                    for node in flow.graph.successors(first) if node in inside]
+        alone = [branch.difference(*(other for other in branches if other is not branch)) for branch in branches]
+        if sum(map(bool, alone)) > 1:
+            return True
+    return False
+
+
+def _last_layers(flow: Flow, chain: list[fx.Node], end: fx.Node, carrying: Set[fx.Node] | None) -> fx.Node:
     """Where the trunk ends that ends with ``end``: in front of what follows its last layer where that is what the
-    network returns (a softmax, a shift), or reads context (a mask of tokens): auxiliary networks copy it, as they do
-    the rest of a tail."""
-    trace, index = flow.trace, chain.index(end)
-    dependent, returned = input_dependent(trace.graph), end in trace.output.all_input_nodes
-    while index > 1 and trace.layers.isdisjoint({*between(flow.graph, chain[index - 1], chain[index]), chain[index]}):
-        masked = any(source in dependent and source not in carrying for source in chain[index].all_input_nodes)
-        if not (returned or masked):
+    network returns (a softmax, a shift), or else reads context (a mask of tokens): auxiliary networks copy it, with the
+    rest of the tail. carrying: what is no context; None where the network returns it."""
+    trace, index, dependent = flow.trace, chain.index(end), input_dependent(flow.trace.graph)
+    while index > 1 and trace.layers.isdisjoint(ancestors([chain[index]], ancestors([chain[index - 1]]))):
+        if carrying is not None and all(source in carrying or source not in dependent
+                                        for source in chain[index].all_input_nodes):
             break
         index -= 1
     return chain[index] if index > 0 and is_float_tensor(chain[index]) else end

@@ -81,3 +81,77 @@ def test_predictions_end_as_the_models_do(end: str, kind: str, method: str) -> N
     local(x, x).loss.backward()
     assert len(seen) == local.plan.k and all(output.shape == model(x).shape and right(output) for output in seen)
     assert all(p.grad is not None for p in local.parameters())
+
+
+class MeanAndDeviation(nn.Module):
+    """Two layers side by side."""
+
+    def __init__(self, layer: type[nn.Module], *sizes: int) -> None:
+        super().__init__()
+        self.mean, self.deviation = layer(16, 3, *sizes), layer(16, 3, *sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.mean(x), F.softplus(self.deviation(x))], 1)
+
+
+class Gated(MeanAndDeviation):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.mean(x)) * torch.sigmoid(self.deviation(x))
+
+
+class Halves(nn.Module):
+    """One layer, of whose halves different things become."""
+
+    def __init__(self, layer: type[nn.Module], *sizes: int) -> None:
+        super().__init__()
+        self.both = layer(16, 6, *sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, deviation = self.both(x).chunk(2, 1)
+        return torch.cat([mean, deviation.exp()], 1)
+
+
+class Prototypes(nn.Module):
+    """Cosines with vectors that are parameters."""
+
+    def __init__(self, layer: type[nn.Module], *sizes: int) -> None:
+        super().__init__()
+        self.layer, self.vectors = layer(16, 8, *sizes), nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bc...,kc->bk...", F.normalize(self.layer(x), dim=1), F.normalize(self.vectors, dim=1))
+
+
+class Backbone(nn.Module):
+    def __init__(self, head: nn.Module, pooled: bool) -> None:
+        super().__init__()
+        self.head, self.pooled = head, pooled
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Conv2d(6 if i == 0 else 16, 16, 3, padding=1),
+                                                    nn.BatchNorm2d(16), nn.ReLU()) for i in range(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(x)
+        return self.head(x.mean((2, 3)) if self.pooled else x)
+
+
+@pytest.mark.parametrize("method", ["glcan", "dgl"])
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize(("head", "right"), [
+    (MeanAndDeviation, lambda x: (x[:, 3:] > 0).all()), (Gated, lambda x: ((x >= 0) & (x <= 1)).all()),
+    (Halves, lambda x: (x[:, 3:] > 0).all()), (Prototypes, lambda x: (x.abs() < 1.001).all())])
+def test_heads_of_several_layers(
+    head: type[nn.Module], right: Callable[[Tensor], Tensor], pooled: bool, method: str
+) -> None:
+    torch.manual_seed(0)
+    x, model = torch.randn(4, 6, 12, 12), Backbone(head(nn.Linear) if pooled else head(nn.Conv2d, 1), pooled)
+    seen: list[Tensor] = []
+
+    def criterion(output: Tensor, _: Tensor) -> Tensor:
+        seen.append(output.detach())
+        return (output * torch.arange(output.numel()).view(output.shape)).mean()
+
+    local = glcan_fx.transform(model, k="natural", method=method, criterion=criterion, example_inputs=x).train()
+    seen.clear()
+    local(x, x).loss.backward()
+    assert len(seen) == local.plan.k >= 3 and all(right(output) for output in seen)
+    assert all(p.grad is not None and p.grad.any() for p in local.parameters())
