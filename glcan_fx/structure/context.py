@@ -7,7 +7,7 @@ from torch import Tensor, fx
 
 from glcan_fx.capture.trace import Trace, is_float
 from glcan_fx.pytree import tensors_in
-from glcan_fx.structure.nodes import descendants, is_float_tensor
+from glcan_fx.structure.nodes import descendants
 
 _FEW = 0.25  # of the layers: what is computed from context alone at most
 
@@ -37,15 +37,14 @@ def data_inputs(trace: Trace) -> list[frozenset[fx.Node]]:
 
 
 def carrying_data(trace: Trace, inputs: Set[fx.Node]) -> set[fx.Node]:
-    """The nodes that are computed from some inputs, but for masks: truth values that were made of integers, and what is
-    made of them alone. All of them where masks are all that reaches the output."""
+    """The nodes that are computed from some inputs, but for masks: truth values, and what is made of them alone. All of
+    them where masks are all that reaches the output."""
     for masks in (False, True):
         found = set(inputs)
         for node in trace.graph.nodes:
-            sources = [source for source in node.all_input_nodes if source in found]
             value = node.meta.get("value")
-            mask = isinstance(value, Tensor) and value.dtype == torch.bool and not any(map(is_float_tensor, sources))
-            if sources and (masks or not mask):
+            mask = isinstance(value, Tensor) and value.dtype == torch.bool
+            if (masks or not mask) and not found.isdisjoint(node.all_input_nodes):
                 found.add(node)
         if trace.output in found:
             break

@@ -98,8 +98,8 @@ class Structure:
 
     @cached_property
     def context(self) -> frozenset[fx.Node]:
-        """Nodes that are computed from inputs that are not the data (labels, masks, prompts), or of truth values that
-        were made of integers (where tokens are padding), and from nothing else."""
+        """Nodes that are computed from inputs that are not the data (labels, masks, prompts), or of truth values (where
+        tokens are padding), and from nothing else."""
         return self.dependent - carrying_data(self.trace, self.data)
 
     def uses(self, cuts: Sequence[fx.Node]) -> list[Used]:

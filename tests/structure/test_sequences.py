@@ -69,16 +69,44 @@ class Text(nn.Module):
         return self.h((x * weight).sum(1) / weight.sum(1).clamp(min=1))
 
 
-def test_a_mask_made_of_tokens_is_context() -> None:
+class Series(nn.Module):
+    """The same on measurements, of which those that are all 0 are padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.embed, self.t, self.h = nn.Linear(6, 16), nn.TransformerEncoder(layer, 4), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding = (x == 0).all(-1)
+        y = self.t(self.embed(x), src_key_padding_mask=padding)
+        weight = (~padding).float()[..., None]
+        return self.h((y * weight).sum(1) / weight.sum(1).clamp(min=1))
+
+
+@pytest.mark.parametrize("kind", [Text, Series])
+def test_a_mask_made_of_the_data_is_context(kind: type[nn.Module]) -> None:
+    """Auxiliary networks mask what the model masks: padding changes no prediction of theirs."""
     torch.manual_seed(0)
-    ids, labels, model = torch.randint(1, 50, (4, 12)), torch.arange(4), Text()
-    ids[:, 8:] = 0
-    local = glcan_fx.transform(model, k="natural", task="classification", example_inputs=ids).train()
+    x = torch.randint(1, 50, (4, 12)) if kind is Text else torch.randn(4, 12, 6)
+    x[:, 8:] = 0
+    labels, model, seen = torch.arange(4), kind(), list[Tensor]()
+
+    def criterion(output: Tensor, target: Tensor) -> Tensor:
+        seen.append(output.detach())
+        return F.cross_entropy(output, target)
+
+    local = glcan_fx.transform(model, k="natural", criterion=criterion, example_inputs=x).train()
     assert local.plan.k == 5 and not any("no cut" in note for note in local.plan.notes)
-    local(ids, labels).loss.backward()
-    without = [name for name, p in local.named_parameters() if p.grad is None or not p.grad.any()]
-    assert not without
-    assert torch.equal(local.eval()(ids), model.eval()(ids))
+    seen.clear()
+    local(x, labels).loss.backward()
+    assert not [name for name, p in local.named_parameters() if p.grad is None or not p.grad.any()]
+    first = seen[-5:]
+    seen.clear()
+    local(x[:, :9], labels)
+    for with_padding, with_less in zip(first, seen, strict=True):
+        torch.testing.assert_close(with_padding, with_less, rtol=1e-4, atol=1e-5)
+    assert torch.equal(local.eval()(x), model.eval()(x))
 
 
 class Looks(nn.Module):
