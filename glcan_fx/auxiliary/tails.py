@@ -93,6 +93,9 @@ def direct_layers(structure: Structure, cut: fx.Node, tail: Tail) -> tuple[list[
     if any(structure.trace.parameters(node) for node in needed) or any(
             node in tail.taps for node in needed for node in node.all_input_nodes):
         return None
+    if any(node in tail.nodes and node not in made and node not in needed
+           for node in structure.trace.output.all_input_nodes):  # made of a tap without a layer
+        return None
     return made, needed
 
 

@@ -23,6 +23,7 @@ from glcan_fx.structure.nodes import (
     descendants,
     input_dependent,
     is_float_tensor,
+    is_size,
     tensor_of,
 )
 from glcan_fx.structure.regions import Flow, Weight, between, dataflow, elements
@@ -58,14 +59,9 @@ def _structure(trace: Trace, data: frozenset[fx.Node], layouts: frozenset[fx.Nod
     chain = _until_tail(flow, whole)
     units = _units(flow, chain) or _units(flow, whole)[:1]  # no layer before what was taken for the tail: one unit
     units = units or [Unit(whole[-1], *_names(trace, whole[-1]))]  # no layer at all
-    returned = units[-1].end in trace.output.all_input_nodes
-    if returned and len(units) > 1 and _is_head(flow, whole, units[-2].end, units[-1].end):
-        del units[-1]
-    end = _last_layers(flow, whole, units[-1].end, None if returned else carrying_data(trace, data))
-    units[-1] = replace(units[-1], end=end)
-    if units and units[-1].end not in chain:
-        chain = whole
-    chain = chain[: chain.index(units[-1].end) + 1] if units else chain
+    units = _without_ending(flow, whole, units, carrying_data(trace, data))
+    chain = chain if units[-1].end in chain else whole
+    chain = chain[: chain.index(units[-1].end) + 1]
     structure = Structure(trace, chain, units, [], layouts, data)
     taps = _taps(trace, structure.trunk - structure.context, [unit.end for unit in units])
     return replace(structure, taps=taps)
@@ -150,9 +146,18 @@ def _units(flow: Flow, chain: list[fx.Node]) -> list[Unit]:
 
 
 def _is_head(flow: Flow, chain: list[fx.Node], start: fx.Node, end: fx.Node) -> bool:
-    """Whether what makes the network's output of ``start`` is no layer after another: layers side by side (a mean and a
-    deviation), or weights that are read as parameters (prototypes). Auxiliary networks copy it, with the tail."""
+    """Whether what makes the network's output ``end`` of ``start`` is no layer after another: layers side by side (a
+    mean and a deviation, two outputs), or weights that are read as parameters (prototypes). Auxiliary networks copy it,
+    with the tail."""
     trace = flow.trace
+    stack, seen = [start], {end}
+    while stack:
+        node = stack.pop()
+        if node is trace.output:
+            return True
+        if node not in seen:
+            seen.add(node)
+            stack += [user for user in node.users if not is_size(user)]
     if any(node.op == "get_attr" and node in trace.layers for node in ancestors([end], ancestors([start]))):
         return True
     for first, last in pairwise(chain[chain.index(start): chain.index(end) + 1]):
@@ -165,17 +170,26 @@ def _is_head(flow: Flow, chain: list[fx.Node], start: fx.Node, end: fx.Node) -> 
     return False
 
 
-def _last_layers(flow: Flow, chain: list[fx.Node], end: fx.Node, carrying: Set[fx.Node] | None) -> fx.Node:
-    """Where the trunk ends that ends with ``end``: in front of what follows its last layer where that is what the
-    network returns (a softmax, a shift), or else reads context (a mask of tokens): auxiliary networks copy it, with the
-    rest of the tail. carrying: what is no context; None where the network returns it."""
-    trace, index, dependent = flow.trace, chain.index(end), input_dependent(flow.trace.graph)
-    while index > 1 and trace.layers.isdisjoint(ancestors([chain[index]], ancestors([chain[index - 1]]))):
-        if carrying is not None and all(source in carrying or source not in dependent
-                                        for source in chain[index].all_input_nodes):
-            break
+def _without_ending(flow: Flow, chain: list[fx.Node], units: list[Unit], carrying: Set[fx.Node]) -> list[Unit]:
+    """The units without what follows their last layer, where that is what the network returns (a softmax, a shift), or
+    reads context (a mask of tokens); and without a head. Auxiliary networks copy it, with the rest of the tail."""
+    trace, dependent = flow.trace, input_dependent(flow.trace.graph)
+    returned = units[-1].end in trace.output.all_input_nodes
+    dropped = returned and len(units) > 1 and _is_head(flow, chain, units[-2].end, units[-1].end)
+    units, homes = (units[:-1], _nodes_in(trace.layers)) if dropped else (units, {})
+
+    def belongs(node: fx.Node) -> bool:
+        if dropped:  # what a block returns is its own
+            return any(path in homes for path in node.meta["returned_by"])
+        return not returned and all(source in carrying or source not in dependent for source in node.all_input_nodes)
+
+    index = chain.index(units[-1].end)
+    while index > 1 and not belongs(chain[index]) and trace.layers.isdisjoint(
+            ancestors([chain[index]], ancestors([chain[index - 1]]))):
         index -= 1
-    return chain[index] if index > 0 and is_float_tensor(chain[index]) else end
+    if index == 0 or not is_float_tensor(chain[index]):
+        return units
+    return [*units[:-1], replace(units[-1], end=chain[index])]
 
 
 def _block_kinds(flow: Flow, chain: list[fx.Node]) -> set[type[nn.Module]]:
