@@ -192,6 +192,7 @@ class Model(nn.Module):
         inputs = sum(made) if self.taps else channels
         self.head = nn.Conv2d(inputs, CLASSES, 1) if self.maps else nn.Linear(inputs, CLASSES)
         self.dropout = draw.choice([0.0, 0.0, 0.3])
+        self.normalises = draw.random() < 0.3  # what it returns are logarithms of probabilities
 
     def forward(self, x: Tensor, point: Tensor | None = None) -> Tensor:
         if self.scales_input:
@@ -214,11 +215,15 @@ class Model(nn.Module):
                 pooled.append(x.mean((2, 3)))
             if self.taps:
                 pooled = pooled[:len(self.blocks)]
-                return self.head(F.dropout(torch.cat(pooled, 1), self.dropout, self.training)) / self.temperature
+                return self.ending(torch.cat(pooled, 1))
         if self.prompt is not None and point is not None:
             x = x + self.prompt(point)[:, :, None, None]
         x = x if self.maps else x.mean((2, 3))
-        return self.head(F.dropout(x, self.dropout, self.training)) / self.temperature
+        return self.ending(x)
+
+    def ending(self, x: Tensor) -> Tensor:
+        x = self.head(F.dropout(x, self.dropout, self.training)) / self.temperature
+        return x.log_softmax(1) if self.normalises else x
 
 
 @dataclass
@@ -334,6 +339,7 @@ def check(seed: int) -> str:
     reference = gradients(case, local)
     moves(case, local)
     learns(case, local)
+    ends(case, local)
     notes = [f"k={local.plan.k}", *["blocks run again"] * bool(again), *["no reference of gradients"] * (not reference)]
     return ", ".join(notes)
 
@@ -384,6 +390,20 @@ def output(case: Case, local: Any, size: int = 16) -> None:
     torch.testing.assert_close(found, expected, msg=lambda text: f"training output differs: {text}")
     for (name, a), b in zip(local.original.named_buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(a, b, msg=lambda text, name=name: f"buffer {name} differs: {text}")
+
+
+def ends(case: Case, local: Any) -> None:
+    """Every auxiliary network ends as the model does."""
+    made: list[Tensor] = []
+    networks = [part for name, part in local.aux.named_modules() if name.endswith("network") and name.count(".") == 1]
+    handles = [part.register_forward_hook(lambda *given: made.append(given[-1].detach())) for part in networks]
+    values, targets = case.batch(8)
+    local.train()(*values, targets)
+    for handle in handles:
+        handle.remove()
+    if case.model.normalises:
+        assert all(torch.allclose(x.logsumexp(1), torch.zeros(()), atol=1e-4) for x in made), "an ending is missing"
+    assert len(made) == len(networks)
 
 
 def isolation(case: Case, local: Any) -> None:
