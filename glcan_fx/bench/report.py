@@ -181,7 +181,7 @@ def write_report(path: Path, rows: Sequence[Row], name: str, job: Job) -> None:
     flops = next((row.flops for row in rows if row.method == "bp"), None)
     steps = [{"name": row.title, "peak": row.estimated, "when": row.when or "",
               "peak_text": size(row.estimated) + (f" ({row.estimated / reference:.2f})" if reference else ""),
-              "compute": f"{row.flops / flops:.2f}" if row.flops and flops else "–",
+              "compute": f"compute {row.flops / flops:.2f}" if row.flops and flops else "compute –",
               "parts": [[part, count, size(count)] for part, count in sorted(row.parts.items(), key=lambda x: -x[1])],
               "live": row.curve, "phases": []}
              for row in rows if row.curve and row.parts and row.estimated]
