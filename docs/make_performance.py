@@ -448,10 +448,11 @@ operations cost more than their arithmetic, and every local module computes a lo
 
 A step's time relative to backpropagation's: measured (medians of 8 steps, in turns in one process, on {timed_on},
 without an optimizer), as estimated for the same device (`Estimate.seconds`: floating-point operations at the rate of a
-convolution, bytes that operators read and write at that of adding large tensors, and the time of the smallest operator
-for each), and compute. Over all steps, estimated seconds agree with measured ones at a rank correlation of
-{by_seconds}; the ratios below at {by_time} (compute alone: {by_compute}), off by {off} % in the median, {most_off} % at
-most.
+convolution, bytes that operators read and write at that of adding large tensors, and for each operator what one takes
+in training steps of a tiny network), and compute. Over all steps, estimated seconds agree with measured ones at a rank
+correlation of {by_seconds}; the ratios below at {by_time} (compute alone: {by_compute}), off by {off} % in the median,
+{most_off} % at most. Not in the estimate: Python of activation checkpointing, and convolutions of few channels, which
+run far below a device's rate.
 
 {times}
 
