@@ -36,7 +36,8 @@ def frontier_table(points: Sequence[Point]) -> Table:
                   caption_justify="left")
     for name in columns(points):
         numbers = name in ("peak", "of BP", "compute", "time")
-        table.add_column(name, justify="right" if numbers else "left", no_wrap=numbers)
+        table.add_column(name, justify="right" if numbers else "left", no_wrap=numbers, overflow="fold",
+                         min_width=len("backpropagation") if name == "plan" else None)
     for point, cells in zip(points, rows(points), strict=True):
         table.add_row(*cells, style="bold" if point.chosen else None)
     return table
