@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from glcan_fx.devices import Device, device_of
+from glcan_fx.devices import Device, check_device
 from glcan_fx.errors import PlanError
 
 K = int | Literal["fewest", "natural", "auto"] | Sequence[str]
@@ -52,7 +52,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_optimizer(self.optimizer)
-        device_of(self.device)
+        check_device(self.device)
         if isinstance(self.slices, bool) or not isinstance(self.slices, int) or self.slices < 1:
             raise PlanError(f"slices={self.slices!r}: a number, 1 or more")
 

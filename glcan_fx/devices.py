@@ -67,28 +67,30 @@ DEVICES: Mapping[str, Device] = {device.name: device for device in (
 """Published rates of some GPUs, by name."""
 
 
+def check_device(device: str | Device | None) -> None:
+    """Raise PlanError for a name that is not a device's, or where there is no GPU."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise PlanError(f"device='cuda': there is no GPU here. Name one: {', '.join(DEVICES)}.")
+    if not (device is None or isinstance(device, Device) or device in ("cpu", "cuda") or device in DEVICES):
+        raise PlanError(f"device={device!r}: choose {', '.join(DEVICES)}, 'cpu' or 'cuda' (the one at hand, measured), "
+                        "or pass a glcan_fx.Device with its rates")
+
+
 def device_of(device: str | Device | None) -> Device:
     """A device by its name: one of ``DEVICES``, or "cpu" or "cuda", the one at hand, whose rates are measured once,
     which takes about two seconds; None: ``OPERATIONS``. Raises PlanError for another name, or where there is no GPU."""
+    check_device(device)
     if device is None:
         return OPERATIONS
     if isinstance(device, Device):
         return device
-    if device in ("cpu", "cuda"):
-        return measured(device)
-    if device not in DEVICES:
-        raise PlanError(f"device={device!r}: choose {', '.join(DEVICES)}, 'cpu' or 'cuda' (the one at hand, measured), "
-                        "or pass a glcan_fx.Device with its rates")
-    return DEVICES[device]
+    return DEVICES[device] if device in DEVICES else measured(device)
 
 
 @cache
 def measured(kind: str) -> Device:
     """The rates of the device at hand, with the threads that there are: of a convolution, of the sum of large tensors,
-    and of training steps of a network that is too small for its arithmetic to count. Raises PlanError where there is
-    none."""
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise PlanError(f"device='cuda': there is no GPU here. Name one: {', '.join(DEVICES)}.")
+    and of training steps of a network that is too small for its arithmetic to count."""
     large = kind == "cuda"
     wait: Callable[[], None] = torch.cuda.synchronize if large else lambda: None
     x = torch.ones(32 if large else 4, 64, 56, 56, device=kind)

@@ -88,7 +88,7 @@ class PeakMemory(TorchDispatchMode):
         super().__init__()
         self.bytes = 0
         self.live = 0
-        self.flops = self.moved = self.operators = 0
+        self.work = Work()
         self.log = Log()
         self._known: dict[int, int] = {}  # storage -> block
         self._owners = owners
@@ -131,18 +131,15 @@ class PeakMemory(TorchDispatchMode):
             return func(*args) if mode is None else args[0].fake_device
         out = func(*args, **kwargs) if mode is None else _on_fake(mode, func, types, args, kwargs)
         made = [out] if isinstance(out, Tensor) else _tensors_in(out)
-        self.flops += flops_of(func, args, kwargs, out)
-        if _works(func):
-            self.operators += 1
-            self.moved += _bytes(args) + _bytes(kwargs) + _bytes(made)
+        self.work = self.work.plus(_work_of(func, args, kwargs, out))
         for tensor in made:
             self._add(tensor)
         return out
 
     @property
-    def work(self) -> Work:
-        """What operators did."""
-        return Work(self.flops, self.moved, self.operators)
+    def flops(self) -> int:
+        """Floating-point operations so far."""
+        return int(self.work.flops)
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -178,9 +175,11 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     return int(count(*args, **kwargs, out_val=out))
 
 
-def _works(func: Any) -> bool:
-    """Whether an operator reads or writes values: it does not only look at memory, or make some."""
-    return not (getattr(func, "is_view", False) or func in _WITHOUT_VALUES)
+def _work_of(func: Any, args: Any, kwargs: Any, out: Any) -> Work:
+    """What one operator does; nothing where it only looks at memory, or makes some without values."""
+    if getattr(func, "is_view", False) or func in _WITHOUT_VALUES:
+        return Work()
+    return Work(flops_of(func, args, kwargs, out), _bytes(args) + _bytes(kwargs) + _bytes(out), 1)
 
 
 _WITHOUT_VALUES = {_aten.detach.default, _aten.empty.memory_format, _aten.empty_strided.default,
@@ -214,9 +213,7 @@ class Counting(TorchDispatchMode):
         kwargs = kwargs or {}
         mode = fake_mode_of(args, kwargs)
         out = func(*args, **kwargs) if mode is None else _on_fake(mode, func, types, args, kwargs)
-        if _works(func):
-            moved = _bytes(args) + _bytes(kwargs) + _bytes(out)
-            self.work = self.work.plus(Work(flops_of(func, args, kwargs, out), moved, 1))
+        self.work = self.work.plus(_work_of(func, args, kwargs, out))
         return out
 
 

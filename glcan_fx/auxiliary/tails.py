@@ -101,7 +101,7 @@ def direct_layers(structure: Structure, cut: fx.Node, tail: Tail) -> tuple[list[
 
 def last_layers(structure: Structure, outputs: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
     """The last maps and vectors with weights in front of outputs, and what is made of them up to the outputs (a
-    softmax, a shift, two heads side by side), with the parameters that it reads; both in order."""
+    softmax, a shift, two heads side by side), with the parameters and inputs that it reads; both in order."""
     made: set[fx.Node] = set()
     behind: set[fx.Node] = set()
     stack = list(outputs)
@@ -109,7 +109,7 @@ def last_layers(structure: Structure, outputs: Sequence[fx.Node]) -> tuple[list[
         node = stack.pop()
         if node in structure.trace.layers and node in structure.dependent and is_map(node):
             made.add(node)
-        elif node not in behind and node.op != "placeholder":
+        elif node not in behind:
             behind.add(node)
             stack.extend(node.all_input_nodes)
     nodes = structure.trace.graph.nodes

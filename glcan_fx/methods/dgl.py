@@ -48,10 +48,10 @@ class DGL(Method):
         for index, node in enumerate(made):
             build.values[node] = _predicted(build, remainder.end, own, node, f"local{index}")
         for node in behind:
-            for source in node.all_input_nodes:
-                if source.op == "placeholder":
-                    build.input(source)
-            build.copy(node, "tail")
+            if node.op == "placeholder":
+                build.input(node)
+            else:
+                build.copy(node, "tail")
 
     def description(self, levels: Sequence[int]) -> str:
         return "Auxiliary networks: decoupled greedy learning's, on each module's own output."

@@ -73,7 +73,8 @@ class Estimate:
     def relative_to(self, plain: "Estimate", device: str | Device | None = None) -> float:
         """The compute of this step relative to that of another one: seconds on a device, or floating-point operations.
         """
-        return device_of(device).seconds(self.work) / (device_of(device).seconds(plain.work) or 1.0)
+        rates = device_of(device)
+        return rates.seconds(self.work) / (rates.seconds(plain.work) or 1.0)
 
     def share(self, module: int) -> float:
         """A local module's part of the step's operations, its auxiliary network's included; from 0 to 1."""

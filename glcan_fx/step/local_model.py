@@ -118,6 +118,7 @@ class LocalModel(nn.Module):
         """Run ``graph`` as it is now, after it was edited."""
         cls: Any = type(self)
         cls._training_step = self._written(self.graph)
+        self.__dict__["_steps"].clear()
 
         def forward(self: "LocalModel", *args: Any, **kwargs: Any) -> Any:
             return self._train_step(args, kwargs) if self.training else self._evaluate(args, kwargs)
@@ -139,10 +140,8 @@ class LocalModel(nn.Module):
         key = tuple((tuple(t.shape[1:]), t.dtype) for name in self.inputs()
                     for t in tensors_in(given.get(name)))
         steps = self.__dict__["_steps"]
-        if key == self._example_key():
-            return self._training_step
         if key not in steps:
-            made = type(self)._written_for(self, given)
+            made = None if key == self._example_key() else type(self)._written_for(self, given)
             steps[key] = self._training_step if made is None else partial(self._written(made.graph), self)
             if made is not None:
                 self._train_also(made.graph)

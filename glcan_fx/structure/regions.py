@@ -16,7 +16,6 @@ from torch import Tensor, fx
 from glcan_fx.capture.trace import Trace, is_float, within
 from glcan_fx.errors import PlanError
 from glcan_fx.pytree import tensors_in
-from glcan_fx.structure.context import carrying_data
 from glcan_fx.structure.nodes import common_path, input_dependent, tensor_of
 
 START: Any = "start"  # a virtual node before all inputs
@@ -186,14 +185,17 @@ def elements(node: fx.Node) -> float:
     return 1 + sum(tensor.numel() for tensor in tensors_in(node.meta.get("value")))
 
 
-def dataflow(trace: Trace, positions: dict[fx.Node, int], data: Set[fx.Node], weight: Weight) -> Flow:
+def dataflow(
+    trace: Trace, positions: dict[fx.Node, int], data: Set[fx.Node], weight: Weight, carrying: Set[fx.Node]
+) -> Flow:
     """Edges along which gradients flow from the data to the outputs; sizes, masks and context carry none.
 
-    positions: of every floating-point tensor; data: the inputs that are not context; weight: see ``Flow``.
+    positions: of every floating-point tensor; data: the inputs that are not context, carrying: what is computed of
+    them; weight: see ``Flow``.
 
     Raises PlanError where no output depends on a floating-point input.
     """
-    graph = _gradients(trace, data)
+    graph = _gradients(trace, data, carrying)
     if trace.output not in graph:
         raise PlanError(
             "no output depends on a floating-point input: there is nothing to cut. Pass example_inputs= with the "
@@ -202,9 +204,9 @@ def dataflow(trace: Trace, positions: dict[fx.Node, int], data: Set[fx.Node], we
     return Flow(trace, graph, positions, weight, set())
 
 
-def _gradients(trace: Trace, data: Set[fx.Node]) -> nx.DiGraph:
+def _gradients(trace: Trace, data: Set[fx.Node], carrying: Set[fx.Node]) -> nx.DiGraph:
     graph = nx.DiGraph()
-    dependent, carrying = input_dependent(trace.graph), carrying_data(trace, data)
+    dependent = input_dependent(trace.graph)
     integers: set[fx.Node] = set()  # integer inputs (pixels in uint8, tokens) until they become floating-point numbers
     for node in trace.graph.nodes:
         if node.op == "placeholder" and node not in data:

@@ -14,13 +14,7 @@ from glcan_fx.layers import predictors
 from glcan_fx.pytree import tensors_in
 from glcan_fx.structure.context import carrying_data
 from glcan_fx.structure.layout import count_positions
-from glcan_fx.structure.nodes import (
-    ancestors,
-    descendants,
-    input_dependent,
-    is_size,
-    tensor_of,
-)
+from glcan_fx.structure.nodes import ancestors, descendants, input_dependent, is_size, tensor_of
 
 
 @dataclass(frozen=True)

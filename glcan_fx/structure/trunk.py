@@ -54,12 +54,13 @@ def _structure(trace: Trace, data: frozenset[fx.Node], layouts: frozenset[fx.Nod
     batch = next((tensor_of(node).shape[0] for node in data if tensor_of(node).dim() > 1), 0)
     positions = {node: count_positions(tuple(tensor_of(node).shape), node in layouts, batch)
                  for node in trace.graph.nodes if is_float_tensor(node)}
-    flow = dataflow(trace, positions, data, weight)
+    carrying = carrying_data(trace, data)
+    flow = dataflow(trace, positions, data, weight, carrying)
     whole = flow.open_chain()
     chain = _until_tail(flow, whole)
     units = _units(flow, chain) or _units(flow, whole)[:1]  # no layer before what was taken for the tail: one unit
     units = units or [Unit(whole[-1], *_names(trace, whole[-1]))]  # no layer at all
-    units = _without_ending(flow, whole, units, carrying_data(trace, data))
+    units = _without_ending(flow, whole, units, carrying)
     chain = chain if units[-1].end in chain else whole
     chain = chain[: chain.index(units[-1].end) + 1]
     structure = Structure(trace, chain, units, [], layouts, data)
