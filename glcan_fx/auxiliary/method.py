@@ -2,14 +2,16 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
 from glcan_fx.auxiliary.builder import Auxiliary, Builder
 from glcan_fx.auxiliary.features import Feature, FeatureInfo, Rules
-from glcan_fx.auxiliary.remainder import Remainder, check_levels, image_size
+from glcan_fx.auxiliary.remainder import Remainder, check_levels, image_size, remainder_of
 from glcan_fx.auxiliary.tails import Ending
 from glcan_fx.errors import PlanError
+from glcan_fx.structure.structure import Structure, Unit
+from glcan_fx.tasks import Task
 
 Head = Literal["full", "light", "lean"]
 Predictors = Literal["own", "model"]
@@ -18,38 +20,33 @@ OPEN: Any = None
 """Default of an option that the planner chooses."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """A local-learning method: a frozen dataclass of its options, and the slots in which it differs from others.
+    """A local-learning method: the slots in which methods differ. What a method leaves out is the default.
 
-    A new method is one file: a subclass that overrides ``predict`` (the auxiliary network) and, where it needs to,
-    ``features`` and ``levels`` (what the local loss reads) and ``choices`` (values for options that are left open).
+    | slot | default |
+    |---|---|
+    | ``levels``, ``features``: what a local loss reads (the rules Γ) | GLCAN's |
+    | ``predict``: the auxiliary network | none: every ``BaseMethod`` has one |
+    | ``Builder.terms``, written by ``predict``: loss terms beside the task's | none |
+    | ``share``: the weight of the task's loss, by depth | 1 |
+    | ``window``: how many local modules a local loss trains | 1, its own |
+    | ``ahead``: how many blocks behind its module a local loss is taken; it passes through them and does not train them | 0 |
+    | ``Builder.averages``, written by ``predict``: what follows the model's own weights without gradients | nothing |
+    | ``agreement``: the weight with which the gradients on both sides of a cut are to agree | 0 |
 
-    Args:
-        head: "full" copies neck and head as they are (GLCAN's), "light" without their shape-keeping towers, "lean" with
-            one prediction at each position, from the module's own output.
-        width: channels relative to the model's, above 0 and at most 1.
-        predictors: "own": each auxiliary network has its own last layer. "model": it ends with the model's own last
-            layer, on its present weights, detached, so that what is in front of it learns to suit that layer (the
-            readout of SOLO, arXiv 2609.35440).
-        rules: which features a local loss reads, and the weights of output levels.
-
-    Raises PlanError for values that are not possible.
+    A new method is one file, and a frozen dataclass: a ``BaseMethod``, which has auxiliary networks of its own, or an
+    ``Extension`` of another one.
     """
 
     name: ClassVar[str]
 
-    head: Head = OPEN
-    width: float = OPEN
-    predictors: Predictors = "own"
-    rules: Rules = field(default=Rules(), compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._check(self.head in (OPEN, "full", "light", "lean"), "head", "choose 'full', 'light' or 'lean'")
-        self._check(self.width is OPEN or _is_number(self.width) and 0 < self.width <= 1, "width",
-                    "relative channels, above 0 and at most 1")
-        self._check(self.predictors in ("own", "model"), "predictors", "choose 'own' or 'model'")
-        self._check(isinstance(self.rules, Rules), "rules", "an instance of glcan_fx.Rules")
+    head: Head
+    width: float
+    predictors: Predictors
+    rules: Rules
+    window: int
+    ahead: int
+    agreement: float = 0.0
 
     def _check(self, right: bool, option: str, expected: str) -> None:
         if not right:
@@ -75,10 +72,113 @@ class Method(ABC):
         """The taps that the auxiliary network reads, or makes."""
         return remainder.selected(self.rules)
 
+    def share(self, remainder: Remainder) -> float:
+        """The weight of the task's loss in the loss of a local module."""
+        return 1.0
+
+    @property
+    def depends_on_blocks(self) -> bool:
+        """Whether auxiliary networks depend on which blocks follow, and not on the trunk's shapes alone."""
+        return False
+
     def description(self, levels: Sequence[int]) -> str:
-        """The auxiliary networks in a sentence; ``levels``: those of the first local module."""
-        predictors = ", the model's predictors" if self.predictors == "model" else ""
-        return f"Auxiliary networks: head {self.head}, width {self.width:g}{predictors}."
+        """The method in sentences; ``levels``: those of the first local module."""
+        return f"Auxiliary networks: {', '.join(self.in_words(levels))}.{self._reach_in_words()}"
+
+    def in_words(self, levels: Sequence[int]) -> list[str]:
+        """What the auxiliary networks are."""
+        own = [f"head {self.head}", f"width {self.width:g}"]
+        return [*own, *["the model's predictors"] * (self.predictors == "model")]
+
+    def _reach_in_words(self) -> str:
+        window = f" Local losses train windows of {self.window} local modules." if self.window > 1 else ""
+        blocks = "the next block" if self.ahead == 1 else f"the next {self.ahead} blocks"
+        return window + (f" Local losses are taken behind {blocks}." if self.ahead else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseMethod(Method):
+    """A method that has auxiliary networks of its own.
+
+    Args:
+        head: "full" copies neck and head as they are (GLCAN's), "light" without their shape-keeping towers, "lean" with
+            one prediction at each position, from the module's own output.
+        width: channels relative to the model's, above 0 and at most 1.
+        predictors: "own": each auxiliary network has its own last layer. "model": it ends with the model's own last
+            layer, on its present weights, detached, so that what is in front of it learns to suit that layer (the
+            readout of SOLO, arXiv 2609.35440).
+        window: local modules that a local loss trains, its own the last of them; all are alive together. 1: its own
+            alone. 2 are the windows of HPFF (METHODS: ``HPFF``). No batch is run twice for it.
+        ahead: blocks of the next local modules that a local loss passes through, read and not trained by it; their
+            forward is the one that they run anyway. A local module then learns to suit what follows it.
+        rules: which features a local loss reads, and the weights of output levels.
+
+    Raises PlanError for values that are not possible.
+    """
+
+    head: Head = OPEN
+    width: float = OPEN
+    predictors: Predictors = "own"
+    window: int = 1
+    ahead: int = 0
+    rules: Rules = field(default=Rules(), compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._check(self.head in (OPEN, "full", "light", "lean"), "head", "choose 'full', 'light' or 'lean'")
+        self._check(self.width is OPEN or _is_number(self.width) and 0 < self.width <= 1, "width",
+                    "relative channels, above 0 and at most 1")
+        self._check(self.predictors in ("own", "model"), "predictors", "choose 'own' or 'model'")
+        self._check(is_count(self.window, 1), "window", "a number of local modules, 1 or more")
+        self._check(is_count(self.ahead), "ahead", "a number of blocks, 0 or more")
+        self._check(isinstance(self.rules, Rules), "rules", "an instance of glcan_fx.Rules")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extension(Method):
+    """A method that adds to another one, its ``base``: an object, or, through ``glcan_fx.methods``, a name. What it
+    does not override is the base's."""
+
+    base: Any
+
+    def __post_init__(self) -> None:
+        self._check(isinstance(self.base, Method), "base", "a method, such as glcan_fx.methods.DGL()")
+
+    head = property(lambda self: self.base.head)  # type: ignore[assignment]
+    width = property(lambda self: self.base.width)  # type: ignore[assignment]
+    predictors = property(lambda self: self.base.predictors)  # type: ignore[assignment]
+    rules = property(lambda self: self.base.rules)  # type: ignore[assignment]
+    window = property(lambda self: self.base.window)  # type: ignore[assignment]
+    ahead = property(lambda self: self.base.ahead)  # type: ignore[assignment]
+    agreement = property(lambda self: self.base.agreement)  # type: ignore[assignment]
+
+    def choices(self, ending: Ending) -> list[Self]:
+        return [replace(self, base=base) for base in self.base.choices(ending)]
+
+    def predict(self, build: Builder, remainder: Remainder, features: Sequence[Feature]) -> None:
+        self.base.predict(build, remainder, features)
+
+    def levels(self, module: FeatureInfo, levels: Sequence[FeatureInfo]) -> Sequence[int]:
+        chosen: Sequence[int] = self.base.levels(module, levels)
+        return chosen
+
+    def features(self, remainder: Remainder) -> tuple[Feature, ...]:
+        chosen: tuple[Feature, ...] = self.base.features(remainder)
+        return chosen
+
+    def share(self, remainder: Remainder) -> float:
+        return float(self.base.share(remainder))
+
+    @property
+    def depends_on_blocks(self) -> bool:
+        return bool(self.base.depends_on_blocks)
+
+    def in_words(self, levels: Sequence[int]) -> list[str]:
+        return [*self.base.in_words(levels), self.title]
+
+    @property
+    def title(self) -> str:
+        """What is added, in words."""
+        return type(self).__name__
 
 
 def _is_number(value: Any) -> bool:
@@ -88,6 +188,15 @@ def _is_number(value: Any) -> bool:
 def is_count(value: Any, least: int = 0) -> bool:
     """Whether an option is a whole number, ``least`` or more."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def remainder_behind(
+    structure: Structure, task: Task, unit: Unit, cuts: Sequence[Unit], method: Method,
+    planned: tuple[tuple[int, ...], tuple[float, ...]] | None = None,
+) -> Remainder:
+    """What a method's auxiliary network simplifies, for the local module that ends with ``unit``, one of ``cuts``.
+    planned: output levels and their weights that are decided already."""
+    return remainder_of(structure, task, unit, cuts, method.levels, method.rules, planned, method.ahead)
 
 
 def head_request(remainder: Remainder, auxiliary: Auxiliary, method: Method) -> dict[str, Any]:

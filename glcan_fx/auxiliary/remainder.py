@@ -17,7 +17,8 @@ from glcan_fx.tasks import Task
 
 @dataclass(frozen=True)
 class Remainder:
-    """What an auxiliary network simplifies: the network behind ``unit``, the end of local module ``index``.
+    """What an auxiliary network simplifies: the network behind ``unit``, the end of local module ``index`` of ``cuts``
+    that have one (with blocks that its loss passes through, their end).
 
     owner: the local module of every recorded node. levels: the indices of the network's output levels that the local
     loss is computed on, sigma: their weights (eq. 8); both empty where the network's outputs are predictions.
@@ -30,10 +31,16 @@ class Remainder:
     owner: dict[fx.Node, int]
     levels: tuple[int, ...]
     sigma: tuple[float, ...]
+    cuts: int
+
+    @property
+    def depth(self) -> float:
+        """How deep the local module stands among those with auxiliary networks: 0 for the first, 1 for the last."""
+        return self.index / max(1, self.cuts - 1)
 
     @property
     def end(self) -> fx.Node:
-        """The local module's output."""
+        """The value that the auxiliary network begins with: the local module's output."""
         return self.unit.end
 
     @property
@@ -97,24 +104,41 @@ LevelsRule = Callable[[FeatureInfo, Sequence[FeatureInfo]], Sequence[int]]
 
 def remainder_of(
     structure: Structure, task: Task, unit: Unit, cuts: Sequence[Unit], choose: LevelsRule, rules: Rules,
-    planned: tuple[tuple[int, ...], tuple[float, ...]] | None = None,
+    planned: tuple[tuple[int, ...], tuple[float, ...]] | None = None, ahead: int = 0,
 ) -> Remainder:
-    """The remainder behind ``unit``, one of ``cuts``.
+    """The remainder behind ``unit``, one of ``cuts``, or behind the last of the ``ahead`` blocks that follow it, which
+    are then taken for a part of the local module.
 
     choose: which output levels its loss is computed on, of the module and the levels; rules: their weights; planned:
-    levels and weights that are decided already. Raises PlanError for levels that the network does not have.
+    levels and weights that are decided already. Raises PlanError for levels that the network does not have, and where
+    not so many blocks follow.
     """
-    ends = [cut.end for cut in cuts]
+    index = [cut.end for cut in cuts].index(unit.end)
+    place = {node: position for position, node in enumerate(structure.chain)}
+    end = blocks_ahead(structure, unit, ahead)[-1] if ahead else unit
+    ends = [cut.end for cut in cuts[:index]] + [end.end] + [
+        cut.end for cut in cuts if place[cut.end] > place[end.end]]
     nodes = levels_of(structure, task)
     levels: tuple[int, ...] = ()
     sigma: tuple[float, ...] = ()
     if nodes is not None:
-        module = feature_info(structure, unit.end, unit.name)
+        module = feature_info(structure, end.end, end.name)
         infos = [feature_info(structure, node, str(key)) for key, node in nodes.items()]
         levels = planned[0] if planned else tuple(choose(module, infos))
         check_levels(levels, module, infos)
         sigma = planned[1] if planned else tuple(rules.sigma(module, infos[index]) for index in levels)
-    return Remainder(structure, task, unit, ends.index(unit.end), structure.assign(ends), levels, sigma)
+    return Remainder(structure, task, end, index, structure.assign(ends), levels, sigma, len(cuts))
+
+
+def blocks_ahead(structure: Structure, unit: Unit, count: int) -> list[Unit]:
+    """The next blocks behind a unit. Raises PlanError where they reach the trunk's end, behind which stand neck and
+    head alone."""
+    place = {node: position for position, node in enumerate(structure.chain)}
+    later = [other for other in structure.units if place[other.end] > place[unit.end]]
+    if len(later) <= count:
+        raise PlanError(f"ahead={count}: behind '{unit.name}' {len(later)} blocks follow, and the last of them belongs "
+                        f"to neck and head. Cut earlier, or choose ahead={max(0, len(later) - 1)}.")
+    return later[:count]
 
 
 def check_levels(levels: Sequence[int], module: FeatureInfo, known: Sequence[FeatureInfo]) -> None:

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from glcan_fx.auxiliary.builder import Builder
 from glcan_fx.auxiliary.features import Feature, FeatureInfo
-from glcan_fx.auxiliary.method import OPEN, Method
+from glcan_fx.auxiliary.method import OPEN, BaseMethod
 from glcan_fx.auxiliary.remainder import Remainder
 from glcan_fx.auxiliary.tails import Ending, last_layers
 from glcan_fx.errors import PlanError
@@ -19,7 +19,7 @@ from glcan_fx.structure.nodes import tensor_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class DGL(Method):
+class DGL(BaseMethod):
     """Decoupled greedy learning (Belilovsky et al. 2020, arXiv 1901.08164), to compare with."""
 
     name: ClassVar[str] = "dgl"
@@ -53,8 +53,8 @@ class DGL(Method):
             else:
                 build.copy(node, "tail")
 
-    def description(self, levels: Sequence[int]) -> str:
-        return "Auxiliary networks: decoupled greedy learning's, on each module's own output."
+    def in_words(self, levels: Sequence[int]) -> list[str]:
+        return ["decoupled greedy learning's, on each module's own output"]
 
 
 def _predicted(build: Builder, cut: fx.Node, value: fx.Node, end: fx.Node, name: str) -> fx.Node:

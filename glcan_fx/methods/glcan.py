@@ -8,7 +8,7 @@ from torch import fx
 
 from glcan_fx.auxiliary.builder import Builder
 from glcan_fx.auxiliary.features import Feature, FeatureInfo
-from glcan_fx.auxiliary.method import OPEN, Head, Method, is_count
+from glcan_fx.auxiliary.method import OPEN, BaseMethod, Head, is_count
 from glcan_fx.auxiliary.remainder import Remainder
 from glcan_fx.auxiliary.stage import hidden_layers
 from glcan_fx.auxiliary.tail_copies import copy_tail, predict_directly
@@ -18,7 +18,7 @@ from glcan_fx.errors import PlanError
 
 
 @dataclass(frozen=True, kw_only=True)
-class GLCAN(Method):
+class GLCAN(BaseMethod):
     """Focal features are read, analog ones synthesised, and the tail's copy computes the outputs of both.
 
     Options that are left open are chosen by the planner: the richest auxiliary networks that its budgets allow.
@@ -30,7 +30,7 @@ class GLCAN(Method):
             2402.17318, section 3.2).
         stride: output levels of smaller strides are left out, where there are others; 1 keeps all.
 
-    ``head``, ``width``, ``predictors`` and ``rules`` are those of every ``Method``. GLCAN's own settings are
+    ``head``, ``width``, ``predictors``, ``window``, ``ahead`` and ``rules`` are those of every ``BaseMethod``. GLCAN's own settings are
     ``GLCAN(head="full", width=1, hidden=0, stride=1)``.
     """
 
@@ -103,13 +103,16 @@ class GLCAN(Method):
                 build.values[node] = hidden_layers(build, node, build.values[node], self.hidden, self.head != "full")
         copy_tail(build, remainder.tail, self.head != "full")
 
-    def description(self, levels: Sequence[int]) -> str:
+    def in_words(self, levels: Sequence[int]) -> list[str]:
         parts = [f"head {self.head}", f"width {self.width:g}"]
         parts += [f"{self.depth} blocks"] * bool(self.depth)
         parts += [f"{self.hidden} hidden layer{'s' * (self.hidden > 1)}"] * bool(self.hidden)
         parts += [f"levels of stride {self.stride} and more"] * (self.stride > 1 and bool(levels))
-        parts += ["the model's predictors"] * (self.predictors == "model")
-        return f"Auxiliary networks: {', '.join(parts)}."
+        return [*parts, *["the model's predictors"] * (self.predictors == "model")]
+
+    @property
+    def depends_on_blocks(self) -> bool:
+        return self.depth > 0
 
     def _direct(self, remainder: Remainder) -> tuple[list[fx.Node], list[fx.Node]] | None:
         """The layers that make the network's maps, and what follows them, where a lean head stands for them."""

@@ -88,7 +88,9 @@ class _Choice:
         self.refused: dict[str, PlanError] = {}
         if isinstance(request.k, int | str):  # the choice of cuts is ours
             self.refused = _hooked(self.structure, captured.model) | self.table.refused(self._plain())
-        self.units = [unit for unit in self.structure.units if unit.name not in self.refused]
+        *earlier, last = self.structure.units
+        earlier = earlier[:max(0, len(earlier) - request.method.ahead)]  # enough blocks follow
+        self.units = [*(unit for unit in earlier if unit.name not in self.refused), last]
         self.predictor = Predictor(self.table, self._simulate, _states(request.options.optimizer),
                                    bool(sliced_tail(self.structure, captured.task)))
         self._candidates: dict[tuple[str, Method, float], Candidate | None] = {}
@@ -231,7 +233,7 @@ class _Choice:
 
     @property
     def _least_k(self) -> int:
-        return min(len(self.units), 2) if self.request.wants_auxiliary else 1
+        return min(len(self.units), 1 + self.request.method.window) if self.request.wants_auxiliary else 1
 
     def _may_slice(self) -> bool:
         task = self.captured.task
@@ -292,9 +294,14 @@ class _Choice:
         key = repr(k), method, allowed
         if key not in self._candidates:
             cuts = self._cuts(k, method)
+            if cuts and method.window > len(cuts):
+                raise PlanError(f"window={method.window} of k={len(cuts) + 1} local modules: every loss would train all "
+                                "in front of it, which saves no memory. Use more local modules, or k=1.")
             if method.predictors == "model" and cuts and not self.table.reads_model(cuts, method):
                 raise PlanError("predictors='model': no auxiliary network ends with a layer of the shape of the "
                                 "model's last one. Remove it, or make them wider: width=1, head='light'.")
+            if self.request.compute_budget is None:  # what the method is in itself is not left to choose
+                allowed += self.table.reached(cuts, method, self._allowed_on)
             extra = self.table.extra(cuts, method, allowed, self._allowed_on) if cuts else 0.0
             heavy = extra < math.inf > allowed and self.table.weight(cuts, method) > EXTRA_MEMORY
             if extra < math.inf and not heavy:
@@ -312,8 +319,9 @@ class _Choice:
             except PlanError:
                 continue
             assert candidate is not None
-            excess = max(self.table.extra(candidate.cuts, method, device=self._allowed_on) - self.allowed[method],
-                         self.table.weight(candidate.cuts, method) - EXTRA_MEMORY)
+            reached = self.table.reached(candidate.cuts, method, self._allowed_on)
+            extra = self.table.extra(candidate.cuts, method, device=self._allowed_on)
+            excess = max(extra - reached - self.allowed[method], self.table.weight(candidate.cuts, method) - EXTRA_MEMORY)
             found.append((excess, -index, candidate))
         least = min(found, key=lambda one: one[:2])[2]
         return replace(least, note=self._too_large(least))
@@ -321,9 +329,10 @@ class _Choice:
     def _too_large(self, candidate: Candidate) -> str:
         """That auxiliary networks are larger than they should be, in figures; nothing where they are not by much."""
         cuts, method = candidate.cuts, candidate.method
+        networks = candidate.compute - self.table.reached(cuts, method)
         weight, count = self.table.weight(cuts, method), sum(p.numel() for p in self.captured.model.parameters())
         own = sum(self.table.auxiliary(unit, method).parameters for unit in cuts)
-        if weight <= EXTRA_MEMORY and candidate.compute <= _MUCH or len(self.choices) == 1 and own <= count:
+        if weight <= EXTRA_MEMORY and networks <= _MUCH or len(self.choices) == 1 and own <= count:
             return ""
         smaller = "as was asked for" if len(self.choices) == 1 else "smaller ones cannot be built"
         return (f"{TOO_LARGE} for k={candidate.k}: {own:,} parameters beside the model's {count:,}, which with "

@@ -7,11 +7,13 @@ from functools import cached_property
 from torch import fx
 
 from glcan_fx.auxiliary.method import Method
+from glcan_fx.auxiliary.remainder import blocks_ahead
 from glcan_fx.devices import OPERATIONS, Device, Work
 from glcan_fx.errors import PlanError
 from glcan_fx.layers import Cost
 from glcan_fx.planner.modules import Costs, auxiliary_cost, last_module, plan_module, reads_model, tail_cost
-from glcan_fx.plans.plan import LocalModule
+from glcan_fx.plans.plan import LocalModule, reaches_of
+from glcan_fx.structure.nodes import ancestors
 from glcan_fx.structure.structure import Unit, work_of
 from glcan_fx.tasks.captured import Captured
 
@@ -80,12 +82,35 @@ class CostTable:
         modules are not built then. device: this table's."""
         device = device or self.device
         whole = self.step(device=device)
-        found = self.step(cuts, device) / whole - 1
+        found = self.step(cuts, device) / whole - 1 + self.reached(cuts, method, device)
         for unit in cuts:
             found += 3 * device.seconds(self.auxiliary(unit, method).work) / whole
             if found > most:
                 return math.inf
         return found
+
+    def reached(self, cuts: Sequence[Unit], method: Method, device: Device | None = None) -> float:
+        """Compute that local losses take beside their own modules, relative to a step of backpropagation: in those that
+        they pass through, for gradients of inputs, in further ones that they train, for those of weights, too."""
+        total = Work()
+        if method.window == 1 and not method.ahead:
+            return 0.0
+        structure = self.structure
+        owner = structure.assign([unit.end for unit in cuts])
+        nodes: list[list[fx.Node]] = [[] for _ in range(len(cuts) + 1)]
+        for node in structure.trace.graph.nodes:
+            if node in owner:
+                nodes[owner[node]].append(node)
+        ends = [blocks_ahead(structure, unit, method.ahead)[-1].end if method.ahead else unit.end for unit in cuts]
+        for index, reach in enumerate(reaches_of(method.window, [owner[end] for end in ends])):
+            for module in range(reach.first, reach.last):
+                total = total.plus(work_of(structure, nodes[module]), 2)
+            if index < len(ends):
+                known = ancestors([ends[index]])
+                passed = [node for module in range(reach.last + 1, reach.until + 1) for node in nodes[module]]
+                total = total.plus(work_of(structure, [node for node in passed if node in known]), 1)
+        device = device or self.device
+        return device.seconds(total) / self.step(device=device)
 
     def weight(self, cuts: Sequence[Unit], method: Method) -> float:
         """Memory of the auxiliary networks' weights, with gradients and momentum, relative to backpropagation's."""
@@ -98,6 +123,8 @@ class CostTable:
         """Units behind which no auxiliary network can be built, and why."""
         refused: dict[str, PlanError] = {}
         for unit in self.structure.units[:-1]:
+            if len(self.structure.units) - 1 - self.structure.units.index(unit) <= method.ahead:
+                break
             try:
                 self.auxiliary(unit, method)
             except PlanError as error:

@@ -9,9 +9,9 @@ from torch import fx
 
 from glcan_fx.auxiliary.builder import Auxiliary
 from glcan_fx.auxiliary.features import Feature
-from glcan_fx.auxiliary.method import Method, head_request
+from glcan_fx.auxiliary.method import Method, head_request, remainder_behind
 from glcan_fx.auxiliary.network import auxiliary_network, readable
-from glcan_fx.auxiliary.remainder import Remainder, image_size, levels_of, remainder_of
+from glcan_fx.auxiliary.remainder import Remainder, blocks_ahead, feature_info, image_size, levels_of
 from glcan_fx.errors import PlanError
 from glcan_fx.layers import Cost, weights_in
 from glcan_fx.plans.plan import Block, LocalModule, Plan, Run
@@ -35,7 +35,7 @@ class Costs:
         structure, shape = remainder.structure, remainder.structure.shape(remainder.end)
         key = (shape, remainder.end in structure.channels_last, tuple(features), remainder.levels, method,
                reads_some(structure, remainder.end), _shapes_ahead(structure, remainder.end))
-        depends_on_rest = getattr(method, "depth", 0) > 0 or len(shape) <= 2
+        depends_on_rest = method.depends_on_blocks or len(shape) <= 2
         if depends_on_rest or key not in self._known:
             made = auxiliary_network(remainder, features, method, None)
             head = self.captured.task.head_cost(self.captured.model, **head_request(remainder, made, method))
@@ -64,7 +64,7 @@ def reads_model(costs: Costs, cuts: Sequence[Unit], method: Method) -> bool:
     """Whether an auxiliary network ends with a layer of the shape of the model's last one, which it may read."""
     captured = costs.captured
     for unit in cuts:
-        remainder = remainder_of(captured.structure, captured.task, unit, cuts, method.levels, method.rules)
+        remainder = remainder_behind(captured.structure, captured.task, unit, cuts, method)
         made = auxiliary_network(remainder, method.features(remainder), method, None)
         if readable(captured.structure, made):
             return True
@@ -74,15 +74,13 @@ def reads_model(costs: Costs, cuts: Sequence[Unit], method: Method) -> bool:
 def plan_module(costs: Costs, unit: Unit, cuts: Sequence[Unit], method: Method) -> LocalModule:
     """The local module that ends with ``unit``, one of ``cuts``. Raises PlanError where it cannot have an auxiliary
     network."""
-    captured = costs.captured
-    remainder = remainder_of(captured.structure, captured.task, unit, cuts, method.levels, method.rules)
-    return _module(costs, remainder, method.features(remainder), cuts, method)
+    remainder = remainder_behind(costs.captured.structure, costs.captured.task, unit, cuts, method)
+    return _module(costs, remainder, method.features(remainder), unit, cuts, method)
 
 
 def auxiliary_cost(costs: Costs, unit: Unit, cuts: Sequence[Unit], method: Method) -> Cost:
     """What the auxiliary network of that module costs. Raises PlanError as ``plan_module``."""
-    captured = costs.captured
-    remainder = remainder_of(captured.structure, captured.task, unit, cuts, method.levels, method.rules)
+    remainder = remainder_behind(costs.captured.structure, costs.captured.task, unit, cuts, method)
     return costs.of(remainder, method.features(remainder), method)
 
 
@@ -127,9 +125,8 @@ def _check_module(
 ) -> LocalModule:
     captured = costs.captured
     kind = type(captured.model).__name__
-    remainder = remainder_of(captured.structure, captured.task, unit, cuts, method.levels, method.rules,
-                             (planned.levels, planned.sigma))
-    info = remainder.info
+    remainder = remainder_behind(captured.structure, captured.task, unit, cuts, method, (planned.levels, planned.sigma))
+    info = feature_info(captured.structure, unit.end, unit.name)
     if (planned.stride, planned.channels) != (info.reduction, info.num_chs):
         raise PlanError(f"the plan's module '{planned.name}' ends with {planned.channels} channels at stride "
                         f"{planned.stride}, but in this {kind} it has {info.num_chs} at stride {info.reduction}: the "
@@ -140,7 +137,7 @@ def _check_module(
                         f"this {kind} has other features: it was made for another model. Plan again.")
     for feature in planned.features:
         _check_source(planned, feature, remainder)
-    module = _module(costs, remainder, planned.features, cuts, method)
+    module = _module(costs, remainder, planned.features, unit, cuts, method)
     return replace(module, recompute=planned.recompute)
 
 
@@ -157,14 +154,15 @@ def _check_source(planned: LocalModule, feature: Feature, remainder: Remainder) 
 
 
 def _module(
-    costs: Costs, remainder: Remainder, features: Sequence[Feature], cuts: Sequence[Unit], method: Method
+    costs: Costs, remainder: Remainder, features: Sequence[Feature], unit: Unit, cuts: Sequence[Unit], method: Method
 ) -> LocalModule:
     structure, cost = remainder.structure, costs.of(remainder, features, method)
     uses = structure.uses([cut.end for cut in cuts])[remainder.index]
     return LocalModule(
-        **_extent(structure, cuts, remainder.index), cut=remainder.unit.name, parameters=uses.parameters,
+        **_extent(structure, cuts, remainder.index), cut=unit.name, parameters=uses.parameters,
         aux_parameters=cost.parameters, saved=uses.saved, aux_saved=cost.saved, aux_flops=round(cost.work.flops),
-        features=tuple(features), levels=remainder.levels, sigma=remainder.sigma)
+        features=tuple(features), levels=remainder.levels, sigma=remainder.sigma,
+        ahead=tuple(block.name for block in blocks_ahead(structure, unit, method.ahead)) if method.ahead else ())
 
 
 def tail_cost(captured: Captured) -> Cost:

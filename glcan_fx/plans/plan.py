@@ -1,5 +1,6 @@
 """The Plan: every decision of the compiler as plain data."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,23 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Reach:
+    """What a local loss trains: local modules ``first`` to ``last``. It is computed in module ``until``; those behind
+    ``last`` are read and not trained."""
+
+    first: int
+    last: int
+    until: int
+
+
+def reaches_of(window: int, untils: Sequence[int]) -> tuple[Reach, ...]:
+    """What local losses train, in order, the last module's included. untils: of the others, the local modules that they
+    are computed in."""
+    return tuple(Reach(max(0, index - window + 1), index, until)
+                 for index, until in enumerate((*untils, len(untils))))
+
+
+@dataclass(frozen=True)
 class LocalModule:
     """One gradient-isolated local module, as planned.
 
@@ -44,8 +62,8 @@ class LocalModule:
     parameters: a parameter that several modules use is counted in the first of them. features: V_m, the taps its loss
     reads, those of the last module's neck and head included. levels: output levels kept, sigma: their weights (eq. 8);
     both empty where the network has no levels. saved, aux_saved: bytes kept for backward at the example size by the
-    module and by its auxiliary network, which takes aux_flops floating-point operations forward. behind: of the last
-    module, the parts of neck and head. recompute: which of its blocks, and of these parts, run again in backward.
+    module and by its auxiliary network, which takes aux_flops floating-point operations forward. ahead: blocks of later
+    local modules that its loss passes through. behind: of the last module, the parts of neck and head. recompute: which of its blocks, and of these parts, run again in backward.
     """
 
     name: str
@@ -63,6 +81,7 @@ class LocalModule:
     features: tuple[Feature, ...]
     levels: tuple[int, ...]
     sigma: tuple[float, ...]
+    ahead: tuple[str, ...] = ()
     behind: tuple[str, ...] = ()
     recompute: tuple[Run, ...] = ()
 
@@ -85,6 +104,7 @@ class LocalModule:
             names = [feature.tap for feature in self.features if feature.source == source]
             if names:
                 parts.append(f"{label}: {', '.join(names)}")
+        parts += [f"loss behind {name}" for name in self.ahead[-1:]]
         return " | ".join(parts) if self.cut else f"{parts[0]}, neck and head"
 
 
@@ -123,6 +143,13 @@ class Plan:
     def cuts(self) -> tuple[str, ...]:
         """The split points, in order."""
         return tuple(module.cut for module in self.modules if module.cut is not None)
+
+    @property
+    def reaches(self) -> tuple[Reach, ...]:
+        """What each local loss trains."""
+        place = {block.name: index for index, module in enumerate(self.modules) for block in module.blocks}
+        return reaches_of(self.method.window, [place[module.ahead[-1]] if module.ahead else index
+                                               for index, module in enumerate(self.modules[:-1])])
 
     def __str__(self) -> str:
         lines = [module.headline(index) for index, module in enumerate(self.modules)]

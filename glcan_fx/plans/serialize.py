@@ -12,7 +12,7 @@ from glcan_fx.errors import PlanError
 from glcan_fx.methods import METHODS
 from glcan_fx.tasks import Spec
 
-_FORMAT, _VERSION = "glcan_fx.plan", 6
+_FORMAT, _VERSION = "glcan_fx.plan", 7
 
 _P = TypeVar("_P")
 
@@ -43,11 +43,13 @@ def plan_from_json(text: str, kind: type[_P]) -> _P:
 
 def _method_to_data(method: Method) -> dict[str, Any]:
     options = {field.name: getattr(method, field.name) for field in dataclasses.fields(method) if field.name != "rules"}
-    return {"name": method.name, **options}
+    return {"name": method.name, **{name: _method_to_data(value) if isinstance(value, Method) else value
+                                    for name, value in options.items()}}
 
 
 def _method_from_data(data: dict[str, Any], _: Any) -> Method:
-    options = dict(data)
+    options = {name: _method_from_data(value, None) if isinstance(value, dict) else
+               tuple(value) if isinstance(value, list) else value for name, value in data.items()}
     name = options.pop("name", None)
     if name not in METHODS:
         raise ValueError(f"method {name!r}: known are {', '.join(METHODS)}")

@@ -10,9 +10,9 @@ import torch
 from torch import fx, nn
 
 from glcan_fx.auxiliary.builder import Auxiliary
-from glcan_fx.auxiliary.method import head_request
+from glcan_fx.auxiliary.method import head_request, remainder_behind
 from glcan_fx.auxiliary.network import auxiliary_network, readable
-from glcan_fx.auxiliary.remainder import levels_of, remainder_of
+from glcan_fx.auxiliary.remainder import levels_of
 from glcan_fx.capture.shadow import cuda_devices, fake_copy, replicate
 from glcan_fx.errors import PlanError
 from glcan_fx.plans.plan import Plan
@@ -71,8 +71,7 @@ def _networks(
     """Every cut's auxiliary network, and what the task's head behind it is asked for; drafts without a ``model``."""
     method, structure = plan.method, captured.structure
     for unit, module in zip(cuts, plan.modules, strict=False):
-        remainder = remainder_of(structure, captured.task, unit, cuts, method.levels, method.rules,
-                                 (module.levels, module.sigma))
+        remainder = remainder_behind(structure, captured.task, unit, cuts, method, (module.levels, module.sigma))
         made = auxiliary_network(remainder, module.features, method, model)
         if method.predictors == "model":
             for path, source in readable(structure, made):
@@ -113,7 +112,8 @@ def _emitted(plan: Plan, captured: Captured, ends: list[fx.Node], auxiliaries: S
     comments = [module.headline(index) for index, module in enumerate(plan.modules)]
     again = [module.recompute for module in plan.modules]
     if ends or any(again) or plan.slices > 1:
-        return emit(structure, ends, auxiliaries, task, comments, outputs, slices=plan.slices, recomputed=again)
+        return emit(structure, ends, auxiliaries, task, comments, outputs, slices=plan.slices, recomputed=again,
+                    reaches=plan.reaches)
     return emit_whole(structure, task, comments[0], outputs, isinstance(plan.inputs, dict), plan.network)
 
 
@@ -169,4 +169,4 @@ def build_again(local: LocalModel, structure: Structure) -> Emitted:
     auxiliaries: Any = [SimpleNamespace(inputs=nodes) for nodes in inputs]
     comments = [module.headline(index) for index, module in enumerate(plan.modules)]
     return emit(structure, [unit.end for unit in units if unit], auxiliaries, task, comments,
-                _outputs(structure, task))
+                _outputs(structure, task), reaches=plan.reaches)

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from glcan_fx.auxiliary.builder import Auxiliary
 from glcan_fx.capture.trace import Trace, is_float
 from glcan_fx.fx_utils import Parts, with_headlines
-from glcan_fx.plans.plan import Run
+from glcan_fx.plans.plan import Reach, Run
 from glcan_fx.step import output as passing
 from glcan_fx.step.calls import Label, WholeCalls, whole_calls
 from glcan_fx.step.local_loss import LocalLoss
@@ -45,8 +45,9 @@ class _Emitter:
 
     def __init__(
         self, structure: Structure, cuts: Sequence[fx.Node], auxiliaries: Sequence[Auxiliary], tail: Sequence[fx.Node],
-        recomputed: Sequence[Sequence[Run]],
+        recomputed: Sequence[Sequence[Run]], reaches: Sequence[Reach],
     ) -> None:
+        self.reaches = reaches
         self.graph = fx.Graph()
         self.trace = structure.trace
         calls = whole_calls(structure.trace, _labels(structure, cuts, tail, recomputed),
@@ -61,6 +62,8 @@ class _Emitter:
         self.raw: dict[fx.Node, fx.Node] = {}
         self.constant: dict[tuple[fx.Node, int], fx.Node] = {}
         self.cut: dict[fx.Node, fx.Node] = {}
+        self.leaf: dict[fx.Node, fx.Node] = {}  # through which a later module's loss reaches this value's module
+        self.passed: dict[fx.Node, fx.Node] = {}  # what later modules read in place of these
         self.cached: dict[fx.Node, fx.Node] = {}
         self.read: dict[tuple[fx.Node, int], fx.Node] = {}
         self.parts: Parts = {}
@@ -81,6 +84,10 @@ class _Emitter:
             return self.constant[node, module]
         if node.op != "placeholder" and self.owner[node] == module or not is_float(node.meta["value"]):
             return self.raw[node]
+        if node in self.owner and self._joined(self.owner[node]):
+            return self.raw[node]
+        if node in self.passed and self._linked(self.owner[node], module):
+            return self.passed[node]
         if node in self.cut and self.owner[node] == module - 1:
             return self.cut[node]
         if (node, module) not in self.read:
@@ -89,6 +96,41 @@ class _Emitter:
                 name=f"focal_{node.name}"
             )
         return self.read[node, module]
+
+    def _joined(self, module: int) -> bool:
+        """Whether the last loss trains a local module, whose graph then lives as long as the last one's."""
+        return self.reaches[-1].first <= module < len(self.cuts)
+
+    def _linked(self, module: int, reader: int) -> bool:
+        """Whether a local loss reaches ``module`` by what ``reader`` computes."""
+        return module < reader and any(reach.first <= module and reader <= reach.until for reach in self.reaches[:-1])
+
+    def hand_on(self, module: int, readers: Readers) -> None:
+        """Behind a module: its cut for the next one, its other values that are read later for the cache."""
+        if self._joined(module):
+            return
+        for node in self.nodes:
+            if self.owner.get(node) != module or not is_float(node.meta["value"]):
+                continue
+            later, is_cut = set(readers.get(node, ())), node is self.cuts[module]
+            if any(self._linked(module, reader) for reader in later) and node not in self.cached:
+                name = f"cut_{module}" if is_cut else f"passed_{node.name}"
+                made = self.graph.create_node("call_function", passing.leaf, (self.raw[node],), name=name)
+                self.leaf[node] = self.passed[node] = self.cached[node] = made
+                if node.meta["overwritten"]:
+                    self.passed[node] = self.graph.create_node("call_function", passing.copied, (made,))
+                continue
+            if is_cut:
+                self.cut[node] = self.graph.create_node("call_method", "detach", (self.raw[node],), name=f"cut_{module}")
+                later.discard(module + 1)
+            if later:
+                self.cache(node)
+
+    def through(self, reach: Reach) -> tuple[tuple[tuple[fx.Node, fx.Node], ...], ...]:
+        """What a loss comes back by, of each local module behind which it is computed, the last one first: pairs of a
+        value and what later modules read in its place."""
+        return tuple(tuple((self.raw[node], self.leaf[node]) for node in self.leaf if self.owner[node] == module)
+                     for module in range(reach.until - 1, reach.first - 1, -1) if not self._joined(module))
 
     def emit(self, node: fx.Node, module: int, read_later: bool) -> None:
         self.raw[node] = self._copy(node, module)
@@ -201,14 +243,16 @@ def _runs_of(runs: Sequence[Run], around: tuple[int, ...] = ()) -> Iterator[tupl
 def emit(
     structure: Structure, cuts: Sequence[fx.Node], auxiliaries: Sequence[Auxiliary], task: Task,
     comments: Sequence[str], outputs: Callable[[Any], Any], *, slices: int = 1,
-    recomputed: Sequence[Sequence[Run]] = (),
+    recomputed: Sequence[Sequence[Run]] = (), reaches: Sequence[Reach],
 ) -> Emitted:
     """The graph of a training step.
 
     ``outputs`` maps the compiled part's output to what the last head is given; ``slices``: the tail and the last loss
-    run in so many slices of the batch; ``recomputed``: of each local module, the blocks that run again in backward.
+    run in so many slices of the batch; ``recomputed``: of each local module, the blocks that run again in backward; ``reaches``: what
+    each local loss trains.
     """
-    out = _Emitter(structure, cuts, auxiliaries, sliced_tail(structure, task) if slices > 1 else [], recomputed)
+    tail = sliced_tail(structure, task) if slices > 1 else []
+    out = _Emitter(structure, cuts, auxiliaries, tail, recomputed, reaches)
     graph, calls = out.graph, out.calls
     inputs, context = task.prepare(graph, structure.trace.placeholders)
     out.raw.update(zip([calls.at[node] for node in structure.trace.placeholders], inputs, strict=True))
@@ -220,17 +264,32 @@ def emit(
     made = fx.map_arg(structure.trace.output.args[0], calls.at.__getitem__)
     calls.graph.output(made)
     readers = _readers(out, nodes, made, read)
-    losses: list[fx.Node] = []
+    losses: dict[int, fx.Node] = {}
+
+    def local_loss(index: int) -> None:
+        reach = out.reaches[index]
+        given: dict[str, Any] = {"inputs": tuple(inputs)} if reach.first == 0 else {}
+        given |= {"through": through} if (through := out.through(reach)) else {}
+        losses[index] = graph.create_node(
+            "call_module", f"aux.{index}", tuple(out.view(node, reach.until) for node in read[index]),
+            {"context": tuple(context), **given}, name=f"loss_{index}")
+
     for module in range(len(cuts) + 1):
         before = len(graph.nodes)
         mine = [node for node in nodes if out.owner[node] == module]
-        out.emit_all(mine, module, readers)
+        place = {node: position for position, node in enumerate(mine)}
+        done = 0
+        for index, reach in enumerate(out.reaches[:-1]):
+            if reach.last < reach.until == module:  # the loss of an earlier module, behind some of these blocks
+                end = 1 + max(place[node] for node in read[index] if node in place)
+                out.emit_all(mine[done:end], module, readers)
+                local_loss(index)
+                done = max(done, end)
+        out.emit_all(mine[done:], module, readers)
         if module < len(cuts):
-            given: dict[str, Any] = {"inputs": tuple(inputs)} if module == 0 else {}
-            losses.append(graph.create_node(
-                "call_module", f"aux.{module}", tuple(out.view(node, module) for node in read[module]),
-                {"context": tuple(context), **given}, name=f"loss_{module}"))
-            _hand_on(out, module, nodes, readers)
+            if out.reaches[module].until == module:
+                local_loss(module)
+            out.hand_on(module, readers)
         else:
             result: Any = tuple(out.view(node, module) for node in tail_inputs(out.tail))
             if not out.tail:
@@ -242,7 +301,7 @@ def emit(
                 pair, loss = loss, graph.create_node("call_function", operator.getitem, (loss, 0), name=f"sum_{module}")
                 result = graph.create_node("call_function", operator.getitem, (pair, 1), name="outputs")
         next(islice(graph.nodes, before, None)).meta["headline"] = comments[module]
-    _finish(graph, task, losses, loss, result)
+    _finish(graph, task, [losses[index] for index in sorted(losses)], loss, result)
     if out.tail:
         out.parts["tail"] = _subgraph(out.tail, tail_inputs(out.tail), made)
     return Emitted(graph, out.parts, out.opened, out.calls.graph)
@@ -359,23 +418,10 @@ def _readers(
     fx.map_arg(made, last.append)
     for source in last:
         readers.setdefault(source, set()).add(len(out.cuts))
-    for module, sources in enumerate(read):
+    for reach, sources in zip(out.reaches, read, strict=False):
         for source in sources:
-            readers.setdefault(source, set()).add(module)
+            readers.setdefault(source, set()).add(reach.until)
     return {node: {m for m in modules if m != out.owner.get(node)} for node, modules in readers.items()}
-
-
-def _hand_on(out: _Emitter, module: int, nodes: list[fx.Node], readers: dict[fx.Node, set[int]]) -> None:
-    """After a module's backward: its cut for the next module, its other values that are read later for the cache."""
-    for node in nodes:
-        if out.owner[node] != module or not is_float(node.meta["value"]):
-            continue
-        later = set(readers.get(node, ()))
-        if node is out.cuts[module]:
-            out.cut[node] = out.graph.create_node("call_method", "detach", (out.raw[node],), name=f"cut_{module}")
-            later.discard(module + 1)
-        if later:
-            out.cache(node)
 
 
 def register(

@@ -17,8 +17,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from glcan_fx.errors import CriterionError, UnsupportedError
+from glcan_fx.pytree import tensors_in
 from glcan_fx.step.learning import Watch, is_half
 from glcan_fx.step.output import total
+
+
+Passed = Sequence[Sequence[tuple[Any, Any]]]
+"""By what a loss comes back to earlier local modules, of each of them, the last one first: pairs of a value and what
+later modules read in its place, which has no history."""
 
 
 class Stepping(Protocol):
@@ -123,15 +129,17 @@ class LocalBackward(nn.Module):
     """Differentiates one local loss at once and returns it as a scalar that hands the gradients over later.
 
     trains: (root, path) of every module or parameter that this local loss trains. They are looked up at every step,
-    so that frozen, replaced, pruned or newly added parameters are seen.
+    so that frozen, replaced, pruned or newly added parameters are seen. passes: those that it reads on its way and does
+    not train. shared: whether later losses need the graphs of all its local modules.
     """
 
     def __init__(
         self, trains: Sequence[tuple[nn.Module, str]], scale: nn.Module, name: str, model: nn.Module,
-        *, alone: bool = True,
+        *, alone: bool = True, passes: Sequence[tuple[nn.Module, str]] = (), shared: bool = False,
     ) -> None:
         super().__init__()
-        self.__dict__.update(trains=tuple(trains), model=model)
+        self.__dict__.update(trains=tuple(trains), passes=tuple(passes), model=model)
+        self.shared = shared
         self.alone = alone  # whether a local loss may read no other parameters of the model
         self.name = name
         self.watch = Watch(name)
@@ -140,7 +148,7 @@ class LocalBackward(nn.Module):
         self.optimizer: Stepping | None = None  # during a forward pass that steps
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # differentiating is eager: compiled graphs end here
-    def forward(self, loss: Any, *inputs: Any) -> Tensor:
+    def forward(self, loss: Any, *inputs: Any, through: Passed = ()) -> Tensor:
         """``inputs``: of the first module, whose loss also gives them their gradients (a stem before the model)."""
         scalar = total(loss)
         self.delivered = []
@@ -155,7 +163,7 @@ class LocalBackward(nn.Module):
             self.optimizer.refuse_used_again([scalar])
         if self.watch.on:
             self._refuse_others(scalar, parameters)
-        stash = differentiate(scalar, parameters, self.__dict__["scaler"])
+        stash = differentiate(scalar, parameters, self.__dict__["scaler"], through=through, retain=self.shared)
         if self.watch.on:
             self.watch.look(scalar, self._groups(parameters), dict(zip(map(id, parameters), stash, strict=True)))
         self.delivered = [False]
@@ -175,7 +183,7 @@ class LocalBackward(nn.Module):
         model = self.__dict__["model"]
         if not self.alone:
             return
-        own = {id(p) for p in parameters}
+        own = {id(p) for p in (*parameters, *parameters_of(self.__dict__["passes"]))}
         others = {id(p): name for name, p in model.named_parameters() if id(p) not in own}
         read = list({id(leaf): leaf for leaf in leaves_of([loss]) if id(leaf) in others}.values())
         try:
@@ -218,20 +226,50 @@ def leaves_of(losses: Sequence[Tensor]) -> Iterator[Tensor]:
 
 
 def differentiate(
-    loss: Tensor, sources: Sequence[Tensor], scaler: LossScale, *, retain: bool = False, widen: bool = False
+    loss: Tensor, sources: Sequence[Tensor], scaler: LossScale, *, through: Passed = (), retain: bool = False,
+    widen: bool = False,
 ) -> list[Tensor | None]:
     """Gradients of a local loss that can be changed in place; under float16 autocast by way of the scale.
 
-    widen: they are then float32, whatever the sources are.
+    through: by what it comes back to earlier local modules. widen: gradients are then float32, whatever the sources are.
     """
     half = is_half(loss.device.type)
     with _without_hooks(sources):
-        grads = _owned_gradients(torch.autograd.grad(
-            loss * scaler.scale if half else loss, sources, allow_unused=True, retain_graph=retain))
+        grads = _owned_gradients(_gradients(loss * scaler.scale if half else loss, sources, through, retain))
     if half:
         grads = [None if grad is None else grad.float() for grad in grads] if widen else grads
         scaler.unscale(grads)
     return grads
+
+
+def _gradients(
+    loss: Tensor, sources: Sequence[Tensor], through: Passed, retain: bool
+) -> list[Tensor | None]:
+    """Gradients of a loss, which passes from one local module to the one before it by values without history. All
+    graphs but the last one are needed again by later losses; that one, too, with ``retain``."""
+    left = [[(value, leaf) for pair in pairs for value, leaf in zip(*map(tensors_in, pair), strict=True)
+             if value.requires_grad] for pairs in through]
+    outputs: list[Tensor] = [loss]
+    given: list[Tensor] | None = None
+    found: list[Tensor | None] = [None] * len(sources)
+    waiting: dict[int, Tensor] = {}
+    while outputs:
+        leaves = [leaf for pairs in left for _, leaf in pairs]
+        grads = torch.autograd.grad(outputs, [*sources, *leaves], given, allow_unused=True,
+                                    retain_graph=retain or bool(left))
+        found = [_sum(a, b) for a, b in zip(found, grads, strict=False)]
+        for leaf, grad in zip(leaves, grads[len(sources):], strict=True):
+            if grad is not None:
+                waiting[id(leaf)] = _sum(waiting.get(id(leaf)), grad)
+        outputs = []
+        while left and not outputs:
+            reached = [(value, waiting.pop(id(leaf))) for value, leaf in left.pop(0) if id(leaf) in waiting]
+            outputs, given = [value for value, _ in reached], [grad for _, grad in reached]
+    return found
+
+
+def _sum(a: Any, b: Any) -> Any:
+    return b if a is None else a if b is None else a + b
 
 
 def parameters_of(trains: Sequence[tuple[nn.Module, str]]) -> Iterator[Tensor]:

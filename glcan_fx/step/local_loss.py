@@ -1,6 +1,6 @@
 """The loss of a local module, differentiated at once, and the random numbers that it must not move."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from glcan_fx.capture.shadow import python_random
 from glcan_fx.pytree import tensors_in
 
-if TYPE_CHECKING:
-    pass
+from glcan_fx.step.gradients import Passed
 from glcan_fx.step.output import reported, shape_of, total
 from glcan_fx.step.sliced import SlicedHead
 
@@ -33,15 +32,17 @@ class LocalLoss(nn.Module):
         self.agrees = False  # whether predictions are of the shape of the model's outputs
         self.__dict__.update(draws=Draws(), made=None)
 
-    def forward(self, *values: Any, context: tuple[Any, ...] = (), inputs: tuple[Any, ...] = ()) -> Any:
+    def forward(
+        self, *values: Any, context: tuple[Any, ...] = (), inputs: tuple[Any, ...] = (), through: Passed = ()
+    ) -> Any:
         state = self._note_draws(values)
         loss = self._loss(values, context)
         if state is not None and not self.last:
             set_random_state(*state)
         if isinstance(self.head, SlicedHead):
             loss, outputs = loss
-            return self._finished(loss, inputs), outputs
-        return self._finished(loss, inputs)
+            return self._finished(loss, inputs, through), outputs
+        return self._finished(loss, inputs, through)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _note_draws(self, values: Any) -> tuple[torch.device, Tensor] | None:
@@ -63,10 +64,10 @@ class LocalLoss(nn.Module):
         self.__dict__["made"] = shape_of(prediction)
         return self.head(prediction, *context)
 
-    def _finished(self, loss: Any, inputs: tuple[Any, ...]) -> Any:
+    def _finished(self, loss: Any, inputs: tuple[Any, ...], through: Passed) -> Any:
         if "backward" not in self._modules:
             return loss if not self.reports else reported(total(loss), loss)
-        made = self._modules["backward"](loss, *inputs)  # type: ignore[misc]
+        made = self._modules["backward"](loss, *inputs, through=through)  # type: ignore[misc]
         return reported(made, loss) if self.reports else made
 
 

@@ -556,16 +556,23 @@ def assemble(
             module.bind(model)
     scale = aux._modules.get("scale") or LossScale()
     aux.add_module("scale", scale)
+    reaches = plan.reaches
+
+    def used(modules: range) -> list[tuple[nn.Module, str]]:
+        return [(model, path) for index in modules for path in targets_of(graph, index)]
+
     for index, info in enumerate(plan.modules[:-1]):
-        part = aux.get_submodule(str(index))
-        trains = [(model, path) for path in targets_of(graph, index)] + [(part, "network"), (part, "head")]
+        part, reach = aux.get_submodule(str(index)), reaches[index]
+        trains = used(range(reach.first, reach.last + 1)) + [(part, "network"), (part, "head")]
         if "task" in aux._modules:
             trains.append((aux, "task"))
         part.add_module("backward", LocalBackward(
-            trains, scale, info.name, model, alone=plan.around is None))
+            trains, scale, info.name, model, alone=plan.around is None,
+            passes=used(range(reach.last + 1, reach.until + 1)), shared=reaches[index + 1].first <= reach.first))
         part.__dict__["reports"] = reports
     if plan.k > 1 and reports and plan.around is None:
-        trains = [(model, path) for path in targets_of_last(model, graph, parts or {}, plan.k)]
+        trains = used(range(reaches[-1].first, plan.k - 1))
+        trains += [(model, path) for path in targets_of_last(model, graph, parts or {}, plan.k)]
         if "task" in aux._modules:
             trains.append((aux, "task"))
         last.add_module("backward", LocalBackward(trains, scale, plan.modules[-1].name, model))

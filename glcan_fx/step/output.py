@@ -39,6 +39,20 @@ def cache_read(value: Any) -> Any:
     return detach(value)
 
 
+def leaf(value: Any) -> Any:
+    """A value for the next local modules by whose graph a local loss gives it a gradient, and without its history."""
+    return map_tensors(value, _leaf)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_() if tensor.requires_grad else tensor.detach()
+
+
+def copied(value: Any) -> Any:
+    """A copy of a value that is overwritten in place."""
+    return map_tensors(value, Tensor.clone)
+
+
 def detach(value: Any) -> Any:
     """Detach every tensor of a nested value, dataclasses included."""
     return map_tensors(value, Tensor.detach)

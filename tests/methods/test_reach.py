@@ -1,0 +1,172 @@
+"""What a local loss trains beside its own module: windows, and blocks that it passes through."""
+
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from reference import RawLosses, restored
+from torch import Tensor, fx, nn
+
+import glcan_fx
+from glcan_fx import PlanError
+from glcan_fx.methods import DGL, GLCAN, Method
+from glcan_fx.models import edsr, retinanet
+from glcan_fx.plans.plan import Plan
+from glcan_fx.step.local_model import LocalModel
+from glcan_fx.step.output import leaf
+
+TARGET = {"boxes": torch.tensor([[10.0, 12.0, 60.0, 50.0]]), "labels": torch.tensor([1])}
+CASES: dict[str, Any] = {
+    "classification": (lambda: torchvision.models.resnet18(num_classes=5), torch.randn(4, 3, 64, 64),
+                       torch.randint(5, (4,))),
+    "segmentation": (lambda: UNet(), torch.randn(2, 3, 64, 64), torch.randint(3, (2, 64, 64))),
+    "super_resolution": (lambda: edsr(blocks=5, channels=8), torch.rand(2, 3, 16, 16), torch.rand(2, 3, 32, 32)),
+    "detection": (lambda: retinanet(18, num_classes=3, min_size=96, max_size=96), [torch.rand(3, 96, 96)] * 2,
+                  [TARGET] * 2),
+}
+METHODS = {"ahead": GLCAN(ahead=1), "ahead 2": GLCAN(ahead=2), "window": GLCAN(window=2), "window 3": GLCAN(window=3),
+           "both": GLCAN(ahead=1, window=2), "dgl ahead": DGL(ahead=1), "dgl window": DGL(window=2)}
+
+
+class UNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.down = nn.ModuleList([down(8, 8), down(8, 16), down(16, 16), down(16, 32)])
+        self.up = nn.ModuleList([down(48, 16, 1), down(32, 16, 1), down(24, 8, 1), down(16, 8, 1)])
+        self.predict = nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        skips = []
+        for block in self.down:
+            skips.append(x)
+            x = block(x)
+        for block in self.up:
+            skip = skips.pop()
+            x = block(torch.cat([nn.functional.interpolate(x, size=skip.shape[-2:]), skip], 1))
+        return self.predict(x)
+
+
+def down(inputs: int, outputs: int, stride: int = 2) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class Joined(RawLosses):
+    """Runs a step in which what a loss comes back by is no boundary."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args[0].clone() if target is leaf else super().call_function(target, args, kwargs)
+
+
+def losses_alone(local: LocalModel, x: Any, y: Any) -> list[Tensor]:
+    run = Joined(local)
+    names = [str(node.target) for node in local.graph.nodes if node.op == "placeholder"]
+    run.run(*[dict(zip(names, (x, y), strict=True))[name] for name in names])
+    return run.losses
+
+
+@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("task", CASES)
+def test_gradients_are_those_of_the_losses_that_reach(task: str, kind: str) -> None:
+    """Each parameter's gradient is the sum over the losses that train its local module, each through all that lies
+    between, and of no other loss."""
+    method: Method = METHODS[kind]
+    torch.manual_seed(0)
+    make, x, y = CASES[task]
+    model = make()
+    plan = glcan_fx.plan(model, k="natural", task=task, example_inputs=x, method=method).plan
+    assert Plan.from_json(plan.to_json()) == plan
+    local = glcan_fx.transform(model, plan=plan).train()
+    with restored(local):
+        torch.manual_seed(1)
+        out = local(x, y)
+        (sum(out.values()) if isinstance(out, dict) else out.loss).backward()
+        found = {name: None if p.grad is None else p.grad.clone() for name, p in local.named_parameters()}
+        moved = {int(b) for n, b in local.named_buffers() if n.endswith("num_batches_tracked") and "aux." not in n}
+    with restored(local):
+        torch.manual_seed(1)
+        losses = losses_alone(local, x, y)
+        parameters = dict(local.named_parameters())
+        expected: dict[str, Tensor | None] = dict.fromkeys(parameters)
+        owners = owners_of(local)
+        for index, reach in enumerate(plan.reaches):
+            grads = torch.autograd.grad(losses[index], list(parameters.values()), allow_unused=True, retain_graph=True)
+            for name, grad in zip(parameters, grads, strict=True):
+                trained = range(reach.first, reach.last + 1)
+                own = owners.get(name, {plan.k - 1}) & set(trained) if not name.startswith("aux.") else (
+                    name.startswith(f"aux.{index}."))
+                if own and grad is not None:
+                    expected[name] = grad if expected[name] is None else expected[name] + grad
+    assert moved <= {1}
+    for name, gradient in expected.items():
+        given = found[name]
+        assert (given is None) == (gradient is None), name
+        if gradient is not None:
+            torch.testing.assert_close(given, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()), msg=name)
+
+
+def owners_of(local: LocalModel) -> dict[str, set[int]]:
+    """The local modules that use each parameter."""
+    found: dict[str, set[int]] = {}
+    for node in local.graph.nodes:
+        index = node.meta.get("local_module")
+        if index is not None and node.op in ("call_module", "get_attr") and not str(node.target).startswith("aux."):
+            for name, _ in local.named_parameters():
+                if name == node.target or name.startswith(f"{node.target}."):
+                    found.setdefault(name, set()).add(index)
+    return found
+
+
+def test_a_window_of_all_is_refused() -> None:
+    model = torchvision.models.resnet18(num_classes=5)
+    with pytest.raises(PlanError, match="window=2 of k=2"):
+        glcan_fx.plan(model, k=2, task="classification", example_inputs=torch.empty(2, 3, 64, 64),
+                      method=GLCAN(window=2))
+    with pytest.raises(PlanError, match=r"ahead=3.*Cut earlier"):
+        glcan_fx.plan(model, k=["layer4.0"], task="classification", example_inputs=torch.empty(2, 3, 64, 64),
+                      method=GLCAN(ahead=3))
+    for wrong in ({"window": 0}, {"ahead": -1}, {"ahead": True}):
+        with pytest.raises(PlanError):
+            GLCAN(**wrong)
+
+
+def test_blocks_ahead_are_not_trained_by_it() -> None:
+    """The next block's gradient is that of its own loss: without it there is none."""
+    torch.manual_seed(0)
+    local = glcan_fx.transform(torchvision.models.resnet18(num_classes=5), k=["layer1.1", "layer2.1"], method=GLCAN(
+        ahead=1), task="classification", example_inputs=torch.randn(4, 3, 64, 64)).train()
+    out = local(torch.randn(4, 3, 64, 64), torch.randint(5, (4,)))
+    out.losses[0].backward()
+    assert all(p.grad is None for p in local.layer2.parameters())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in local.layer1.parameters())
+
+
+def test_memory_is_that_of_two_modules() -> None:
+    """A window keeps one more local module alive, not all of them."""
+    model, x = nn.Sequential(*(Block() for _ in range(12)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)), \
+        torch.empty(64, 8, 32, 32)
+    peaks = {}
+    for window in (1, 2, 4):
+        peaks[window] = glcan_fx.plan(model, k="natural", task="classification", example_inputs=x,
+                                      method=GLCAN(window=window)).simulate().peak
+    whole = glcan_fx.estimate_memory(model, x, task="classification").peak
+    assert peaks[1] < peaks[2] < peaks[4] < whole
+    assert peaks[2] < peaks[1] + 2.2 * whole / 12
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.relu(self.norm(self.conv(x)))
+
+
+def test_printed_code_says_where_a_loss_comes_back() -> None:
+    local = glcan_fx.transform(torchvision.models.resnet18(num_classes=5), k=3, task="classification",
+                               example_inputs=torch.empty(2, 3, 64, 64), method=GLCAN(ahead=1))
+    assert "loss behind" in local.code and "through" in local.code
+    assert isinstance(local.graph, fx.Graph)
