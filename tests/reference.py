@@ -37,7 +37,8 @@ class RawLosses(fx.Interpreter):
         if not re.fullmatch(r"aux\.(\d+|last)", target):
             return super().call_module(target, args, kwargs)
         part, state = self.fetch_attr(target), torch.get_rng_state()
-        loss = part.head(part.network(*args) if hasattr(part, "network") else args[0], *kwargs["context"])
+        loss = part._loss(args, kwargs["context"])
+        loss = getattr(loss, "loss", loss)  # of several terms
         if target != "aux.last":  # what it draws moves no random state of the model's
             torch.set_rng_state(state)
         self.losses.append(scalar(loss))

@@ -14,13 +14,31 @@ from glcan_fx.structure.structure import Structure
 
 
 @dataclass(frozen=True)
+class Term:
+    """A part of a local loss beside the task's: ``criterion(values, *context)`` of what the network makes for it."""
+
+    criterion: nn.Module
+    weight: float
+
+
+@dataclass(frozen=True)
 class Auxiliary:
-    """An auxiliary network: ``network`` is called with the values of ``inputs`` (nodes of the traced graph)."""
+    """An auxiliary network: ``network`` is called with the values of ``inputs`` (nodes of the traced graph).
+
+    It returns predictions, or, where there are ``terms``, these and a dict of what each term is computed from. share:
+    the weight of the task's loss. averages: buffers of the network that follow parameters of the model, by path, and
+    the momentum with which they do. patches: it runs on each of so many parts a side of its input in turn.
+    """
 
     network: Network
     inputs: list[fx.Node]
-    outputs: Any  # fake values of the network's outputs, at the example size
+    outputs: Any  # fake values of the network's predictions, at the example size
     cost: Cost  # at the example size
+    terms: dict[str, Term] = field(default_factory=dict)
+    share: float = 1.0
+    averages: dict[str, str] = field(default_factory=dict)
+    momentum: float = 0.0
+    patches: int = 1
 
 
 _RESHAPES = {"view": "reshape", "view_as": "reshape_as"}
@@ -41,6 +59,10 @@ class Builder:
     copies: dict[str, str] = field(default_factory=dict)
     fresh: list[str] = field(default_factory=list)  # layers that are not copies: initialized at their final width
     full: set[str] = field(default_factory=set)  # prefixes of copies whose layers keep their widths
+    terms: dict[str, tuple[Term, fx.Node]] = field(default_factory=dict)  # and the node of what it is computed from
+    twins: dict[str, str] = field(default_factory=dict)  # copies that begin as the model's own layers, by path
+    average: str = ""  # prefix of such copies that follow the model's weights, with this momentum
+    momentum: float = 0.0
 
     def add(self, name: str, module: nn.Module, *args: fx.Node, fresh: bool = False) -> fx.Node:
         self.register(name, module, fresh=fresh)

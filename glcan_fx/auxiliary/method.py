@@ -20,6 +20,10 @@ OPEN: Any = None
 """Default of an option that the planner chooses."""
 
 
+METHODS: dict[str, "type[Method]"] = {}
+"""Methods by name: all that were defined."""
+
+
 class Method(ABC):
     """A local-learning method: the slots in which methods differ. What a method leaves out is the default.
 
@@ -30,8 +34,9 @@ class Method(ABC):
     | ``Builder.terms``, written by ``predict``: loss terms beside the task's | none |
     | ``share``: the weight of the task's loss, by depth | 1 |
     | ``window``: how many local modules a local loss trains | 1, its own |
-    | ``ahead``: how many blocks behind its module a local loss is taken; it passes through them and does not train them | 0 |
+    | ``ahead``: the number of blocks behind its module through which a local loss passes without training them | 0 |
     | ``Builder.averages``, written by ``predict``: what follows the model's own weights without gradients | nothing |
+    | ``patches``: parts a side of the module's output that the auxiliary network reads one after the other | 1 |
     | ``agreement``: the weight with which the gradients on both sides of a cut are to agree | 0 |
 
     A new method is one file, and a frozen dataclass: a ``BaseMethod``, which has auxiliary networks of its own, or an
@@ -47,6 +52,12 @@ class Method(ABC):
     window: int
     ahead: int
     agreement: float = 0.0
+    patches: int = 1
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if isinstance(cls.__dict__.get("name"), str):
+            METHODS[cls.name] = cls
 
     def _check(self, right: bool, option: str, expected: str) -> None:
         if not right:
@@ -135,21 +146,25 @@ class BaseMethod(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Extension(Method):
-    """A method that adds to another one, its ``base``: an object, or, through ``glcan_fx.methods``, a name. What it
-    does not override is the base's."""
+    """A method that adds to another one, its ``base``: an object, or a name. What it does not override is the base's.
+    """
 
-    base: Any
+    base: Any = "glcan"
 
     def __post_init__(self) -> None:
-        self._check(isinstance(self.base, Method), "base", "a method, such as glcan_fx.methods.DGL()")
+        if isinstance(self.base, str) and self.base in METHODS:
+            object.__setattr__(self, "base", METHODS[self.base]())
+        names = ", ".join(map(repr, METHODS))
+        self._check(isinstance(self.base, Method), "base", f"one of {names}, or an object, such as DGL(ahead=1)")
 
-    head = property(lambda self: self.base.head)  # type: ignore[assignment]
-    width = property(lambda self: self.base.width)  # type: ignore[assignment]
-    predictors = property(lambda self: self.base.predictors)  # type: ignore[assignment]
-    rules = property(lambda self: self.base.rules)  # type: ignore[assignment]
-    window = property(lambda self: self.base.window)  # type: ignore[assignment]
-    ahead = property(lambda self: self.base.ahead)  # type: ignore[assignment]
-    agreement = property(lambda self: self.base.agreement)  # type: ignore[assignment]
+    head = property(lambda self: self.base.head)
+    width = property(lambda self: self.base.width)
+    predictors = property(lambda self: self.base.predictors)
+    rules = property(lambda self: self.base.rules)
+    window = property(lambda self: self.base.window)
+    ahead = property(lambda self: self.base.ahead)
+    agreement = property(lambda self: self.base.agreement)
+    patches = property(lambda self: self.base.patches)
 
     def choices(self, ending: Ending) -> list[Self]:
         return [replace(self, base=base) for base in self.base.choices(ending)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,7 @@ def auxiliary_network(
     for key, weight in weights.items():
         results[key] = build.graph.call_function(scale_gradient, (results[key], weight))
     build.graph.output(results)
+    _average_without_gradients(build)
 
     network = Network(build.root, build.graph, class_name="AuxiliaryNetwork")
     not_in_place(network)
@@ -54,11 +56,54 @@ def auxiliary_network(
     reach(network, structure, remainder.end, build.inputs)
     if remainder.predicts:
         _return_own(network)
+    terms = {name: term for name, (term, _) in build.terms.items()}
+    if terms:
+        output = network.graph.output_node()
+        output.args = ((output.args[0], {name: node for name, (_, node) in build.terms.items()}),)
+        network.recompile()
     with _explained(build, method):
         cost, shapes = _measured(network, build, examples)
+    patches, cost = _in_patches(network, build, examples, method.patches, cost)
     if not build.draft:
         _initialize(network, build)
-    return Auxiliary(network, build.inputs, shapes, cost)
+    averages = {path: source for path, source in build.twins.items() if path.startswith(f"{build.average}.")}
+    return Auxiliary(network, build.inputs, shapes[0] if terms else shapes, cost, terms, method.share(remainder),
+                     averages if build.average else {}, build.momentum, patches)
+
+
+def _average_without_gradients(build: Builder) -> None:
+    """What follows the model's weights are buffers: no optimizer, and no gradient, moves them."""
+    owner = build.root._modules.get(build.average) if build.average else None
+    for module in owner.modules() if owner is not None else ():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                del module._parameters[name]
+                module.register_buffer(name, parameter.detach())
+
+
+def _in_patches(
+    network: Network, build: Builder, examples: list[Any], patches: int, cost: Cost
+) -> tuple[int, Cost]:
+    """How many parts a side the module's output may be read in, one after the other, and what that keeps: where the
+    network reads nothing else, and makes predictions of an image from each of its parts."""
+    structure, end = build.structure, build.inputs[0]
+    sides = structure.spatial(end)
+    whole = [node for node in tree_leaves(network.graph.output_node().args) if isinstance(node, fx.Node)]
+    outputs = [node.meta["value"] for node in structure.trace.output.all_input_nodes]
+    vectors = all(isinstance(value, Tensor) and value.dim() == 2 for value in outputs)
+    if patches == 1 or len(build.inputs) > 1 or len(sides) != 2 or end in structure.channels_last or not (
+            whole and vectors and not build.terms and min(sides) >= patches):
+        return 1, cost
+    height, width = (side // patches for side in sides)
+    mode = structure.trace.mode
+    try:
+        with mode:
+            part = examples[0][..., :height, :width].clone()
+            sizes = network if build.draft else shadow(network, mode)
+            saved = cost_of(sizes, partial(sizes.forward, part))[0].saved
+    except Exception:  # noqa: BLE001 - a head that takes one size only
+        return 1, cost
+    return patches, replace(cost, saved=saved)
 
 
 @contextmanager
@@ -83,6 +128,10 @@ def _initialize(network: Network, build: Builder) -> None:
     predict = {f"tail.{path}" for path in predictors_of_source(build)}
     predict |= {name for name in build.fresh if name.startswith("predict")}
     freshen(network, build.moments, scales=_scales(network.graph), predict=predict)
+    own = dict(network.named_parameters()) | dict(network.named_buffers())
+    with torch.no_grad():
+        for path, source in build.twins.items():
+            own[path].copy_(build.model.get_parameter(source))
 
 
 def _measured(network: Network, build: Builder, examples: list[Any]) -> tuple[Cost, Any]:

@@ -4,12 +4,17 @@ import dataclasses
 from typing import Any
 
 from glcan_fx.auxiliary.features import Feature, FeatureInfo, Rules
-from glcan_fx.auxiliary.method import Method
+from glcan_fx.auxiliary.method import METHODS, BaseMethod, Extension, Method
 from glcan_fx.errors import PlanError
+from glcan_fx.methods.auglocal import AugLocal
 from glcan_fx.methods.dgl import DGL
 from glcan_fx.methods.glcan import GLCAN
-
-METHODS: dict[str, type[Method]] = {method.name: method for method in (GLCAN, DGL)}
+from glcan_fx.methods.hpff import HPFF
+from glcan_fx.methods.infopro import InfoPro
+from glcan_fx.methods.man import MAN
+from glcan_fx.methods.mlaan import MLAAN
+from glcan_fx.methods.predsim import PredSim
+from glcan_fx.methods.sgr import SGR
 
 
 def method_of(given: str | Method, **options: Any) -> Method:
@@ -24,12 +29,14 @@ def method_of(given: str | Method, **options: Any) -> Method:
         names = ", ".join(map(repr, METHODS))
         raise PlanError(f"method={given!r}: choose one of {names}, or pass an object such as "
                         "glcan_fx.methods.GLCAN(width=0.5)")
-    kind = METHODS[given]
+    kind: Any = METHODS[given]
     known = [field.name for field in dataclasses.fields(kind)]
     unknown = [name for name in options if name not in known]
     if unknown:
         raise TypeError(f"unexpected keyword {unknown[0]!r}: method {given!r} has the options {', '.join(known)}")
-    return kind(**options)
+    made: Method = kind(**options)
+    return made
 
 
-__all__ = ["DGL", "GLCAN", "METHODS", "Feature", "FeatureInfo", "Method", "Rules", "method_of"]
+__all__ = ["DGL", "GLCAN", "HPFF", "MAN", "METHODS", "MLAAN", "SGR", "AugLocal", "BaseMethod", "Extension", "Feature",
+           "FeatureInfo", "InfoPro", "Method", "PredSim", "Rules", "method_of"]

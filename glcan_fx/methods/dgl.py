@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch.nn.functional as F
 from torch import fx, nn
@@ -57,23 +57,49 @@ class DGL(BaseMethod):
         return ["decoupled greedy learning's, on each module's own output"]
 
 
+class _Kinds(NamedTuple):
+    """Layers of one rank; few: places a side in front of the perceptron, four in all where that is possible."""
+
+    conv: Any
+    norm: Any
+    average: Any
+    adaptive: Any
+    mode: str
+    few: int
+
+
+_KINDS = {
+    1: _Kinds(nn.Conv1d, nn.BatchNorm1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d, "linear", 4),
+    2: _Kinds(nn.Conv2d, nn.BatchNorm2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, "bilinear", 2),
+    3: _Kinds(nn.Conv3d, nn.BatchNorm3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d, "trilinear", 2),
+}
+
+
 def _predicted(build: Builder, cut: fx.Node, value: fx.Node, end: fx.Node, name: str) -> fx.Node:
     """A value of the shape of ``end`` from the module's own output alone: decoupled greedy learning's auxiliary network
     (Belilovsky et al. 2020, arXiv 1901.08164, section 4.1, "MLP-SR-aux").
 
     Three pointwise convolutions on a map of a quarter of the size, then on its 2 x 2 averages three layers of a
-    perceptron and the classifier. Where a map is asked for, the convolutions work at its resolution, or at the module's
-    own where that is coarser, and a fourth one predicts it. Weights begin at the scale of PyTorch's own initialisation,
-    as in the authors' code.
+    perceptron and the classifier; for tokens, sequences and volumes likewise. Where a map is asked for, the
+    convolutions work at its resolution, or at the module's own where that is coarser, and a fourth one predicts it.
+    Weights begin at the scale of PyTorch's own initialisation, as in the authors' code.
     """
     structure, channels, dtype = build.structure, build.structure.channels(cut), tensor_of(cut).dtype
-    small = structure.spatial(cut)
-    if len(small) != 2 or cut in structure.channels_last:
-        raise PlanError(f"method='dgl' is for maps (N, C, H, W), but '{cut.name}' outputs "
+    small, last = structure.spatial(cut), cut in structure.channels_last
+    rank = len(small)
+    if rank not in _KINDS:
+        raise PlanError(f"method='dgl' is for maps (N, C, ...) and tokens (N, T, C), but '{cut.name}' outputs "
                         f"{'x'.join(map(str, structure.shape(cut)))}")
     large = structure.spatial(end)
     classifies = structure.positions(end) <= 1
+    if not classifies and len(large) != rank:
+        raise PlanError(f"method='dgl' predicts '{end.name}', {'x'.join(map(str, structure.shape(end)))}, on the "
+                        f"positions of '{cut.name}', {'x'.join(map(str, structure.shape(cut)))}: choose other split "
+                        "points, or method='glcan'.")
+    kinds = _KINDS[rank]
     build.full.add(name)
+    if last:
+        value = build.graph.call_method("movedim", (value, -1, 1))
 
     def layer(kind: Any, part: str, *sizes: Any, **options: Any) -> None:
         nonlocal value
@@ -82,24 +108,25 @@ def _predicted(build: Builder, cut: fx.Node, value: fx.Node, end: fx.Node, name:
         value = build.add(f"{name}.{part}", made, value)
 
     if classifies:
-        layer(nn.AdaptiveAvgPool2d, "pool", tuple(-(-size // 4) for size in small))
+        layer(kinds.adaptive, "pool", tuple(-(-size // 4) for size in small))
     elif any(a > b for a, b in zip(small, large, strict=True)):
-        layer(nn.AvgPool2d, "pool", tuple(-(-a // b) for a, b in zip(small, large, strict=True)), ceil_mode=True)
+        layer(kinds.average, "pool", tuple(-(-a // b) for a, b in zip(small, large, strict=True)), ceil_mode=True)
     for index in range(3):
-        layer(nn.Conv2d, f"conv{index}", channels, channels, kernel_size=1, bias=False, dtype=dtype)
-        layer(nn.BatchNorm2d, f"norm{index}", channels, dtype=dtype)
+        layer(kinds.conv, f"conv{index}", channels, channels, kernel_size=1, bias=False, dtype=dtype)
+        layer(kinds.norm, f"norm{index}", channels, dtype=dtype)
         layer(nn.ReLU, f"relu{index}")
     if not classifies:
-        layer(nn.Conv2d, "predict", channels, structure.channels(end), kernel_size=1, dtype=dtype)
+        layer(kinds.conv, "predict", channels, structure.channels(end), kernel_size=1, dtype=dtype)
         if any(a < b for a, b in zip(small, large, strict=True)):
             scale = tuple(b / a for a, b in zip(small, large, strict=True))
-            value = build.graph.call_function(F.interpolate, (value,), {"scale_factor": scale, "mode": "bilinear"})
-        return value
-    layer(nn.AdaptiveAvgPool2d, "average", 2)
+            value = build.graph.call_function(F.interpolate, (value,), {"scale_factor": scale, "mode": kinds.mode})
+        return build.graph.call_method("movedim", (value, 1, -1)) if end in structure.channels_last else value
+    layer(kinds.adaptive, "average", kinds.few)
     layer(nn.Flatten, "flatten")
+    places = kinds.few**rank
     for index in range(3):
-        layer(nn.Linear, f"linear{index}", 4 * channels, 4 * channels, bias=False, dtype=dtype)
-        layer(nn.BatchNorm1d, f"linear_norm{index}", 4 * channels, dtype=dtype)
+        layer(nn.Linear, f"linear{index}", places * channels, places * channels, bias=False, dtype=dtype)
+        layer(nn.BatchNorm1d, f"linear_norm{index}", places * channels, dtype=dtype)
         layer(nn.ReLU, f"linear_relu{index}")
-    layer(nn.Linear, "predict", 4 * channels, structure.channels(end), dtype=dtype)
+    layer(nn.Linear, "predict", places * channels, structure.channels(end), dtype=dtype)
     return value

@@ -30,7 +30,8 @@ class GLCAN(BaseMethod):
             2402.17318, section 3.2).
         stride: output levels of smaller strides are left out, where there are others; 1 keeps all.
 
-    ``head``, ``width``, ``predictors``, ``window``, ``ahead`` and ``rules`` are those of every ``BaseMethod``. GLCAN's own settings are
+    ``head``, ``width``, ``predictors``, ``window``, ``ahead`` and ``rules`` are those of every ``BaseMethod``. GLCAN's
+    own settings are
     ``GLCAN(head="full", width=1, hidden=0, stride=1)``.
     """
 

@@ -295,8 +295,8 @@ class _Choice:
         if key not in self._candidates:
             cuts = self._cuts(k, method)
             if cuts and method.window > len(cuts):
-                raise PlanError(f"window={method.window} of k={len(cuts) + 1} local modules: every loss would train all "
-                                "in front of it, which saves no memory. Use more local modules, or k=1.")
+                raise PlanError(f"window={method.window} of k={len(cuts) + 1} local modules: every loss would train "
+                                "all in front of it, which saves no memory. Use more local modules, or k=1.")
             if method.predictors == "model" and cuts and not self.table.reads_model(cuts, method):
                 raise PlanError("predictors='model': no auxiliary network ends with a layer of the shape of the "
                                 "model's last one. Remove it, or make them wider: width=1, head='light'.")
@@ -321,7 +321,8 @@ class _Choice:
             assert candidate is not None
             reached = self.table.reached(candidate.cuts, method, self._allowed_on)
             extra = self.table.extra(candidate.cuts, method, device=self._allowed_on)
-            excess = max(extra - reached - self.allowed[method], self.table.weight(candidate.cuts, method) - EXTRA_MEMORY)
+            weight = self.table.weight(candidate.cuts, method)
+            excess = max(extra - reached - self.allowed[method], weight - EXTRA_MEMORY)
             found.append((excess, -index, candidate))
         least = min(found, key=lambda one: one[:2])[2]
         return replace(least, note=self._too_large(least))

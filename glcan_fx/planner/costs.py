@@ -93,7 +93,7 @@ class CostTable:
         """Compute that local losses take beside their own modules, relative to a step of backpropagation: in those that
         they pass through, for gradients of inputs, in further ones that they train, for those of weights, too."""
         total = Work()
-        if method.window == 1 and not method.ahead:
+        if method.window == 1 and not method.ahead and not method.agreement:
             return 0.0
         structure = self.structure
         owner = structure.assign([unit.end for unit in cuts])
@@ -103,6 +103,8 @@ class CostTable:
                 nodes[owner[node]].append(node)
         ends = [blocks_ahead(structure, unit, method.ahead)[-1].end if method.ahead else unit.end for unit in cuts]
         for index, reach in enumerate(reaches_of(method.window, [owner[end] for end in ends])):
+            if method.agreement and index:  # a gradient of its input, and that is differentiated once more
+                total = total.plus(work_of(structure, nodes[index]), 3)
             for module in range(reach.first, reach.last):
                 total = total.plus(work_of(structure, nodes[module]), 2)
             if index < len(ends):

@@ -63,7 +63,8 @@ class LocalModule:
     reads, those of the last module's neck and head included. levels: output levels kept, sigma: their weights (eq. 8);
     both empty where the network has no levels. saved, aux_saved: bytes kept for backward at the example size by the
     module and by its auxiliary network, which takes aux_flops floating-point operations forward. ahead: blocks of later
-    local modules that its loss passes through. behind: of the last module, the parts of neck and head. recompute: which of its blocks, and of these parts, run again in backward.
+    local modules that its loss passes through. behind: of the last module, the parts of neck and head. recompute: which
+    of its blocks, and of these parts, run again in backward.
     """
 
     name: str

@@ -42,7 +42,8 @@ def plan_from_json(text: str, kind: type[_P]) -> _P:
 
 
 def _method_to_data(method: Method) -> dict[str, Any]:
-    options = {field.name: getattr(method, field.name) for field in dataclasses.fields(method) if field.name != "rules"}
+    kind: Any = type(method)
+    options = {field.name: getattr(method, field.name) for field in dataclasses.fields(kind) if field.name != "rules"}
     return {"name": method.name, **{name: _method_to_data(value) if isinstance(value, Method) else value
                                     for name, value in options.items()}}
 

@@ -113,7 +113,7 @@ def _emitted(plan: Plan, captured: Captured, ends: list[fx.Node], auxiliaries: S
     again = [module.recompute for module in plan.modules]
     if ends or any(again) or plan.slices > 1:
         return emit(structure, ends, auxiliaries, task, comments, outputs, slices=plan.slices, recomputed=again,
-                    reaches=plan.reaches)
+                    reaches=plan.reaches, agree=plan.method.agreement > 0)
     return emit_whole(structure, task, comments[0], outputs, isinstance(plan.inputs, dict), plan.network)
 
 
@@ -169,4 +169,4 @@ def build_again(local: LocalModel, structure: Structure) -> Emitted:
     auxiliaries: Any = [SimpleNamespace(inputs=nodes) for nodes in inputs]
     comments = [module.headline(index) for index, module in enumerate(plan.modules)]
     return emit(structure, [unit.end for unit in units if unit], auxiliaries, task, comments,
-                _outputs(structure, task), reaches=plan.reaches)
+                _outputs(structure, task), reaches=plan.reaches, agree=plan.method.agreement > 0)

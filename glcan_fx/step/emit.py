@@ -45,9 +45,9 @@ class _Emitter:
 
     def __init__(
         self, structure: Structure, cuts: Sequence[fx.Node], auxiliaries: Sequence[Auxiliary], tail: Sequence[fx.Node],
-        recomputed: Sequence[Sequence[Run]], reaches: Sequence[Reach],
+        recomputed: Sequence[Sequence[Run]], reaches: Sequence[Reach], agree: bool,
     ) -> None:
-        self.reaches = reaches
+        self.reaches, self.agree = reaches, agree
         self.graph = fx.Graph()
         self.trace = structure.trace
         calls = whole_calls(structure.trace, _labels(structure, cuts, tail, recomputed),
@@ -121,10 +121,19 @@ class _Emitter:
                     self.passed[node] = self.graph.create_node("call_function", passing.copied, (made,))
                 continue
             if is_cut:
-                self.cut[node] = self.graph.create_node("call_method", "detach", (self.raw[node],), name=f"cut_{module}")
+                op, target = ("call_function", passing.leaf) if self.agree else ("call_method", "detach")
+                self.cut[node] = self.graph.create_node(op, target, (self.raw[node],), name=f"cut_{module}")
                 later.discard(module + 1)
             if later:
                 self.cache(node)
+
+    def sides(self, module: int) -> dict[str, Any]:
+        """What a local module's loss reads of the cuts around it, where gradients on both sides of a cut are to agree:
+        what it is given, and its output."""
+        if not self.agree:
+            return {}
+        before = self.cut[self.cuts[module - 1]] if module else None
+        return {"sides": (before, self.raw[self.cuts[module]] if module < len(self.cuts) else None)}
 
     def through(self, reach: Reach) -> tuple[tuple[tuple[fx.Node, fx.Node], ...], ...]:
         """What a loss comes back by, of each local module behind which it is computed, the last one first: pairs of a
@@ -243,16 +252,17 @@ def _runs_of(runs: Sequence[Run], around: tuple[int, ...] = ()) -> Iterator[tupl
 def emit(
     structure: Structure, cuts: Sequence[fx.Node], auxiliaries: Sequence[Auxiliary], task: Task,
     comments: Sequence[str], outputs: Callable[[Any], Any], *, slices: int = 1,
-    recomputed: Sequence[Sequence[Run]] = (), reaches: Sequence[Reach],
+    recomputed: Sequence[Sequence[Run]] = (), reaches: Sequence[Reach], agree: bool = False,
 ) -> Emitted:
     """The graph of a training step.
 
-    ``outputs`` maps the compiled part's output to what the last head is given; ``slices``: the tail and the last loss
-    run in so many slices of the batch; ``recomputed``: of each local module, the blocks that run again in backward; ``reaches``: what
-    each local loss trains.
+    ``outputs`` maps the compiled part's output to what the last head is given; ``slices``: the tail and the last
+    loss run in so many slices of the batch; ``recomputed``: of each local module, the blocks that run again in
+    backward; ``reaches``: what each local loss trains; ``agree``: whether losses compare gradients on both sides of
+    a cut.
     """
     tail = sliced_tail(structure, task) if slices > 1 else []
-    out = _Emitter(structure, cuts, auxiliaries, tail, recomputed, reaches)
+    out = _Emitter(structure, cuts, auxiliaries, tail, recomputed, reaches, agree)
     graph, calls = out.graph, out.calls
     inputs, context = task.prepare(graph, structure.trace.placeholders)
     out.raw.update(zip([calls.at[node] for node in structure.trace.placeholders], inputs, strict=True))
@@ -270,6 +280,7 @@ def emit(
         reach = out.reaches[index]
         given: dict[str, Any] = {"inputs": tuple(inputs)} if reach.first == 0 else {}
         given |= {"through": through} if (through := out.through(reach)) else {}
+        given |= out.sides(index)
         losses[index] = graph.create_node(
             "call_module", f"aux.{index}", tuple(out.view(node, reach.until) for node in read[index]),
             {"context": tuple(context), **given}, name=f"loss_{index}")
@@ -296,7 +307,8 @@ def emit(
                 result = outputs(fx.map_arg(made, lambda node: out.view(node, len(cuts))))
                 result, context = task.finish(graph, result, context)
             loss = graph.create_node(
-                "call_module", "aux.last", (result,), {"context": tuple(context)}, name=f"loss_{module}")
+                "call_module", "aux.last", (result,), {"context": tuple(context), **out.sides(module)},
+                name=f"loss_{module}")
             if slices > 1:
                 pair, loss = loss, graph.create_node("call_function", operator.getitem, (loss, 0), name=f"sum_{module}")
                 result = graph.create_node("call_function", operator.getitem, (pair, 1), name="outputs")
@@ -430,7 +442,7 @@ def register(
 ) -> None:
     """Fill the ``aux`` module: per local module its network and head; what the task itself trains; constants."""
     for index, (auxiliary, head) in enumerate(zip(auxiliaries, heads, strict=True)):
-        aux.add_module(str(index), LocalLoss(auxiliary.network, head))
+        aux.add_module(str(index), LocalLoss(auxiliary, head))
     register_task(aux, task)
     if structure.trace.constants:
         part = nn.Module()

@@ -21,10 +21,47 @@ from glcan_fx.pytree import tensors_in
 from glcan_fx.step.learning import Watch, is_half
 from glcan_fx.step.output import total
 
-
 Passed = Sequence[Sequence[tuple[Any, Any]]]
 """By what a loss comes back to earlier local modules, of each of them, the last one first: pairs of a value and what
 later modules read in its place, which has no history."""
+
+
+Sides = tuple[Tensor | None, Tensor | None]
+"""What a local module is given, and what it outputs."""
+
+
+class Agreement:
+    """Lets the gradient of a local loss at what its module is given agree with that of the loss before, at that cut.
+
+    A term of the loss: ``weight`` times the squared distance of both, relative to the sum of their squared lengths,
+    which counts as a number. SGR (arXiv 2406.05222); its weight and scale are not known.
+    """
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+        self._before: Tensor | None = None
+
+    def added(self, loss: Tensor, sides: Sides, name: str) -> Tensor:
+        """A local loss with the term; notes its own gradient for the next one. Raises UnsupportedError where a layer
+        cannot be differentiated twice."""
+        given, own = sides
+        before = self._before
+        self._before = None
+        if own is not None:
+            [gradient] = torch.autograd.grad(loss, [own], retain_graph=True, allow_unused=True)
+            self._before = gradient
+        if given is None or before is None:
+            return loss
+        try:
+            [here] = torch.autograd.grad(loss, [given], create_graph=True, allow_unused=True)
+            if here is None or not here.requires_grad:
+                return loss
+            a, b = here.float(), before.float()
+            lengths = (a.detach().square().sum() + b.square().sum()).clamp_min(torch.finfo(torch.float32).tiny)
+            return loss + self.weight * (a - b).square().sum() / lengths
+        except RuntimeError as error:
+            raise UnsupportedError(f"method='sgr' differentiates local module '{name}' twice, which one of its layers "
+                                   f"does not allow: {error}. Choose another method.") from error
 
 
 class Stepping(Protocol):
@@ -136,10 +173,12 @@ class LocalBackward(nn.Module):
     def __init__(
         self, trains: Sequence[tuple[nn.Module, str]], scale: nn.Module, name: str, model: nn.Module,
         *, alone: bool = True, passes: Sequence[tuple[nn.Module, str]] = (), shared: bool = False,
+        agreement: Agreement | None = None,
     ) -> None:
         super().__init__()
         self.__dict__.update(trains=tuple(trains), passes=tuple(passes), model=model)
         self.shared = shared
+        self.__dict__["agreement"] = agreement
         self.alone = alone  # whether a local loss may read no other parameters of the model
         self.name = name
         self.watch = Watch(name)
@@ -148,7 +187,7 @@ class LocalBackward(nn.Module):
         self.optimizer: Stepping | None = None  # during a forward pass that steps
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # differentiating is eager: compiled graphs end here
-    def forward(self, loss: Any, *inputs: Any, through: Passed = ()) -> Tensor:
+    def forward(self, loss: Any, *inputs: Any, through: Passed = (), sides: Sides = (None, None)) -> Tensor:
         """``inputs``: of the first module, whose loss also gives them their gradients (a stem before the model)."""
         scalar = total(loss)
         self.delivered = []
@@ -163,7 +202,9 @@ class LocalBackward(nn.Module):
             self.optimizer.refuse_used_again([scalar])
         if self.watch.on:
             self._refuse_others(scalar, parameters)
-        stash = differentiate(scalar, parameters, self.__dict__["scaler"], through=through, retain=self.shared)
+        agreement: Agreement | None = self.__dict__["agreement"]
+        whole = scalar if agreement is None else agreement.added(scalar, sides, self.name)
+        stash = differentiate(whole, parameters, self.__dict__["scaler"], through=through, retain=self.shared)
         if self.watch.on:
             self.watch.look(scalar, self._groups(parameters), dict(zip(map(id, parameters), stash, strict=True)))
         self.delivered = [False]
@@ -231,7 +272,8 @@ def differentiate(
 ) -> list[Tensor | None]:
     """Gradients of a local loss that can be changed in place; under float16 autocast by way of the scale.
 
-    through: by what it comes back to earlier local modules. widen: gradients are then float32, whatever the sources are.
+    through: by what it comes back to earlier local modules. widen: gradients are then float32, whatever the sources
+    are.
     """
     half = is_half(loss.device.type)
     with _without_hooks(sources):

@@ -1,17 +1,20 @@
 """The loss of a local module, differentiated at once, and the random numbers that it must not move."""
 
-from typing import Any
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from glcan_fx.auxiliary.builder import Auxiliary
 from glcan_fx.capture.shadow import python_random
+from glcan_fx.errors import ModelChangedError
 from glcan_fx.pytree import tensors_in
-
-from glcan_fx.step.gradients import Passed
-from glcan_fx.step.output import reported, shape_of, total
-from glcan_fx.step.sliced import SlicedHead
+from glcan_fx.step.gradients import Passed, Sides
+from glcan_fx.step.output import parts_of_loss, reported, shape_of, total
+from glcan_fx.step.sliced import SlicedHead, in_patches
 
 
 class LocalLoss(nn.Module):
@@ -20,20 +23,32 @@ class LocalLoss(nn.Module):
     ``network`` makes predictions of the values that the module outputs and those that the loss reads beside them,
     ``head`` the loss of predictions and context, ``backward`` (added when the model is assembled) the gradients. The
     last local module has no network. What the network and the loss draw at random moves no random state of the model's.
-    reports: return the parts of a dict of losses, too.
+    auxiliary: what ``network`` belongs to: further terms of the loss, and what of it follows the model's own weights.
+    reports: return the parts of a loss, too.
     """
 
-    def __init__(self, network: nn.Module | None, head: nn.Module, *, last: bool = False, reports: bool = True) -> None:
+    def __init__(
+        self, auxiliary: Auxiliary | None, head: nn.Module, *, last: bool = False, reports: bool = True
+    ) -> None:
         super().__init__()
-        if network is not None:
-            self.network = network
+        self.share, self.patches = 1.0, 1
+        self.weights: dict[str, float] = {}
+        if auxiliary is not None:
+            self.network = auxiliary.network
+            self.share, self.patches = auxiliary.share, auxiliary.patches
+            self.weights = {name: term.weight for name, term in auxiliary.terms.items()}
+            if auxiliary.terms:
+                self.terms = nn.ModuleDict({name: term.criterion for name, term in auxiliary.terms.items()})
+            if auxiliary.averages:
+                self.averages = Averages(auxiliary.averages, auxiliary.momentum)
         self.head = head
         self.last, self.reports = last, reports
         self.agrees = False  # whether predictions are of the shape of the model's outputs
         self.__dict__.update(draws=Draws(), made=None)
 
     def forward(
-        self, *values: Any, context: tuple[Any, ...] = (), inputs: tuple[Any, ...] = (), through: Passed = ()
+        self, *values: Any, context: tuple[Any, ...] = (), inputs: tuple[Any, ...] = (), through: Passed = (),
+        sides: Sides = (None, None)
     ) -> Any:
         state = self._note_draws(values)
         loss = self._loss(values, context)
@@ -41,8 +56,8 @@ class LocalLoss(nn.Module):
             set_random_state(*state)
         if isinstance(self.head, SlicedHead):
             loss, outputs = loss
-            return self._finished(loss, inputs, through), outputs
-        return self._finished(loss, inputs, through)
+            return self._finished(loss, inputs, through, sides), outputs
+        return self._finished(loss, inputs, through, sides)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _note_draws(self, values: Any) -> tuple[torch.device, Tensor] | None:
@@ -60,15 +75,87 @@ class LocalLoss(nn.Module):
     def _loss(self, values: tuple[Any, ...], context: tuple[Any, ...]) -> Any:
         if "network" not in self._modules:
             return self.head(*values, *context)
-        prediction = self.network(*values)
-        self.__dict__["made"] = shape_of(prediction)
-        return self.head(prediction, *context)
+        if "averages" in self._modules:
+            self.averages(self.network)
+        if self.patches > 1 and torch.is_grad_enabled():
+            return in_patches(partial(self._predicted, context=context), values[0], self.patches,
+                              list(self.network.parameters()))
+        return self._predicted(*values, context=context)
 
-    def _finished(self, loss: Any, inputs: tuple[Any, ...], through: Passed) -> Any:
+    def _predicted(self, *values: Any, context: tuple[Any, ...]) -> Any:
+        made = self.network(*values)
+        prediction, beside = made if self.weights else (made, {})
+        self.__dict__["made"] = shape_of(prediction)
+        loss = self.head(prediction, *context)
+        if self.share == 1 and not beside:
+            return loss
+        terms = {name: self.weights[name] * self.terms[name](value, *context) for name, value in beside.items()}
+        return _Sum(torch.stack([self.share * total(loss), *terms.values()]).sum(), loss, terms)
+
+    def _finished(self, loss: Any, inputs: tuple[Any, ...], through: Passed, sides: Sides) -> Any:
+        parts = None if isinstance(loss, _Sum) else parts_of_loss(loss)
+        if isinstance(loss, _Sum):
+            parts = {**(parts_of_loss(loss.task) or {"task": total(loss.task).detach()}),
+                     **{name: term.detach() for name, term in loss.terms.items()}}
+            loss = loss.loss
         if "backward" not in self._modules:
-            return loss if not self.reports else reported(total(loss), loss)
-        made = self._modules["backward"](loss, *inputs, through=through)  # type: ignore[misc]
-        return reported(made, loss) if self.reports else made
+            return loss if not self.reports else reported(total(loss), parts)
+        made = self._modules["backward"](loss, *inputs, through=through, sides=sides)  # type: ignore[misc]
+        return reported(made, parts) if self.reports else made
+
+
+class _Sum(NamedTuple):
+    """A local loss with terms of its own beside the task's loss, each with its weight."""
+
+    loss: Tensor
+    task: Any
+    terms: dict[str, Tensor]
+
+
+class Averages(nn.Module):
+    """Moves buffers of an auxiliary network towards parameters of the model that they follow, once after each step of
+    an optimizer: when these have changed (in the next forward pass, on every rank alike).
+
+    follows: paths of the buffers, and of the parameters; ``bind`` says of which model. Raises ModelChangedError where
+    the model has no such parameters any longer.
+    """
+
+    begun: Tensor
+
+    def __init__(self, follows: Mapping[str, str], momentum: float) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.__dict__.update(follows=dict(follows), model=None, seen=None)
+        self.register_buffer("begun", torch.tensor(False))
+
+    def bind(self, model: nn.Module) -> None:
+        self.__dict__.update(model=model, seen=None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "model": None, "seen": None}
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def forward(self, network: nn.Module) -> None:
+        buffers, model, follows = dict(network.named_buffers()), self.__dict__["model"], self.__dict__["follows"]
+        try:
+            sources = [model.get_parameter(path) for path in follows.values()]
+        except AttributeError as error:
+            raise ModelChangedError(
+                f"an auxiliary network follows the weights of a block that was replaced: {error}. Compile again."
+            ) from error
+        averages = [buffers[path] for path in follows]
+        if any(isinstance(source, FakeTensor) for source in sources):
+            return
+        versions = [source._version for source in sources]
+        seen = self.__dict__["seen"]
+        resumed = seen is None and bool(self.begun)
+        if resumed or seen not in (None, versions):
+            torch._foreach_lerp_(averages, [source.to(average.dtype) for source, average in zip(
+                sources, averages, strict=True)], 1 - self.momentum)
+        if seen is None:
+            self.begun.fill_(True)
+        self.__dict__["seen"] = versions
 
 
 class Draws:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
@@ -28,11 +29,11 @@ from glcan_fx.errors import (
 from glcan_fx.fx_utils import Packed, Parts, function_of, pack, unpack
 from glcan_fx.pytree import tensors_in
 from glcan_fx.step.arguments import signature_of, unlike
-from glcan_fx.step.gradients import LocalBackward, LossScale, parameters_of, private_graph
+from glcan_fx.step.gradients import Agreement, LocalBackward, LossScale, parameters_of, private_graph
 from glcan_fx.step.guards import Guards, Opened
-from glcan_fx.step.local_loss import Draws, LocalLoss, random_state
+from glcan_fx.step.local_loss import Averages, Draws, LocalLoss, random_state
 from glcan_fx.step.optimizer_in_forward import OptimizerInForward, refuse_distributed
-from glcan_fx.step.output import LocalOutput, collect, reported, shape_of, total
+from glcan_fx.step.output import LocalOutput, collect, parts_of_loss, reported, shape_of, total
 from glcan_fx.step.parts import ReadOnly, Recomputed, SizeCheck, Whole, WithAux
 from glcan_fx.step.sliced import SlicedHead
 from glcan_fx.step.trained import backwards_of, called_by, layers_of, targets_of, targets_of_last, trained_alone
@@ -172,7 +173,7 @@ class LocalModel(nn.Module):
         if targets is None:
             return output
         loss = LossHead(self.task)(output, targets)
-        return collect([reported(total(loss), loss)], output)
+        return collect([reported(total(loss), parts_of_loss(loss))], output)
 
     def names(self) -> list[str]:
         """Of the arguments of a training step: the model's, and its targets."""
@@ -248,7 +249,9 @@ class LocalModel(nn.Module):
         optimizer = self.__dict__["_optimizer"]()
         stepping = optimizer is not None and torch.is_grad_enabled()
         try:
-            with private_graph() if self.plan.k > 1 else nullcontext(), \
+            twice = self.plan.method.agreement and self.plan.k > 1  # fast attention has no second derivative
+            with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext(), \
+                    private_graph() if self.plan.k > 1 else nullcontext(), \
                     optimizer.forward(backwards_of(self.aux, self.plan.k)) if stepping else nullcontext():
                 result = step(**given)
                 if stepping:
@@ -552,30 +555,34 @@ def assemble(
     for name, part in task.parts(model).items():
         aux.add_module(name, part)
     for module in aux.modules():
-        if isinstance(module, ReadOnly):
+        if isinstance(module, ReadOnly | Averages):
             module.bind(model)
     scale = aux._modules.get("scale") or LossScale()
     aux.add_module("scale", scale)
     reaches = plan.reaches
+    agreement = Agreement(plan.method.agreement) if plan.method.agreement > 0 else None
 
     def used(modules: range) -> list[tuple[nn.Module, str]]:
         return [(model, path) for index in modules for path in targets_of(graph, index)]
 
     for index, info in enumerate(plan.modules[:-1]):
         part, reach = aux.get_submodule(str(index)), reaches[index]
-        trains = used(range(reach.first, reach.last + 1)) + [(part, "network"), (part, "head")]
+        trains = used(range(reach.first, reach.last + 1)) + [
+            (part, name) for name in ("network", "head", "terms") if name in part._modules]
         if "task" in aux._modules:
             trains.append((aux, "task"))
         part.add_module("backward", LocalBackward(
             trains, scale, info.name, model, alone=plan.around is None,
-            passes=used(range(reach.last + 1, reach.until + 1)), shared=reaches[index + 1].first <= reach.first))
+            passes=used(range(reach.last + 1, reach.until + 1)), shared=reaches[index + 1].first <= reach.first,
+            agreement=agreement))
         part.__dict__["reports"] = reports
     if plan.k > 1 and reports and plan.around is None:
         trains = used(range(reaches[-1].first, plan.k - 1))
         trains += [(model, path) for path in targets_of_last(model, graph, parts or {}, plan.k)]
         if "task" in aux._modules:
             trains.append((aux, "task"))
-        last.add_module("backward", LocalBackward(trains, scale, plan.modules[-1].name, model))
+        last.add_module("backward", LocalBackward(
+            trains, scale, plan.modules[-1].name, model, agreement=agreement))
     bound = {name: (partial(function_of(part, f"<{name} of {type(model).__name__} {id(part):x}>"), WithAux(model, aux)),
                     layers_of(parts or {}, name)) for name, part in (parts or {}).items()}
     if plan.slices > 1:

@@ -68,9 +68,8 @@ def parts_of_loss(loss: Any) -> dict[str, Tensor] | None:
     return reports_of(loss)
 
 
-def reported(scalar: Tensor, loss: Any) -> Any:
+def reported(scalar: Tensor, parts: dict[str, Tensor] | None) -> Any:
     """A local loss beside its parts, where it has some."""
-    parts = parts_of_loss(loss)
     return scalar if parts is None else (scalar, parts)
 
 

@@ -144,3 +144,34 @@ def _joined(outputs: Sequence[Any]) -> Any:
     """The outputs of all slices as those of one batch."""
     columns = zip(*map(tensors_in, outputs), strict=True)
     return map_tensors(outputs[0], lambda tensor: torch.cat(next(columns)) if tensor.dim() else next(columns)[0])
+
+
+def in_patches(loss: Callable[[Tensor], Any], value: Tensor, patches: int, trained: Sequence[Tensor]) -> Tensor:
+    """The mean of a loss over ``patches`` x ``patches`` parts of a map (N, C, H, W), each differentiated before the
+    next one is run, with the gradients of the map and of what the loss trains (HPFF, section 3.3)."""
+    sources = [value, *trained]
+    wanted = [tensor for tensor in sources if tensor.requires_grad]
+    stash: list[Tensor | None] = [None] * len(wanted)
+    parts = [part for rows in value.detach().tensor_split(patches, -2) for part in rows.tensor_split(patches, -1)]
+    whole = torch.zeros_like(value) if value.requires_grad else None
+    places = [] if whole is None else [
+        part for rows in whole.tensor_split(patches, -2) for part in rows.tensor_split(patches, -1)]
+    result = torch.zeros((), device=value.device)
+    for index, part in enumerate(parts):
+        leaf = part.clone().requires_grad_(value.requires_grad)
+        term = total(loss(leaf)) / len(parts)
+        result = result + term.detach()
+        own = [leaf if source is value else source for source in wanted]
+        grads = torch.autograd.grad(term, own, allow_unused=True)
+        for place, (source, grad) in enumerate(zip(wanted, grads, strict=True)):
+            if grad is None:
+                continue
+            if source is value:
+                places[index].copy_(grad)
+            else:
+                before = stash[place]
+                stash[place] = grad if before is None else before + grad
+    if whole is not None:
+        stash[0] = whole
+    made: Tensor = HandOver.apply(result, stash, [], None, *wanted)
+    return made

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 import glcan_fx
 from glcan_fx import PlanError
-from glcan_fx.methods import DGL, GLCAN, Method
+from glcan_fx.methods import DGL, GLCAN, HPFF, MLAAN, InfoPro, Method
 from glcan_fx.models import edsr, retinanet
 from glcan_fx.plans.plan import Plan
 from glcan_fx.step.local_model import LocalModel
@@ -26,7 +26,11 @@ CASES: dict[str, Any] = {
                   [TARGET] * 2),
 }
 METHODS = {"ahead": GLCAN(ahead=1), "ahead 2": GLCAN(ahead=2), "window": GLCAN(window=2), "window 3": GLCAN(window=3),
-           "both": GLCAN(ahead=1, window=2), "dgl ahead": DGL(ahead=1), "dgl window": DGL(window=2)}
+           "both": GLCAN(ahead=1, window=2), "dgl ahead": DGL(ahead=1), "dgl window": DGL(window=2),
+           "terms": InfoPro(base=DGL(ahead=1)), "patches": HPFF(base="dgl"), "twins": MLAAN()}
+
+
+QUICK = ("ahead", "window", "twins")
 
 
 class UNet(nn.Module):
@@ -67,8 +71,11 @@ def losses_alone(local: LocalModel, x: Any, y: Any) -> list[Tensor]:
     return run.losses
 
 
-@pytest.mark.parametrize("kind", METHODS)
-@pytest.mark.parametrize("task", CASES)
+EVERY = [pytest.param(task, kind, marks=[pytest.mark.slow] * (kind not in QUICK and task != "classification"))
+         for task in CASES for kind in METHODS]
+
+
+@pytest.mark.parametrize(("task", "kind"), EVERY)
 def test_gradients_are_those_of_the_losses_that_reach(task: str, kind: str) -> None:
     """Each parameter's gradient is the sum over the losses that train its local module, each through all that lies
     between, and of no other loss."""

@@ -1,0 +1,122 @@
+"""MAN: auxiliary networks that begin with the next block, by a branch that learns and an average of its weights."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from glcan_fx.auxiliary.builder import Builder
+from glcan_fx.auxiliary.features import Feature
+from glcan_fx.auxiliary.method import Extension
+from glcan_fx.auxiliary.remainder import Remainder, blocks_ahead
+from glcan_fx.auxiliary.stage import region_between
+from glcan_fx.errors import PlanError
+from glcan_fx.structure.nodes import is_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAN(Extension):
+    """Momentum auxiliary networks (Su et al. 2024, arXiv 2407.05623; MAN++, arXiv 2507.16279): in front of the base's
+    auxiliary network stand two copies of the block that follows the local module. One learns; the other's weights are
+    an exponential moving average of the block's own, so that a local module is told how the next one changes.
+
+    Args:
+        base: the method whose auxiliary network reads the sum of both copies.
+        momentum: of the moving average, which moves once after each step of the optimizer, 0 to 1. Published: 0.995.
+        scaled: a learnable scale s weighs the copies, s and 2 - s, as in MAN++; without it their sum, as in MAN.
+
+    Both copies begin with the block's own weights. (In the authors' code they begin as other random blocks, as it
+    initialises them afterwards, and the average stands still unless its momentum is passed.) The average's weights
+    are buffers; its batch norm has statistics of its own.
+    """
+
+    name: ClassVar[str] = "man"
+    title: ClassVar[str] = "the next block, learned and averaged (MAN)"
+
+    momentum: float = 0.995
+    scaled: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check(isinstance(self.momentum, int | float) and 0 <= self.momentum < 1, "momentum",
+                    "a number, 0 or more and below 1")
+        self._check(isinstance(self.scaled, bool), "scaled", "True or False")
+
+    @property
+    def depends_on_blocks(self) -> bool:
+        return True
+
+    def predict(self, build: Builder, remainder: Remainder, features: Sequence[Feature]) -> None:
+        structure = remainder.structure
+        own = build.input(remainder.end)
+        units = structure.units
+        later = [unit for unit in units if unit.end is units[-1].end] if remainder.end is units[-2].end else (
+            blocks_ahead(structure, remainder.unit, 1))
+        block = later[0]
+        learned = _copy(build, remainder.end, block.end, own, _LEARNED)
+        averaged = _copy(build, remainder.end, block.end, own, _AVERAGED)
+        if not any(path.startswith(f"{_AVERAGED}.") for path in build.twins):
+            raise PlanError(f"MAN: the block '{block.name}', which follows '{remainder.unit.name}', has no weights to "
+                            "follow. Choose other split points, or another method.")
+        build.average, build.momentum = _AVERAGED, self.momentum
+        with structure.trace.mode if build.draft else nullcontext():
+            both = Both(self.scaled)
+        build.values[block.end] = build.add("both", both, learned, averaged)
+        behind = replace(remainder, unit=block, owner=structure.assign([block.end]) | {
+            node: index for node, index in remainder.owner.items() if index < remainder.index})
+        super().predict(build, behind, features)
+        known = structure.known_by(remainder.end)
+        beyond = [node for node in build.inputs if node in structure.dependent and node not in known]
+        if beyond:
+            raise PlanError(f"MAN: the auxiliary network behind '{remainder.unit.name}' would read '{beyond[0].name}', "
+                            "which the next block makes. Choose other split points, or another base.")
+
+
+_LEARNED, _AVERAGED = "learned", "averaged"
+
+
+def _copy(build: Builder, start: fx.Node, end: fx.Node, own: fx.Node, prefix: str) -> fx.Node:
+    """A copy of what lies between two values, that begins with the model's own weights."""
+    structure = build.structure
+    known = structure.known_by(start)
+    saved = dict(build.values)
+    build.values[start] = own
+    build.full.add(prefix)
+    for node in region_between(structure, start, end):
+        _with_sources(build, node, known, prefix)
+    result = build.values[end]
+    for path in [path for path in build.copies if path.startswith(f"{prefix}.")]:
+        owner, _, last = path.rpartition(".")
+        copied = build.root.get_submodule(owner)._modules.get(last)
+        names = [path] if copied is None else [f"{path}.{name}" for name, _ in copied.named_parameters()]
+        build.twins.update({name: name.removeprefix(f"{prefix}.") for name in names})
+    build.values = {**saved, **{node: build.values[node] for node in build.inputs}}
+    return result
+
+
+def _with_sources(build: Builder, node: fx.Node, known: set[fx.Node], prefix: str) -> None:
+    if node in build.values:
+        return
+    if node.op == "placeholder" or node in known and node in build.structure.dependent and not is_size(node):
+        build.input(node)
+        return
+    for source in node.all_input_nodes:
+        _with_sources(build, source, known, prefix)
+    build.copy(node, prefix)
+
+
+class Both(nn.Module):
+    """(learned, averaged) -> their sum; or, scaled, s of the one and 2 - s of the other."""
+
+    def __init__(self, scaled: bool) -> None:
+        super().__init__()
+        if scaled:
+            self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, learned: Tensor, averaged: Tensor) -> Tensor:
+        if "scale" not in self._parameters:
+            return learned + averaged
+        return self.scale * learned + (2 - self.scale) * averaged
