@@ -15,6 +15,7 @@ from glcan_fx.methods.man import MAN
 from glcan_fx.methods.mlaan import MLAAN
 from glcan_fx.methods.predsim import PredSim
 from glcan_fx.methods.sgr import SGR
+from glcan_fx.replacement import replace
 
 
 def method_of(given: str | Method, **options: Any) -> Method:
@@ -39,4 +40,4 @@ def method_of(given: str | Method, **options: Any) -> Method:
 
 
 __all__ = ["DGL", "GLCAN", "HPFF", "MAN", "METHODS", "MLAAN", "SGR", "AugLocal", "BaseMethod", "Extension", "Feature",
-           "FeatureInfo", "InfoPro", "Method", "PredSim", "Rules", "method_of"]
+           "FeatureInfo", "InfoPro", "Method", "PredSim", "Rules", "method_of", "replace"]

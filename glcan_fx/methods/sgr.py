@@ -20,7 +20,7 @@ class SGR(Extension):
 
     Args:
         base: the method whose auxiliary networks compute the loss.
-        weight: of the term. (The published one is not known.)
+        agreement: weight of the term. (The published one is not known.)
 
     Not for detectors, whose losses have no second derivative.
     """
@@ -28,11 +28,11 @@ class SGR(Extension):
     name: ClassVar[str] = "sgr"
     title: ClassVar[str] = "gradients that agree at the cuts (SGR)"
 
-    weight: float = 0.1
+    agreement: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check(isinstance(self.weight, int | float) and self.weight > 0, "weight", "a number above 0")
+        self._check(isinstance(self.agreement, int | float) and self.agreement > 0, "agreement", "a number above 0")
         self._check(self.window == 1 and not self.ahead, "base", "a method without window and ahead, whose losses "
                     "stay in their own modules")
 
@@ -41,7 +41,3 @@ class SGR(Extension):
             raise PlanError("SGR needs second derivatives, which a detector's losses do not have: choose another "
                             "method.")
         super().predict(build, remainder, features)
-
-    @property
-    def agreement(self) -> float:
-        return self.weight

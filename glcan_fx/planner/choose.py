@@ -23,6 +23,7 @@ from glcan_fx.planner.predict import Foretold, Predictor, Savings
 from glcan_fx.planner.request import Request
 from glcan_fx.planner.search import ALIKE, COMPUTE, EXTRA_MEMORY, Candidate, Search, allowances, in_words
 from glcan_fx.plans.plan import Plan
+from glcan_fx.replacement import kept_together
 from glcan_fx.simulate.estimate import Estimate
 from glcan_fx.simulate.simulator import Simulator
 from glcan_fx.step.emit import sliced_tail, why_not_sliced
@@ -86,8 +87,11 @@ class _Choice:
             self.choices, ending, request.compute_budget, request.memory_budget)
         self._allowed_on = OPERATIONS if request.compute_budget is None else self.table.device
         self.refused: dict[str, PlanError] = {}
+        self.together: dict[str, PlanError] = {}
         if isinstance(request.k, int | str):  # the choice of cuts is ours
-            self.refused = _hooked(self.structure, captured.model) | self.table.refused(self._plain())
+            self.together = _replaced(self.structure)
+            self.refused = (_hooked(self.structure, captured.model) | self.table.refused(self._plain())
+                            | self.together)
         *earlier, last = self.structure.units
         earlier = earlier[:max(0, len(earlier) - request.method.ahead)]  # enough blocks follow
         self.units = [*(unit for unit in earlier if unit.name not in self.refused), last]
@@ -102,7 +106,7 @@ class _Choice:
 
     def plan(self) -> Plan:
         request = self.request
-        if len(self.units) == 1 and self.refused and request.k != 1:
+        if len(self.units) == 1 and self.refused.keys() - self.together.keys() and request.k != 1:
             first = next(iter(self.refused.values()))
             raise first if request.needs_graph else NothingToCut(str(first))
         if request.memory_budget is not None:
@@ -372,6 +376,22 @@ def _hooked(structure: Structure, model: nn.Module) -> dict[str, PlanError]:
             if call.path and any(hooks_on(m.get_submodule(call.path)) for m in (model, structure.trace.shadow)):
                 refused[unit.name] = PlanError(f"'{call.path}', which goes on behind it, has a hook, so that it is "
                                                "called as a whole")
+    return refused
+
+
+def _replaced(structure: Structure) -> dict[str, PlanError]:
+    """Units that end between a block with replaced weights and its neighbours, which these are made of."""
+    together = kept_together(structure.trace.shadow)
+    refused: dict[str, PlanError] = {}
+    for unit in structure.units[:-1] if together else ():
+        users: dict[int, set[int]] = {}
+        for node, owner in structure.assign([unit.end]).items():
+            for parameter in structure.trace.parameters(node):
+                users.setdefault(id(parameter), set()).add(owner)
+        for path, parameters in together:
+            if len(set().union(*(users.get(key, set()) for key in parameters))) > 1:
+                refused[unit.name] = PlanError(f"the weights of '{path}' are made of its neighbours', and stay in one "
+                                               "local module with them")
     return refused
 
 
