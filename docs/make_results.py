@@ -23,8 +23,8 @@ _SAID = {"task", "data", "test", "method", "k", "k_asked", "seed", "device", "de
 _SETTING = ("limit", "epochs", "batch_size", "lr", "depth", "size", "short", "channels", "blocks", "patch", "each",
             "scale", "model", "width", "classes", "stock")
 _OPTIONS = ("head", "aux_width", "aux_depth", "aux_hidden", "aux_stride", "aux_lr", "memory_budget", "compute_budget",
-            "predictors", "rules")
-_DEFAULTS = {"aux_lr": 1.0, "aux_depth": 0, "predictors": "own"}
+            "predictors", "rules", "ahead", "window")
+_DEFAULTS = {"aux_lr": 1.0, "aux_depth": 0, "predictors": "own", "ahead": 0}
 _METHODS = ("bp", "checkpoint", "dgl", "glcan")
 _LINES = 10  # more are not told apart in a picture
 MIB = 2**20

@@ -53,7 +53,7 @@ class OneLevel(glcan_fx.Rules):
 
 
 RULES = {"no-cache": NoCache(), "own-level-twice": glcan_fx.Rules(own_level=2.0), "one-level": OneLevel()}
-METHODS = ("bp", "checkpoint", "dgl", "glcan")
+EXACT = ("bp", "checkpoint")
 _MEASURED = range(2, 4)  # steps whose memory is counted, and which are not timed
 MIB = 2**20
 
@@ -92,7 +92,9 @@ def add_arguments(parser: argparse.ArgumentParser, *, folders: bool = False, **d
     training.add_argument("--amp", action="store_true", help="autocast to bfloat16")
     training.add_argument("--threads", type=int, metavar="N", help="of a CPU")
     method = parser.add_argument_group("method")
-    method.add_argument("--method", choices=METHODS, default="glcan", help="(%(default)s)")
+    method.add_argument("--method", default="glcan", type=_named, metavar="NAME",
+                        help=f"bp, checkpoint, {', '.join(sorted(glcan_fx.methods.METHODS))}, or some of these, each of "
+                        "them the base of the one before: hpff+man+dgl (%(default)s)")
     method.add_argument("--k", default="fewest", help="local modules: a number, fewest, natural, or split points "
                         "with commas between them (%(default)s)")
     method.add_argument("--head", choices=("full", "light", "lean"), help="of auxiliary networks")
@@ -102,6 +104,9 @@ def add_arguments(parser: argparse.ArgumentParser, *, folders: bool = False, **d
     method.add_argument("--aux-stride", type=int, metavar="N", help="finest level of a detector in them")
     method.add_argument("--aux-lr", type=float, default=1.0, metavar="F",
                         help="their learning rate, relative (%(default)s)")
+    method.add_argument("--ahead", type=int, default=0, metavar="N", help="blocks behind its module through which a "
+                        "local loss passes (%(default)s)")
+    method.add_argument("--window", type=int, metavar="N", help="local modules that a local loss trains")
     method.add_argument("--memory-budget", metavar="6GiB", help="plan for a step in so much")
     method.add_argument("--compute-budget", type=float, metavar="1.3", help="plan for so much of backpropagation's "
                         "compute")
@@ -118,6 +123,34 @@ def add_arguments(parser: argparse.ArgumentParser, *, folders: bool = False, **d
     output.add_argument("--evaluate-every", type=int, default=1, metavar="EPOCHS", help="(%(default)s)")
     output.add_argument("--cosines", action="store_true", help="with each evaluation, between every local module's "
                         "gradient and backpropagation's; takes backpropagation's memory")
+
+
+def _named(text: str) -> str:
+    """A method's name, or several with + between them."""
+    known = glcan_fx.methods.METHODS
+    wrong = [] if text in EXACT else [name for name in text.split("+") if name not in known]
+    if wrong:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r}: choose from {', '.join(EXACT)}, {', '.join(sorted(known))}")
+    return text
+
+
+def method_of(args: argparse.Namespace) -> glcan_fx.methods.Method:
+    """The local-learning method that the options describe. Raises PlanError."""
+    given = {"head": args.head, "width": args.aux_width, "depth": args.aux_depth or None, "hidden": args.aux_hidden,
+             "stride": args.aux_stride, "predictors": args.predictors, "ahead": args.ahead, "window": args.window,
+             "rules": RULES[args.rules] if args.rules else None}
+    usual = {"predictors": "own", "ahead": 0}
+    given = {name: value for name, value in given.items() if value is not None and value != usual.get(name)}
+    *outer, name = args.method.split("+")
+    made: Any = None
+    if issubclass(glcan_fx.methods.METHODS[name], glcan_fx.methods.Extension):  # of its own base, or of GLCAN's options
+        outer.append(name)
+        made = glcan_fx.methods.GLCAN(**given) if given else None
+    else:
+        made = glcan_fx.methods.method_of(name, **given)
+    for name in reversed(outer):
+        made = glcan_fx.methods.method_of(name, **({} if made is None else {"base": made}))
+    return made
 
 
 def prepared(experiment: Experiment, args: argparse.Namespace) -> tuple[nn.Module, glcan_fx.Plan | None]:
@@ -138,10 +171,8 @@ def prepared(experiment: Experiment, args: argparse.Namespace) -> tuple[nn.Modul
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         return model, None
     budgets = {"memory_budget": args.memory_budget, "compute_budget": args.compute_budget}
-    method = glcan_fx.methods.DGL() if args.method == "dgl" else glcan_fx.methods.GLCAN(
-        head=args.head, width=args.aux_width, depth=args.aux_depth, hidden=args.aux_hidden, stride=args.aux_stride,
-        predictors=args.predictors, rules=RULES[args.rules] if args.rules else glcan_fx.Rules())
-    local = glcan_fx.transform(model, k=k, task=experiment.task, example_inputs=example, method=method, **budgets)
+    local = glcan_fx.transform(model, k=k, task=experiment.task, example_inputs=example, method=method_of(args),
+                               **budgets)
     return local, local.plan
 
 
@@ -173,7 +204,7 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    cuts = args.method in ("glcan", "dgl")
+    cuts = args.method not in EXACT
     if not cuts and args.k != "fewest":
         raise SystemExit(f"--k {args.k}: --method {args.method} has no local modules; remove it")
     identity = _identity(experiment, args)
