@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, folders: bool = False, **d
     training.add_argument("--threads", type=int, metavar="N", help="of a CPU")
     method = parser.add_argument_group("method")
     method.add_argument("--method", default="glcan", type=_named, metavar="NAME",
-                        help=f"bp, checkpoint, {', '.join(sorted(glcan_fx.methods.METHODS))}, or some of these, each the "
+                        help=f"bp, checkpoint, {', '.join(sorted(glcan_fx.methods.METHODS))}, or several, each the "
                         "base of the one before: hpff+man+dgl (%(default)s)")
     method.add_argument("--k", default="fewest", help="local modules: a number, fewest, natural, or split points "
                         "with commas between them (%(default)s)")
