@@ -101,6 +101,16 @@ class Method(ABC):
         own = [f"head {self.head}", f"width {self.width:g}"]
         return [*own, *["the model's predictors"] * (self.predictors == "model")]
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What is added to a base's auxiliary networks, in words."""
+        return ()
+
+    @property
+    def core(self) -> "Method":
+        """The method that others were added to: its auxiliary networks are what a planner may choose."""
+        return self
+
     def _reach_in_words(self) -> str:
         window = f" Local losses train windows of {self.window} local modules." if self.window > 1 else ""
         blocks = "the next block" if self.ahead == 1 else f"the next {self.ahead} blocks"
@@ -189,6 +199,15 @@ class Extension(Method):
 
     def in_words(self, levels: Sequence[int]) -> list[str]:
         return [*self.base.in_words(levels), self.title]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return (*self.base.parts, self.title)
+
+    @property
+    def core(self) -> Method:
+        core: Method = self.base.core
+        return core
 
     @property
     def title(self) -> str:

@@ -36,4 +36,4 @@ class HPFF(Extension):
 
     @property
     def title(self) -> str:
-        return f"read in {self.patches} x {self.patches} parts (HPFF)" if self.patches > 1 else "windows (HPFF)"
+        return f"HPFF: in {self.patches} x {self.patches} parts" if self.patches > 1 else "HPFF: windows"

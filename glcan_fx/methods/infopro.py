@@ -41,7 +41,7 @@ class InfoPro(Extension):
     """
 
     name: ClassVar[str] = "infopro"
-    title: ClassVar[str] = "reconstruction of the input (InfoPro)"
+    title: ClassVar[str] = "InfoPro: reconstructs the input"
 
     reconstruction: Weights = (5.0, 0.2)
     task: Weights = (0.05, 0.5)

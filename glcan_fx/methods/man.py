@@ -34,7 +34,7 @@ class MAN(Extension):
     """
 
     name: ClassVar[str] = "man"
-    title: ClassVar[str] = "the next block, learned and averaged (MAN)"
+    title: ClassVar[str] = "MAN: next block, learned + averaged"
 
     momentum: float = 0.995
     scaled: bool = True

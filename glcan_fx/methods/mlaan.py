@@ -22,7 +22,7 @@ class MLAAN(MAN):
     """
 
     name: ClassVar[str] = "mlaan"
-    title: ClassVar[str] = "the next block, learned and averaged (MLAAN)"
+    title: ClassVar[str] = "MLAAN: next block, learned + averaged"
 
     base: Any = AugLocal(depth=3)
     scaled: bool = False

@@ -30,7 +30,7 @@ class PredSim(Extension):
     """
 
     name: ClassVar[str] = "predsim"
-    title: ClassVar[str] = "similarity matching (PredSim)"
+    title: ClassVar[str] = "PredSim: similarities"
 
     beta: float = 0.99
 

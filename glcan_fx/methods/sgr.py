@@ -26,7 +26,7 @@ class SGR(Extension):
     """
 
     name: ClassVar[str] = "sgr"
-    title: ClassVar[str] = "gradients that agree at the cuts (SGR)"
+    title: ClassVar[str] = "SGR: gradients agree at cuts"
 
     agreement: float = 0.1
 

@@ -304,10 +304,12 @@ class _Choice:
             if method.predictors == "model" and cuts and not self.table.reads_model(cuts, method):
                 raise PlanError("predictors='model': no auxiliary network ends with a layer of the shape of the "
                                 "model's last one. Remove it, or make them wider: width=1, head='light'.")
+            chosen = method
             if self.request.compute_budget is None:  # what the method is in itself is not left to choose
-                allowed += self.table.reached(cuts, method, self._allowed_on)
-            extra = self.table.extra(cuts, method, allowed, self._allowed_on) if cuts else 0.0
-            heavy = extra < math.inf > allowed and self.table.weight(cuts, method) > EXTRA_MEMORY
+                chosen = method.core
+                allowed += self.table.reached(cuts, chosen, self._allowed_on)
+            extra = self.table.extra(cuts, chosen, allowed, self._allowed_on) if cuts else 0.0
+            heavy = extra < math.inf > allowed and self.table.weight(cuts, chosen) > EXTRA_MEMORY
             if extra < math.inf and not heavy:
                 compute = 1 + (self.table.extra(cuts, method) if cuts else 0.0)
                 self._candidates[key] = Candidate(tuple(cuts), method, compute)
@@ -323,9 +325,9 @@ class _Choice:
             except PlanError:
                 continue
             assert candidate is not None
-            reached = self.table.reached(candidate.cuts, method, self._allowed_on)
-            extra = self.table.extra(candidate.cuts, method, device=self._allowed_on)
-            weight = self.table.weight(candidate.cuts, method)
+            reached = self.table.reached(candidate.cuts, method.core, self._allowed_on)
+            extra = self.table.extra(candidate.cuts, method.core, device=self._allowed_on)
+            weight = self.table.weight(candidate.cuts, method.core)
             excess = max(extra - reached - self.allowed[method], weight - EXTRA_MEMORY)
             found.append((excess, -index, candidate))
         least = min(found, key=lambda one: one[:2])[2]

@@ -14,7 +14,7 @@ import graphviz
 from torch import fx
 
 from glcan_fx.errors import PlanError, UnsupportedError
-from glcan_fx.plans.plan import LocalModule, Plan
+from glcan_fx.plans.plan import LocalModule, Plan, Reach
 from glcan_fx.report.table import common_prefix, heading, input_sizes, run_again, saved_bytes, span, taps
 from glcan_fx.simulate.estimate import Memory
 from glcan_fx.structure.structure import Structure
@@ -29,7 +29,7 @@ _MANY = 20  # local modules; more are drawn with neighbours that are alike as on
 # one hue per resolution, readable in grey and by the colour-blind; neighbours of one resolution differ in shade
 _HUES = (("#dce9f5", "#c3daee"), ("#fbe6c8", "#f6d6a5"), ("#d7efe6", "#b9e2d3"), ("#f6dfeb", "#edc8dc"),
          ("#f7f3c4", "#ece59a"), ("#e6e2f3", "#d2cbea"), ("#e9e9e9", "#dadada"))
-_CUT, _CACHE, _MADE = "#c0392b", "#1f6fb2", "#a65e00"
+_CUT, _CACHE, _MADE, _BACK = "#c0392b", "#1f6fb2", "#a65e00", "#00695c"
 _KINDS = (("cache", "P", _CACHE), ("own", "own", "#2e7d32"), ("synthesised", "S", _MADE))
 _FONT = "Helvetica"  # whose widths Graphviz knows, in a browser too
 
@@ -86,14 +86,14 @@ def plan_dot(
             box.attr(label="", fillcolor=colours[number], style="rounded,filled", color="#8a8a8a",
                      id=f"module-{row.key}-cluster")
             box.node(f"m{row.start}", _module(row, prefix, grown, depth), id=f"module-{row.key}")
-            box.node(f"a{row.start}", _tail() if module.cut is None else _auxiliary(row, prefix),
+            box.node(f"a{row.start}", _tail() if module.cut is None else _auxiliary(row, prefix, plan.method.parts),
                      id=f"module-{row.key}-head" if module.cut is None else f"aux-{row.key}")
             box.body.extend(operators[row.start].lines if row.start in operators else ())
             with box.subgraph() as same:
                 same.attr(rank="same")
                 same.node(ends.get(row.start, f"m{row.start}"))
                 same.node(f"a{row.start}")
-        _connect(graph, row, rows[number - 1] if number else None, ends)
+        _connect(graph, row, rows[number - 1] if number else None, ends, plan.reaches)
         _lane(graph, row, live, prefix, rows[number + 1] if number + 1 < len(rows) else None)
     _writes(graph, plan, rows, live)
     return str(graph.source)
@@ -162,14 +162,26 @@ def picture(dot: str, ending: str) -> bytes:
 # ---------------------------------------------------------------------------------------------- edges
 
 
-def _connect(graph: graphviz.Digraph, row: _Row, before: _Row | None, ends: Mapping[int, str]) -> None:
+def _connect(
+    graph: graphviz.Digraph, row: _Row, before: _Row | None, ends: Mapping[int, str], reaches: Sequence[Reach]
+) -> None:
     """From the module before, or the input, into the row; and on to its auxiliary network."""
     if before is None:
         graph.edge("input", f"m{row.start}", weight="50")
     else:
-        graph.edge(ends.get(before.start, f"m{before.start}"), f"m{row.start}", weight="50", color=_CUT, penwidth="1.6",
-                   dir="both", arrowtail="tee", style="dashed", label="  detach", fontcolor=_CUT)
+        back = [index for index, reach in enumerate(reaches) if reach.first <= before.stop < reach.until]
+        colour = _BACK if back else _CUT
+        label = _comes_back(back) if back else "  detach"
+        graph.edge(ends.get(before.start, f"m{before.start}"), f"m{row.start}", weight="50", color=colour,
+                   penwidth="1.6", dir="both", arrowtail="inv" if back else "tee", style="dashed", label=label,
+                   fontcolor=colour)
     graph.edge(ends.get(row.start, f"m{row.start}"), f"a{row.start}", weight="5")
+
+
+def _comes_back(losses: Sequence[int]) -> str:
+    """Which losses pass a cut."""
+    numbers = f"loss {losses[0]}" if len(losses) == 1 else f"losses {losses[0]}–{losses[-1]}"
+    return f"  {numbers} back"
 
 
 def _lane(graph: graphviz.Digraph, row: _Row, live: list[list[str]], prefix: str, after: _Row | None) -> None:
@@ -239,11 +251,14 @@ def _where(stride: int, shape: Sequence[int]) -> str:
     return ", ".join([f"stride {stride}"] * bool(stride) + ["x".join(map(str, shape))])
 
 
-def _auxiliary(row: _Row, prefix: str) -> str:
-    """An auxiliary network: what it synthesises, the local neck and head, the loss."""
+def _auxiliary(row: _Row, prefix: str, parts: Sequence[str]) -> str:
+    """An auxiliary network: what it synthesises, the local neck and head, the loss. parts: what a method adds."""
     module, count = row.modules[0], len(row.modules)
     read = [(label, colour, tap) for source, label, colour in _KINDS for tap in taps(module, source, prefix)]
-    cells = "".join(f'<TD BGCOLOR="white"><FONT COLOR="{colour}">{label} {_text(tap)}</FONT></TD>'
+    behind = [f"behind {name.removeprefix(prefix)}" for name in module.ahead[-1:]]
+    added = "".join(f'<TD BGCOLOR="white"><FONT COLOR="{_BACK}">{_text(part)}</FONT></TD>'
+                    for part in (*behind, *parts))
+    cells = added + "".join(f'<TD BGCOLOR="white"><FONT COLOR="{colour}">{label} {_text(tap)}</FONT></TD>'
                     for label, colour, tap in read)
     number = row.key.replace("-", "–")
     costs = f"{module.aux_parameters:,} parameters"
@@ -251,7 +266,7 @@ def _auxiliary(row: _Row, prefix: str) -> str:
     title = f"auxiliary network{'s' * (count > 1)} {number}"
     return (f'<<TABLE BORDER="1" CELLBORDER="1" CELLSPACING="3" CELLPADDING="3" COLOR="#777777" BGCOLOR="#ffffffaa">'
             f'<TR>{cells}<TD BGCOLOR="white">local neck, head</TD><TD BGCOLOR="white">loss {number}</TD></TR>'
-            f'<TR><TD BORDER="0" COLSPAN="{len(read) + 2}"><FONT POINT-SIZE="9">'
+            f'<TR><TD BORDER="0" COLSPAN="{len(read) + len(behind) + len(parts) + 2}"><FONT POINT-SIZE="9">'
             f"{_text(title)}: {costs}{' each' * (count > 1)}</FONT></TD></TR></TABLE>>")
 
 
@@ -269,6 +284,8 @@ def _title(plan: Plan) -> str:
         '<TD><FONT COLOR="#8e24aa">▼ down-sampling</FONT></TD>',
         "<TD>one colour per resolution</TD>",
     ]
+    if any(reach.first < reach.until for reach in plan.reaches[:-1]):
+        legend.insert(1, f'<TD><FONT COLOR="{_BACK}"><B>– –</B> a later loss comes back</FONT></TD>')
     return (f'<<TABLE BORDER="0" CELLSPACING="9"><TR><TD COLSPAN="{len(legend)}"><FONT POINT-SIZE="14">'
             f"{_text(heading(plan))}</FONT></TD></TR><TR>{''.join(legend)}</TR></TABLE>>")
 

@@ -220,6 +220,7 @@ def features(module: LocalModule, prefix: str = "") -> str:
     """What a local loss is computed from."""
     parts = [f"{label} {', '.join(names)}" for source, (label, _) in _SOURCES.items()
              if (names := taps(module, source, prefix))]
+    parts += [f"behind {name.removeprefix(prefix)}" for name in module.ahead[-1:]]
     return "; ".join(parts + ["neck and head"] * (module.cut is None)) or "its output alone"
 
 

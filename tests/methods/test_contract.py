@@ -257,7 +257,7 @@ class TestComposition:
         plan = glcan_fx.plan(Net(), k=3, task="classification", example_inputs=torch.empty(4, 3, 16, 16),
                              method="hpff", base=MAN(base=DGL(ahead=1))).plan
         assert plan.method.window == 2 and plan.method.ahead == 1
-        assert "next block" in plan.method.description(()) and "windows of 2" in plan.method.description(())
+        assert "MAN: next block" in plan.method.description(()) and "windows of 2" in plan.method.description(())
 
     @pytest.mark.parametrize(("make", "message"), [
         (lambda: HPFF(base="dlg"), "base='dlg'.*'dgl'"), (lambda: MAN(momentum=1.0), "momentum=1.0"),
