@@ -73,7 +73,7 @@ def tables(records: Sequence[dict[str, Any]]) -> list[str]:
         for run in runs:
             groups.setdefault((run["method"], modules(run), options(run)), []).append(run)
         plain = next((group for (method, _, _), group in groups.items() if method == "bp"), None)
-        for (method, k, given), group in sorted(groups.items(), key=lambda item: _METHODS.index(item[0][0])):
+        for (method, k, given), group in sorted(groups.items(), key=lambda item: _order(item[0][0])):
             cells = []
             for score in scores:
                 values = [run[score] for run in group]
@@ -98,6 +98,11 @@ def tables(records: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _order(method: str) -> tuple[int, str]:
+    """Backpropagation first, then the methods of old, then the others."""
+    return _METHODS.index(method) if method in _METHODS else len(_METHODS), method
+
+
 Groups = dict[tuple[str, str, str], list[dict[str, Any]]]
 
 
@@ -118,11 +123,11 @@ def curves(name: str, score: str, groups: Groups, drawn_before: set[str]) -> lis
     figure = Figure(figsize=(8.5, 3.6), layout="constrained")
     axes = figure.subplots()
     styles = {"bp": "-", "checkpoint": ":", "dgl": "--", "glcan": "-"}
-    for key, group in sorted(drawn.items(), key=lambda item: (_METHODS.index(item[0][0]), item[0][1])):
+    for key, group in sorted(drawn.items(), key=lambda item: (_order(item[0][0]), item[0][1])):
         runs = [dict(map(tuple, run["curve"])) for run in group]
         epochs = sorted(set.intersection(*map(set, runs)))
         means = [statistics.fmean(run[epoch] for run in runs) for epoch in epochs]
-        axes.plot(epochs, means, styles[key[0]], label=said(*key), color="black" if key[0] == "bp" else None)
+        axes.plot(epochs, means, styles.get(key[0], "-."), label=said(*key), color="black" if key[0] == "bp" else None)
     axes.set(xlabel="epoch", ylabel=score)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)

@@ -1,0 +1,216 @@
+"""Compare local-learning methods on a task: train with each, and write a page about them.
+
+    python examples/compare.py classification --data DIR --methods glcan "glcan --ahead 1" man+dgl --k natural 4 \\
+        --seeds 0 1 -- --limit 10000 --epochs 12
+    python examples/compare.py --page docs/methods.md          # the page alone, from docs/results.json
+
+A method is what the training program's --method takes, with further options of it; what stands behind -- is for all
+runs. Backpropagation and activation checkpointing run beside them. A run that is in --out already is not run again.
+Runs are added to docs/results.json by docs/make_results.py, and the page is written from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from train_classification import CifarResNet
+
+import glcan_fx
+from glcan_fx import methods
+from glcan_fx.methods import DGL, GLCAN, HPFF, MAN, Method
+
+ROOT = Path(__file__).parents[1]
+TASKS = ("classification", "detection", "segmentation", "super_resolution")
+MIB = 2**20
+_WITHOUT_MODULES = ("bp", "checkpoint")
+_SETTING = ("task", "data", "limit", "epochs", "batch_size", "lr", "depth", "size", "channels", "blocks", "patch",
+            "scale")
+_OPTIONS = {"ahead": 0, "window": None, "head": None, "aux_width": None, "aux_depth": 0, "aux_hidden": None,
+            "compute_budget": None, "memory_budget": None, "predictors": "own", "rules": None, "aux_lr": 1.0,
+            "aux_stride": None}
+
+DRAWN: dict[str, Method] = {
+    "glcan": GLCAN(), "ahead": GLCAN(ahead=1), "dgl": DGL(), "auglocal": methods.AugLocal(),
+    "infopro": methods.InfoPro(), "predsim": methods.PredSim(base="dgl"), "man": MAN(base="dgl"),
+    "hpff": HPFF(base="dgl"), "mlaan": methods.MLAAN(), "sgr": methods.SGR()}
+"""What the page shows pictures of, by the file's name."""
+
+
+def runs_of(args: argparse.Namespace, rest: Sequence[str]) -> list[Path]:
+    """Train with every method, number of local modules and seed; the runs' folders."""
+    folders = []
+    for seed in args.seeds:
+        for text in (*_WITHOUT_MODULES, *args.methods):
+            name, *options = shlex.split(text)
+            for k in [None] if name in _WITHOUT_MODULES else args.k:
+                chosen = [*options, *(["--k", k] if k else []), "--seed", str(seed), *rest]
+                words = re.sub("[^a-z0-9.]+", "-", " ".join([name, *chosen]).lower()).strip("-")
+                folder = args.out / f"{args.task}-{words}"
+                folders.append(folder)
+                if (folder / "record.json").exists():
+                    continue
+                program = ROOT / "examples" / f"train_{args.task}.py"
+                state = ["--resume"] if (folder / "checkpoint.pt").exists() else ["--overwrite"]
+                command = [sys.executable, program, "--data", *args.data, "--method", name, *chosen, "--out", folder]
+                print(f"{name} {' '.join(chosen)}", file=sys.stderr)
+                subprocess.run([str(part) for part in [*command, *state]], check=True, stdout=sys.stderr)
+    return folders
+
+
+def table(records: Iterable[dict[str, Any]]) -> list[str]:
+    """Methods of one setting side by side, beside backpropagation's: score, memory, compute and time of a step."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        said = [f"{name.replace('_', ' ')} {record[name]}" for name, usual in _OPTIONS.items()
+                if record.get(name, usual) not in (usual, None)]
+        asked = str(record.get("k_asked") or record["k"])
+        k = f"{record['k']} ({asked})" if asked in ("natural", "fewest") and record["method"] not in (
+            _WITHOUT_MODULES) else str(record["k"])
+        groups.setdefault((record["method"], k, ", ".join(said)), []).append(record)
+    plain = next((group for (name, _, _), group in groups.items() if name == "bp"), None)
+    if plain is None:
+        return []
+    score = next(name for name, value in plain[0].items() if isinstance(value, float) and name not in (
+        "epochs", "lr", "aux_lr", "compute", "loss", "seconds_a_step", "epoch", "compute_budget", "aux_width"))
+    reference = statistics.fmean(run[score] for run in plain)
+    memory = statistics.fmean(run["peak_bytes"] for run in plain)
+    lines = [f"| method | k | options | {score} | peak of a step | compute | s a step | seeds | commit |",
+             "|---" * 9 + "|"]
+
+    def mean(group: list[dict[str, Any]], name: str) -> float:
+        return statistics.fmean(run[name] for run in group)
+
+    order = sorted(groups.items(), key=lambda item: (item[0][0] not in _WITHOUT_MODULES, int(item[0][1].split()[0]),
+                                                     -mean(item[1], score)))
+    for (name, k, said), group in order:
+        values = [run[score] for run in group]
+        spread = f" ± {(max(values) - min(values)) / 2:.2g}" if len(values) > 1 else ""
+        gap = "" if name == "bp" else f" ({statistics.fmean(values) - reference:+.2f})"
+        lines.append(
+            f"| {name} | {k} | {said or '–'} | {statistics.fmean(values):.4g}{spread}{gap} | "
+            f"{mean(group, 'peak_bytes') / MIB:.0f} MiB ({mean(group, 'peak_bytes') / memory:.2f}) | "
+            f"{mean(group, 'compute'):.2f} | {mean(group, 'seconds_a_step'):.2f} | "
+            f"{', '.join(str(run['seed']) for run in group)} | {', '.join(sorted({run['commit'] for run in group}))} |")
+    devices = ", ".join(sorted({f"{run['device_name']}, torch {run['torch']}" for run in plain}))
+    return [*lines, "", f"Device: {devices}.", ""]
+
+
+def settings(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Records by data and training, those in which more than the compared methods of old were run."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        data = record["data"] if isinstance(record["data"], list) else [record["data"]]
+        said = [" + ".join(Path(folder).name for folder in data)]
+        said += [f"{name.replace('_', ' ')} {record[name]}" for name in _SETTING[2:] if record.get(name) is not None]
+        found.setdefault(f"{record['task']}, {', '.join(said)}", []).append(record)
+    return {name: group for name, group in found.items() if len({record["method"] for record in group}) > 3}
+
+
+def paragraphs(kind: type[Method]) -> list[str]:
+    """What a method is, by its own docstring; options and what they are published with stand there, too."""
+    text = inspect.getdoc(kind) or ""
+    blocks = [" ".join(block.split()) for block in re.split(r"\n\s*\n", text)]
+    return [block for block in blocks if not block.startswith("Args:") and not block.startswith("Raises ")]
+
+
+def page(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Write the page, and the pictures beside it."""
+    lines = [TEXT]
+    for name, group in settings(records).items():
+        lines += [f"### {name}", "", *table(group)]
+    lines += ["## The methods", ""]
+    example = torch.empty(128, 3, 32, 32, device="meta")
+    for name, method in DRAWN.items():
+        plan = glcan_fx.plan(CifarResNet(20), k=4, task="classification", example_inputs=example, method=method)
+        picture = path.parent / "pictures" / f"method-{name}.svg"
+        plan.save(picture)
+        title = "GLCAN(ahead=1)" if name == "ahead" else type(method).__name__
+        lines += [f"### {title}", ""]
+        if name == "ahead":
+            lines += [AHEAD, ""]
+        else:
+            lines += [line for block in paragraphs(type(method)) for line in (block, "")]
+        lines += [f"![{title} on a ResNet-20 at k=4](pictures/{picture.name})", ""]
+    path.write_text("\n".join(lines).rstrip() + "\n")
+    print(f"wrote {path}")
+
+
+TEXT = """# Methods
+
+Written by `python examples/compare.py --page docs/methods.md`.
+
+`method=` takes a name or an object: `method="man", base="dgl"`, or
+`method=glcan_fx.methods.HPFF(base=MAN(base="dgl"))`. Each method is a file in `glcan_fx/methods/`; what one adds,
+another may have as its base. All of them work on any network that can be cut: auxiliary networks are made from it.
+
+## Which one
+
+| what you train | what to write | why |
+|---|---|---|
+| what fits with exact gradients | `memory_budget=...` alone | no local loss is as good as backpropagation's |
+| a classifier, few local modules | `k=4, compute_budget=1.3` | richer auxiliary networks |
+| a classifier, a module per block | `k="natural", ahead=1` | the loss sees the next block, whose forward is free |
+| a detector | `k=2`, or `"fewest"` | the plain method keeps almost all of AP |
+| super-resolution, a U-Net | `compute_budget=1.3` | decoders in auxiliary networks |
+
+At equal memory fewer local modules of the plain method are better than what couples more of them; the other methods are
+here to compare with, and for what has not been tried yet.
+
+## What was measured
+
+In brackets: beside backpropagation in the same table. ±: half of the range over seeds; one run's sampling error is
+about half a point on CIFAR-10. Compute: floating-point operations of a simulated step. Seconds a step are those of
+runs that shared a CPU: they say little.
+"""
+
+AHEAD = (
+    "`ahead=r`, an option of every method with auxiliary networks of its own: the loss of a local module is taken "
+    "behind the next r blocks. They are read, and not trained by it, and their forward pass is the one that the next "
+    "local module runs anyway; what it costs are gradients of their inputs, and that two local modules are alive "
+    "together. `window=w` trains the last w local modules with each loss instead, the windows of HPFF without its "
+    "patches.")
+
+
+def main() -> None:
+    own, rest = sys.argv[1:], []
+    if "--" in own:
+        own, rest = own[:own.index("--")], own[own.index("--") + 1:]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0],
+                                     epilog="What stands behind -- is passed to every run of the training program.")
+    parser.add_argument("task", nargs="?", choices=TASKS, help="whose training program is run; none for the page alone")
+    parser.add_argument("--data", type=Path, nargs="+", metavar="DIR", help="as the training program's")
+    parser.add_argument("--methods", nargs="+", default=["glcan", "dgl"], metavar="NAME",
+                        help='each with options, such as "glcan --ahead 1" (%(default)s)')
+    parser.add_argument("--k", nargs="+", default=["natural"], metavar="K", help="(%(default)s)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="N", help="(%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="the runs (%(default)s)")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the page: docs/methods.md")
+    args = parser.parse_args(own)
+    if args.task is None and args.page is None:
+        parser.error("nothing to do: give a task, or --page docs/methods.md")
+    records = json.loads((ROOT / "docs" / "results.json").read_text())
+    if args.task is not None:
+        if not args.data:
+            parser.error("--data is needed")
+        folders = runs_of(args, rest)
+        found = [json.loads((folder / "record.json").read_text()) for folder in folders]
+        print("\n".join(table(found)))
+        print(f"to keep them: python docs/make_results.py {' '.join(map(str, folders))}")
+        records += found
+    if args.page is not None:
+        page(args.page, records)
+
+
+if __name__ == "__main__":
+    main()
