@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from glcan_fx import LocalModel
+from glcan_fx.step.output import leaf
 
 Gradients = dict[str, Tensor | None]
 
@@ -117,3 +118,44 @@ def isolation(local: LocalModel, *inputs: Tensor) -> list[set[str]]:
             found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, retain_graph=True)
             reached.append({name for name, grad in zip(parameters, found, strict=True) if grad is not None})
         return reached
+
+
+class Joined(RawLosses):
+    """Runs a step in which what a loss comes back by is no boundary, and from which no gradient is taken."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args[0].clone() if target is leaf else super().call_function(target, args, kwargs)
+
+
+def owners_of(local: LocalModel) -> dict[str, set[int]]:
+    """The local modules that use each parameter of the model, by its name."""
+    found: dict[str, set[int]] = {}
+    for node in local.graph.nodes:
+        index = node.meta.get("local_module")
+        if index is not None and node.op in ("call_module", "get_attr") and not str(node.target).startswith("aux."):
+            for name, _ in local.named_parameters():
+                if name == node.target or name.startswith(f"{node.target}."):
+                    found.setdefault(name, set()).add(index)
+    return found
+
+
+def joined_gradients(local: LocalModel, *given: Any) -> Gradients:
+    """Each parameter's gradient: the sum over the losses that train its local module, each through all that lies
+    between, and no other loss. ``given``: the arguments of the step."""
+    run = Joined(local)
+    run.run(*given)
+    parameters, owners = dict(local.named_parameters()), owners_of(local)
+    expected: Gradients = dict.fromkeys(parameters)
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    for index, reach in enumerate(local.plan.reaches):
+        if not run.losses[index].requires_grad:
+            continue
+        grads = torch.autograd.grad(run.losses[index], list(trained.values()), allow_unused=True, retain_graph=True)
+        for name, grad in zip(trained, grads, strict=True):
+            modules = set(range(reach.first, reach.last + 1))
+            own = name.startswith(f"aux.{index}.") if name.startswith("aux.") else bool(
+                owners.get(name, {local.plan.k - 1}) & modules)
+            if own and grad is not None:
+                before = expected[name]
+                expected[name] = grad if before is None else before + grad
+    return expected

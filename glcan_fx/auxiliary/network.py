@@ -72,9 +72,14 @@ def auxiliary_network(
 
 
 def _average_without_gradients(build: Builder) -> None:
-    """What follows the model's weights are buffers: no optimizer, and no gradient, moves them."""
+    """What follows the model's weights are buffers (those of scripted blocks, which cannot be, parameters without
+    gradients): no optimizer, and no gradient, moves them."""
     owner = build.root._modules.get(build.average) if build.average else None
     for module in owner.modules() if owner is not None else ():
+        if isinstance(module, torch.jit.ScriptModule):
+            for parameter in module.parameters():
+                parameter.requires_grad_(False)
+            continue
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
                 del module._parameters[name]

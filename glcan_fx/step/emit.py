@@ -58,6 +58,7 @@ class _Emitter:
         self.nodes = [node for node in calls.graph.nodes if node.op != "placeholder"]
         self.cuts = [calls.at[cut] for cut in cuts]
         self.owner = {node: label.module for node, label in calls.label.items()}
+        self.read_by_losses = {calls.at[node] for auxiliary in auxiliaries for node in auxiliary.inputs}
         self.tail = self._tail()
         self.raw: dict[fx.Node, fx.Node] = {}
         self.constant: dict[tuple[fx.Node, int], fx.Node] = {}
@@ -194,7 +195,8 @@ class _Emitter:
         inputs and outputs."""
         inside = set(group)
         inputs = list(dict.fromkeys(s for node in group for s in node.all_input_nodes if s not in inside))
-        ends = [node for node in group if readers.get(node) or not inside.issuperset(node.users)]
+        ends = [node for node in group
+                if readers.get(node) or node in self.read_by_losses or not inside.issuperset(node.users)]
         name = f"block_{module}_{sum(part.startswith(f'block_{module}_') for part in self.parts)}"
         self.parts[name] = graph = fx.Graph()
         made = {node: graph.placeholder(node.name) for node in inputs}

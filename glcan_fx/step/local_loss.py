@@ -137,14 +137,15 @@ class Averages(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def forward(self, network: nn.Module) -> None:
-        buffers, model, follows = dict(network.named_buffers()), self.__dict__["model"], self.__dict__["follows"]
+        tensors = dict(network.named_parameters()) | dict(network.named_buffers())
+        model, follows = self.__dict__["model"], self.__dict__["follows"]
         try:
             sources = [model.get_parameter(path) for path in follows.values()]
         except AttributeError as error:
             raise ModelChangedError(
                 f"an auxiliary network follows the weights of a block that was replaced: {error}. Compile again."
             ) from error
-        averages = [buffers[path] for path in follows]
+        averages = [tensors[path] for path in follows]
         if any(isinstance(source, FakeTensor) for source in sources):
             return
         versions = [source._version for source in sources]

@@ -1,7 +1,7 @@
 """Parts of the model that a training step calls in ways of its own; they own nothing of it."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -81,19 +81,24 @@ class Recomputed(OfModel):
         parts = [part for path in self.__dict__["layers"] if path in modules for part in modules[path].modules()]
         first = [(part, {name: None if b is None else b.clone() for name, b in part._buffers.items()})
                  for part in parts if part._buffers]
-        return checkpoint(run, *values, use_reentrant=False, context_fn=lambda: (nullcontext(), self._with(first)))
+        return checkpoint(run, *values, use_reentrant=False, context_fn=lambda: (nullcontext(), _Again(first)))
 
-    @contextmanager
-    def _with(self, others: Sequence[tuple[nn.Module, dict[str, Tensor | None]]]) -> Iterator[None]:
-        """Let what runs inside begin with, and change, these buffers."""
-        kept = [(part, dict(part._buffers)) for part, _ in others]
-        try:
-            for part, buffers in others:
-                part._buffers.update(buffers)
-            yield
-        finally:
-            for part, buffers in kept:
-                part._buffers.update(buffers)
+
+class _Again:
+    """Lets what runs inside begin with, and change, these buffers, as often as a loss comes back."""
+
+    def __init__(self, buffers: Sequence[tuple[nn.Module, dict[str, Tensor | None]]]) -> None:
+        self.buffers = buffers
+        self._kept: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+
+    def __enter__(self) -> None:
+        self._kept = [(part, dict(part._buffers)) for part, _ in self.buffers]
+        for part, buffers in self.buffers:
+            part._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
+
+    def __exit__(self, *_: Any) -> None:
+        for part, buffers in self._kept:
+            part._buffers.update(buffers)
 
 
 class SizeCheck(OfModel):

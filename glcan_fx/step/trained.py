@@ -55,7 +55,7 @@ def trained_alone(
     Others may: a criterion's, a layer that is called twice, what every module computes independently of the input,
     and the last module's, which also runs what lies outside the compiled part.
     """
-    last = targets_of(graph, plan.k - 1)
+    last = [path for index in range(plan.reaches[-1].first, plan.k) for path in targets_of(graph, index)]
     last += called_by(parts["tail"].nodes) if "tail" in parts else []
     last += plan.around.behind if isinstance(plan.around, Surroundings) else []
     outside = [(model, name) for name, _ in model.named_parameters(remove_duplicate=False)

@@ -318,3 +318,61 @@ def test_agreement_compares_both_sides_of_a_cut() -> None:
     a, b = 2 * out.detach() / out.numel(), torch.autograd.grad(other, given, retain_graph=True)[0]
     torch.testing.assert_close(whole - other, 0.5 * (b - a).square().sum() / (a.square().sum() + b.square().sum()))
     assert all(grad.abs().sum() > 0 for grad in torch.autograd.grad(whole - other, [second.weight]))
+
+
+LOOPED = ["ahead", "window", "man", "hpff on man", "infopro", "sgr"]
+
+
+@pytest.mark.parametrize("method", LOOPED)
+class TestLoops:
+    """Whatever a loop does around a step, it does with every method."""
+
+    def test_the_optimizer_in_the_forward_pass_trains_alike(self, method: str) -> None:
+        _, local, data = compiled("resnet", method)
+        other = copy.deepcopy(local)
+        plain = torch.optim.SGD(local.parameters(), 0.05, momentum=0.9)
+        inside = other.optimizer_in_forward(torch.optim.SGD, lr=0.05, momentum=0.9)
+        for batch in data:
+            step(local, plain, batch)
+            step(other, inside, batch)
+        for name, value in local.state_dict().items():
+            torch.testing.assert_close(other.state_dict()[name], value, msg=name)
+
+    def test_accumulation_is_the_mean(self, method: str) -> None:
+        _, local, data = compiled("resnet", method)
+        local.zero_grad()
+        for batch in data[:2]:
+            (local(*batch).loss / 2).backward()
+        both = {name: p.grad.clone() for name, p in local.named_parameters() if p.grad is not None}
+        for buffer, value in zip(local.buffers(), copy.deepcopy(list(compiled("resnet", method)[1].buffers())),
+                                 strict=True):
+            buffer.data.copy_(value)
+        single = []
+        for batch in data[:2]:
+            local.zero_grad()
+            local(*batch).loss.backward()
+            single.append({name: p.grad.clone() for name, p in local.named_parameters() if p.grad is not None})
+        for name, grad in both.items():
+            torch.testing.assert_close(grad, (single[0][name] + single[1][name]) / 2, rtol=1e-3, atol=1e-5)
+
+    def test_autocast(self, method: str) -> None:
+        _, local, data = compiled("resnet", method)
+        optimizer = torch.optim.SGD(local.parameters(), 0.01)
+        for batch in data:
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = local(*batch).loss
+            loss.backward()
+            optimizer.step()
+            assert torch.isfinite(loss)
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in local.parameters())
+
+    def test_frozen_parts_get_nothing_and_the_rest_learns(self, method: str) -> None:
+        _, local, data = compiled("resnet", method)
+        local.original.blocks[1].requires_grad_(False)
+        out = local(*data[0])
+        out.loss.backward()
+        frozen = [p.grad for p in local.original.blocks[1].parameters()]
+        assert frozen == [None] * len(frozen)
+        assert all(p.grad is not None for p in local.original.blocks[0].parameters())
+        assert all(p.grad is not None for p in local.original.blocks[2].parameters())

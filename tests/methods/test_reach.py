@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from reference import RawLosses, restored
+from reference import joined_gradients, restored
 from torch import Tensor, fx, nn
 
 import glcan_fx
@@ -13,8 +13,6 @@ from glcan_fx import PlanError
 from glcan_fx.methods import DGL, GLCAN, HPFF, MLAAN, InfoPro, Method
 from glcan_fx.models import edsr, retinanet
 from glcan_fx.plans.plan import Plan
-from glcan_fx.step.local_model import LocalModel
-from glcan_fx.step.output import leaf
 
 TARGET = {"boxes": torch.tensor([[10.0, 12.0, 60.0, 50.0]]), "labels": torch.tensor([1])}
 CASES: dict[str, Any] = {
@@ -57,20 +55,6 @@ def down(inputs: int, outputs: int, stride: int = 2) -> nn.Module:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1), nn.BatchNorm2d(outputs), nn.ReLU())
 
 
-class Joined(RawLosses):
-    """Runs a step in which what a loss comes back by is no boundary."""
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return args[0].clone() if target is leaf else super().call_function(target, args, kwargs)
-
-
-def losses_alone(local: LocalModel, x: Any, y: Any) -> list[Tensor]:
-    run = Joined(local)
-    names = [str(node.target) for node in local.graph.nodes if node.op == "placeholder"]
-    run.run(*[dict(zip(names, (x, y), strict=True))[name] for name in names])
-    return run.losses
-
-
 EVERY = [pytest.param(task, kind, marks=[pytest.mark.slow] * (kind not in QUICK and task != "classification"))
          for task in CASES for kind in METHODS]
 
@@ -94,36 +78,13 @@ def test_gradients_are_those_of_the_losses_that_reach(task: str, kind: str) -> N
         moved = {int(b) for n, b in local.named_buffers() if n.endswith("num_batches_tracked") and "aux." not in n}
     with restored(local):
         torch.manual_seed(1)
-        losses = losses_alone(local, x, y)
-        parameters = dict(local.named_parameters())
-        expected: dict[str, Tensor | None] = dict.fromkeys(parameters)
-        owners = owners_of(local)
-        for index, reach in enumerate(plan.reaches):
-            grads = torch.autograd.grad(losses[index], list(parameters.values()), allow_unused=True, retain_graph=True)
-            for name, grad in zip(parameters, grads, strict=True):
-                trained = range(reach.first, reach.last + 1)
-                own = owners.get(name, {plan.k - 1}) & set(trained) if not name.startswith("aux.") else (
-                    name.startswith(f"aux.{index}."))
-                if own and grad is not None:
-                    expected[name] = grad if expected[name] is None else expected[name] + grad
+        expected = joined_gradients(local, x, y)
     assert moved <= {1}
     for name, gradient in expected.items():
         given = found[name]
         assert (given is None) == (gradient is None), name
         if gradient is not None:
             torch.testing.assert_close(given, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()), msg=name)
-
-
-def owners_of(local: LocalModel) -> dict[str, set[int]]:
-    """The local modules that use each parameter."""
-    found: dict[str, set[int]] = {}
-    for node in local.graph.nodes:
-        index = node.meta.get("local_module")
-        if index is not None and node.op in ("call_module", "get_attr") and not str(node.target).startswith("aux."):
-            for name, _ in local.named_parameters():
-                if name == node.target or name.startswith(f"{node.target}."):
-                    found.setdefault(name, set()).add(index)
-    return found
 
 
 def test_a_window_of_all_is_refused() -> None:
