@@ -114,7 +114,7 @@ class Both(nn.Module):
     def __init__(self, scaled: bool) -> None:
         super().__init__()
         if scaled:
-            self.scale = nn.Parameter(torch.ones(()))
+            self.scale = nn.Parameter(torch.ones(1))  # (a scalar could not be sharded)
 
     def forward(self, learned: Tensor, averaged: Tensor) -> Tensor:
         if "scale" not in self._parameters:

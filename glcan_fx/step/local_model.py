@@ -638,8 +638,13 @@ def _refuse_sharded(local: LocalModel) -> None:
     """FSDP2 on sub-modules hooks their forward, which the training graph does not call: gradients would be wrong."""
     if "torch.distributed.tensor" not in sys.modules:
         return
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
+    if isinstance(local, FSDPModule) and any(isinstance(part, Averages) for part in local.aux.modules()):
+        raise UnsupportedError(
+            f"method='{local.plan.method.name}' has averages that follow the model's weights after each step of the "
+            "optimizer, which a sharded model does not show. Use DistributedDataParallel, or another method.")
     for name, parameter in local.named_parameters():
         if isinstance(parameter, DTensor):
             raise UnsupportedError(

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import glcan_fx
 from glcan_fx import LocalModel
+from glcan_fx.methods import DGL, GLCAN, HPFF, MAN, SGR, Method
 from glcan_fx.step.output import total
 
 EXAMPLE = torch.empty(2, 3, 8, 8)
@@ -116,6 +117,35 @@ def ddp(rank: int) -> Iterator[tuple[str, Any]]:
         yield f"{name}: weights", weights(local)
 
 
+METHODS: dict[str, Method] = {"ahead": GLCAN(ahead=1), "window": GLCAN(window=2), "man": MAN(base=GLCAN(hidden=0)),
+                              "hpff": HPFF(base=DGL(width=1.0)), "sgr": SGR(base=GLCAN(hidden=0))}
+
+
+def by_method(rank: int) -> Iterator[tuple[str, Any]]:
+    """Two iterations with each method, on half the batch: DGL's networks have batch statistics of their own."""
+    for name, method in METHODS.items():
+        local = build(GROUPS, method=method)
+        train(DistributedDataParallel(local), rank)
+        yield f"{name}: weights", weights(local)
+        yield f"{name}: buffers", {key: value.clone() for key, value in local.named_buffers()}
+    local = build(GROUPS, method=METHODS["man"])
+    fully_shard(local, mesh=init_device_mesh("cpu", (2,)))
+    try:
+        train(local, rank)
+    except glcan_fx.GlcanFxError as error:
+        yield "man: sharded", f"{type(error).__name__}: {error}"
+
+
+def train(module: nn.Module, rank: int | None = None) -> None:
+    """Two steps, of a rank's half of the batch or, in one process, of the whole."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    for iteration in range(3):
+        images, labels = (part if rank is None else part.chunk(2)[rank] for part in batch(seed=iteration))
+        optimizer.zero_grad()
+        module(images, labels).loss.backward()
+        optimizer.step()
+
+
 def no_sync(rank: int) -> Iterator[tuple[str, Any]]:
     """Two micro-batches per rank; gradients are exchanged with the second."""
     local = build(GROUPS)
@@ -156,7 +186,7 @@ def fsdp(rank: int) -> Iterator[tuple[str, Any]]:
 def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    seen = {name: value for part in (ddp, no_sync, fsdp) for name, value in part(rank)}
+    seen = {name: value for part in (ddp, no_sync, fsdp, by_method) for name, value in part(rank)}
     torch.save(seen, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 

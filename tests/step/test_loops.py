@@ -490,6 +490,24 @@ def test_distributed_data_parallel(ranks, name, norm, halves):
     assert_equal(ranks[0][f"{name}: weights"], ranks[1][f"{name}: weights"])
 
 
+@pytest.mark.parametrize("name", loops_ddp.METHODS)
+def test_distributed_data_parallel_with_every_kind_of_method(ranks, name):
+    """Averages that follow the model's weights move on every rank alike."""
+    assert_equal(ranks[0][f"{name}: weights"], ranks[1][f"{name}: weights"])
+    if name in ("hpff", "sgr"):  # batch statistics, and a term of the whole batch: those of a rank's part
+        return
+    assert_equal(ranks[0][f"{name}: buffers"], ranks[1][f"{name}: buffers"])
+    local = build(GROUPS, method=loops_ddp.METHODS[name])
+    loops_ddp.train(local)
+    assert_equal(ranks[0][f"{name}: weights"], weights(local), rtol=1e-3, atol=1e-5)
+    assert_equal(ranks[0][f"{name}: buffers"], dict(local.named_buffers()), rtol=1e-3, atol=1e-5)
+
+
+def test_averages_of_sharded_weights_are_refused(ranks):
+    for rank in ranks:
+        assert rank["man: sharded"].startswith("UnsupportedError: method='man' has averages")
+
+
 def test_distributed_accumulation_with_no_sync(ranks):
     local = build(GROUPS)
     plain_step(local, *batch()).loss.backward()
