@@ -77,8 +77,8 @@ def _average_without_gradients(build: Builder) -> None:
     owner = build.root._modules.get(build.average) if build.average else None
     for module in owner.modules() if owner is not None else ():
         if isinstance(module, torch.jit.ScriptModule):
-            for parameter in module.parameters():
-                parameter.requires_grad_(False)
+            for scripted in module.parameters():
+                scripted.requires_grad_(False)
             continue
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
@@ -106,7 +106,7 @@ def _in_patches(
             part = examples[0][..., :height, :width].clone()
             sizes = network if build.draft else shadow(network, mode)
             saved = cost_of(sizes, partial(sizes.forward, part))[0].saved
-    except Exception:  # noqa: BLE001 - a head that takes one size only
+    except (RuntimeError, ValueError, TypeError, IndexError):  # a head that takes one size only
         return 1, cost
     return patches, replace(cost, saved=saved)
 

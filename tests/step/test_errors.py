@@ -342,7 +342,7 @@ def test_text_that_is_no_plan(text):
 
 def test_plan_of_another_version():
     text = json.dumps(json.loads(made().to_json()) | {"version": 99})
-    with pytest.raises(PlanError, match=r"version 6.*glcan_fx\.plan\(\)"):
+    with pytest.raises(PlanError, match=r"version 7.*glcan_fx\.plan\(\)"):
         Plan.from_json(text)
 
 
