@@ -1,4 +1,4 @@
-"""Train a RetinaNet by backpropagation, checkpointing, DGL or GLCAN, on a COCO-format or VOC-format folder.
+"""Train a RetinaNet, a YOLO or GSO-YOLO by any method, on a COCO-format or VOC-format folder.
 
     python examples/train_detection.py --data DIR --method glcan --depth 34
 
@@ -14,13 +14,15 @@ from functools import partial
 from typing import Any
 
 import torch
+from models.gso_yolo import gso_yolo
 from torch import nn
 from torchvision.models.detection.retinanet import RetinaNetHead
 from training import Experiment, add_arguments, run
 
 from glcan_fx.demo.data import CocoFolder, average_precision, collate, held_out_batches
 from glcan_fx.demo.train import anchors_for_any_object
-from glcan_fx.models import retinanet
+from glcan_fx.models import retinanet, yolo
+from glcan_fx.models.yolo import COCO_ANCHORS
 
 RATIOS = (0.5, 1.0, 2.0)
 RECIPES: dict[str, dict[str, Any]] = {
@@ -32,6 +34,11 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def build(args: argparse.Namespace, classes: int) -> nn.Module:
+    if args.model != "retinanet":
+        scale = args.size / 416  # what the anchors are for
+        anchors = [[[side * scale for side in sides] for sides in level] for level in COCO_ANCHORS]
+        make = yolo if args.model == "yolo" else gso_yolo
+        return make(args.depth, num_classes=classes, image_size=args.size, anchors=anchors)
     if args.stock:  # torchvision's own anchors, levels P3 to P7 and head
         return retinanet(args.depth, num_classes=classes, min_size=args.short, max_size=args.size)
     anchors = anchors_for_any_object(args.size)
@@ -45,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add_arguments(parser, epochs=12, batch_size=8, lr=1e-3)
     parser.add_argument("--recipe", choices=RECIPES, help="the paper's settings; prints what they are")
+    parser.add_argument("--model", choices=("retinanet", "yolo", "gso-yolo"), default="retinanet", help="(%(default)s)")
     parser.add_argument("--depth", type=int, choices=(18, 34, 50, 101, 152), default=18, help="(%(default)s)")
     parser.add_argument("--size", type=int, default=320, metavar="PX", help="longer side (%(default)s)")
     parser.add_argument("--short", type=int, metavar="PX", help="shorter side, at most (as --size)")

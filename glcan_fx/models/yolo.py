@@ -275,11 +275,15 @@ class YOLO(nn.Module):
         bce = partial(F.binary_cross_entropy_with_logits, reduction="sum")
         one_hot = F.one_hot(labels, self.num_classes).float()
         losses = {
-            "loss_box": complete_box_iou_loss(grid.decode(assigned[:, :4], prior), boxes, reduction="sum"),
+            "loss_box": self.box_loss(grid.decode(assigned[:, :4], prior), boxes),
             "loss_objectness": bce(predictions[..., 4], is_object, weight=weight),
             "loss_classification": bce(assigned[:, 5:], one_hot),
         }
         return {name: loss / len(targets) for name, loss in losses.items()}
+
+    def box_loss(self, boxes: Tensor, targets: Tensor) -> Tensor:
+        """Of predicted and true boxes (M, 4), the sum: CIoU."""
+        return complete_box_iou_loss(boxes, targets, reduction="sum")
 
     def _check(self, targets: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
         """All boxes (M, 4) and labels (M,) of the batch; raises ValueError if any is malformed."""
