@@ -141,16 +141,7 @@ def method_of(args: argparse.Namespace) -> glcan_fx.methods.Method:
              "rules": RULES[args.rules] if args.rules else None}
     usual = {"predictors": "own", "ahead": 0}
     given = {name: value for name, value in given.items() if value is not None and value != usual.get(name)}
-    *outer, name = args.method.split("+")
-    made: Any = None
-    if issubclass(glcan_fx.methods.METHODS[name], glcan_fx.methods.Extension):  # of its own base, or of GLCAN's options
-        outer.append(name)
-        made = glcan_fx.methods.GLCAN(**given) if given else None
-    else:
-        made = glcan_fx.methods.method_of(name, **given)
-    for name in reversed(outer):
-        made = glcan_fx.methods.method_of(name, **({} if made is None else {"base": made}))
-    return made
+    return glcan_fx.methods.method_of(args.method, **given)
 
 
 def prepared(experiment: Experiment, args: argparse.Namespace) -> tuple[nn.Module, glcan_fx.Plan | None]:

@@ -103,9 +103,10 @@ def plan(
             the above, and of 1.05 with a ``memory_budget``. Where
             nothing keeps both budgets, memory is kept, and a note says so. 1.3 lets a few local modules come closest to
             backpropagation's accuracy.
-        method: the auxiliary networks' method, "glcan" or "dgl", or an object of ``glcan_fx.methods`` with options of
-            its own, such as ``GLCAN(width=0.5, head="light")``. Options of a method that is given by name may be
-            passed as keywords: ``method="glcan", width=0.5, head="light"``.
+        method: the local-learning method, by name ("glcan", "dgl", "auglocal", "infopro", "predsim", "man", "hpff",
+            "mlaan", "sgr", or several, each the base of the one before: "hpff+man+dgl"), or an object of
+            ``glcan_fx.methods`` with options of its own, such as ``GLCAN(width=0.5, head="light")``. Options of a
+            method that is given by name may be passed as keywords: ``method="glcan", ahead=1, head="light"``.
         plan: a plan that was made before, to look at on this model; only ``task``, ``criterion`` and ``options`` may be
             given beside it (a ``PlannedModel`` brings its own task).
         options: how plans are simulated and verified, and savings that change no gradient.
@@ -184,8 +185,8 @@ def transform(
             positional arguments, or a dict of keyword arguments. Detection: images, two of 320 x 320 by default.
         memory_budget: bytes, or text ("6GiB"), that a training step may take at most, or "least".
         compute_budget: compute that a training step may take, relative to backpropagation's.
-        method: the auxiliary networks' method, "glcan" or "dgl", or an object of ``glcan_fx.methods``; options of a
-            method that is given by name are keywords: ``method="glcan", width=0.5``.
+        method: the local-learning method, by name or as an object of ``glcan_fx.methods``; options of a method that is
+            given by name are keywords: ``method="glcan", width=0.5``.
         plan: build this plan, which decides all but ``task``, ``criterion`` and ``options``.
         options: how plans are simulated and verified, and savings that change no gradient.
 

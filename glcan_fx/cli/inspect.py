@@ -32,6 +32,11 @@ exit codes: 0 done, 1 the model cannot be planned as asked, 2 usage or file erro
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `glcan-fx inspect` to `parser`."""
     training = add_model(parser)
+    training.add_argument("--method", metavar="NAME", help="glcan (the default), dgl, auglocal, infopro, predsim, man, "
+                          "hpff, mlaan, sgr, or several, each the base of the one before: hpff+man+dgl")
+    training.add_argument("--ahead", type=int, metavar="N", help="blocks behind its module through which a local loss "
+                          "passes")
+    training.add_argument("--window", type=int, metavar="N", help="local modules that a local loss trains")
     training.add_argument("--device", metavar="rtx4090", help="plan for the estimated time of a step on this GPU, and "
                           "show it; cpu or cuda: the one at hand, measured (default: floating-point operations alone)")
     out = parser.add_argument_group("output")
@@ -50,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command with the options of `add_arguments`; returns the exit status."""
     decided = {"-k": args.k, "--memory-budget": args.memory_budget, "--compute-budget": args.compute_budget,
-               "--input": args.input, "--optimizer": args.optimizer}
+               "--input": args.input, "--optimizer": args.optimizer, "--method": args.method, "--ahead": args.ahead,
+               "--window": args.window}
     clashing = [name for name, value in decided.items() if value is not None]
     if clashing and args.plan is not None:
         raise LoadError(f"{', '.join(clashing)}: the plan of --plan decides that; remove it")
@@ -164,10 +170,11 @@ def _plan(args: argparse.Namespace, preset: Preset, model: nn.Module) -> Planned
     if not isinstance(dtype, torch.dtype):
         raise LoadError(f"--input-dtype {args.input_dtype}: no type of PyTorch's; float32 and int64 are")
     examples = tuple(torch.empty(size, dtype=dtype, device="meta") for size in sizes)
+    reach = {name: value for name in ("ahead", "window") if (value := getattr(args, name)) is not None}
     return api.plan(
         model, k=args.k or ("fewest" if args.memory_budget else preset.k), task=task or AnyLoss(),
         example_inputs=(examples[0] if len(examples) == 1 else examples) if examples else None,
-        memory_budget=args.memory_budget, compute_budget=args.compute_budget,
+        memory_budget=args.memory_budget, compute_budget=args.compute_budget, method=args.method or "glcan", **reach,
         options=Options(optimizer=args.optimizer or preset.optimizer, device=args.device))
 
 

@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 
 import glcan_fx
-from glcan_fx import PlanError
+from glcan_fx import PlanError, methods
 from glcan_fx.methods import DGL, GLCAN, HPFF, MAN, METHODS, MLAAN, SGR, AugLocal, InfoPro, Method, PredSim
 from glcan_fx.models import retinanet
 from glcan_fx.plans.plan import Plan
@@ -258,6 +258,18 @@ class TestComposition:
                              method="hpff", base=MAN(base=DGL(ahead=1))).plan
         assert plan.method.window == 2 and plan.method.ahead == 1
         assert "MAN: next block" in plan.method.description(()) and "windows of 2" in plan.method.description(())
+
+    def test_several_names(self) -> None:
+        assert methods.method_of("hpff+man+dgl", patches=3, momentum=0.9, width=0.5) == HPFF(
+            patches=3, base=MAN(momentum=0.9, base=DGL(width=0.5)))
+        assert methods.method_of("man", ahead=1) == MAN(base=GLCAN(ahead=1))
+        assert methods.method_of("hpff", window=3) == HPFF(window=3)
+        with pytest.raises(PlanError, match="'dgl' has auxiliary networks of its own"):
+            methods.method_of("dgl+man")
+        with pytest.raises(TypeError, match="'depth'.*has the options"):
+            methods.method_of("man+dgl", depth=2)
+        with pytest.raises(PlanError, match="choose one of"):
+            methods.method_of("man+nothing")
 
     @pytest.mark.parametrize(("make", "message"), [
         (lambda: HPFF(base="dlg"), "base='dlg'.*'dgl'"), (lambda: MAN(momentum=1.0), "momentum=1.0"),

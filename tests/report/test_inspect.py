@@ -110,6 +110,19 @@ def test_without_graphviz(file: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "plan.save('plan.html')" in plan._repr_html_()
 
 
+def test_other_methods_are_said_and_drawn(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = tmp_path / "plan.dot"
+    command = ["inspect", f"{file}:model", *OPTIONS, "-k", "natural", "-o", str(made)]
+    assert cli.main([*command, "--method", "man+dgl", "--window", "2"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "MAN: next block, learned + averaged" in said and "windows of 2 local modules" in said
+    assert "MAN: next block" in made.read_text() and "loss 1 back" in made.read_text()
+    assert cli.main([*command, "--ahead", "1"]) == 0
+    assert "behind" in capsys.readouterr().out and "behind the next block" not in made.read_text()
+    assert cli.main([*command, "--method", "mna"]) == 1
+    assert "choose one of" in capsys.readouterr().err
+
+
 def test_colours_are_for_terminals(file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
                                    ) -> None:
     coloured = r"\x1b\[(?:\d+;)*3\d(?:;\d+)*m"
