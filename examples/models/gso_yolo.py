@@ -112,7 +112,7 @@ class GSOYOLO(YOLO):
 
 
 def efficient_box_iou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
-    """EIoU (Zhang et al. 2022, arXiv 2101.08158, eq. 12) of pairs of boxes (M, 4) xyxy, the sum: 1 - IoU, and the
+    """EIoU (Zhang et al. 2022, arXiv 2101.08158) of pairs of boxes (M, 4) xyxy, the sum: 1 - IoU, and the
     squared distances of centres, widths and heights, relative to the box around both."""
     low, high = torch.minimum(boxes, targets), torch.maximum(boxes, targets)
     shared = (low[:, 2:] - high[:, :2]).clamp(min=0).prod(1)

@@ -129,7 +129,7 @@ class BaseMethod(Method):
             layer, on its present weights, detached, so that what is in front of it learns to suit that layer (the
             readout of SOLO, arXiv 2609.35440).
         window: local modules that a local loss trains, its own the last of them; all are alive together. 1: its own
-            alone. 2 are the windows of HPFF (METHODS: ``HPFF``). No batch is run twice for it.
+            alone. 2 are the windows of ``HPFF``. No block runs twice for it.
         ahead: blocks of the next local modules that a local loss passes through, read and not trained by it; their
             forward is the one that they run anyway. A local module then learns to suit what follows it.
         rules: which features a local loss reads, and the weights of output levels.

@@ -14,7 +14,7 @@ from glcan_fx.methods.glcan import GLCAN
 @dataclass(frozen=True, kw_only=True)
 class AugLocal(GLCAN):
     """AugLocal (Ma et al. 2024, arXiv 2402.17318): an auxiliary network keeps ``depth`` of the blocks that follow its
-    local module, sampled evenly (section 3.2), with fresh weights, fewer of them the deeper it stands (section 3.3).
+    local module, sampled evenly (section 3.2), with fresh weights, fewer of them the deeper it stands.
 
     Args:
         depth: blocks that the first auxiliary network keeps, 1 or more. Published: 2 to 9.

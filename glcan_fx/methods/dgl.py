@@ -20,7 +20,9 @@ from glcan_fx.structure.nodes import tensor_of
 
 @dataclass(frozen=True, kw_only=True)
 class DGL(BaseMethod):
-    """Decoupled greedy learning (Belilovsky et al. 2020, arXiv 1901.08164), to compare with."""
+    """Decoupled greedy learning (Belilovsky et al. 2020, arXiv 1901.08164): a small network on the module's own output
+    alone, three pointwise convolutions on a quarter of the map's size and a perceptron of three layers (section 4.1,
+    "MLP-SR-aux"); where maps are predicted, the convolutions work at their resolution."""
 
     name: ClassVar[str] = "dgl"
 

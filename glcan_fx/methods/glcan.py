@@ -19,7 +19,10 @@ from glcan_fx.errors import PlanError
 
 @dataclass(frozen=True, kw_only=True)
 class GLCAN(BaseMethod):
-    """Focal features are read, analog ones synthesised, and the tail's copy computes the outputs of both.
+    """Global-local collaborative auxiliary networks (arXiv 2406.00446, section 3): simplified copies of what follows
+    the local module. Features that earlier modules made are read from the cache (focal ones), those that are still to
+    come are made by a shortened trunk (analog ones), and a copy of the model's own neck and head computes its outputs
+    of both.
 
     Options that are left open are chosen by the planner: the richest auxiliary networks that its budgets allow.
 

@@ -9,8 +9,8 @@ from glcan_fx.auxiliary.method import Extension, is_count
 @dataclass(frozen=True, kw_only=True)
 class HPFF(Extension):
     """Hierarchical locally supervised learning with patch feature fusion (Su et al. 2024, arXiv 2407.05638): each local
-    loss trains a window of two local modules (section 3.2), and auxiliary networks read the module's output in
-    ``patches`` x ``patches`` parts, each differentiated before the next one is run (section 3.3).
+    loss trains a window of two local modules, and auxiliary networks read the module's output in
+    ``patches`` x ``patches`` parts, each differentiated before the next one is run.
 
     Args:
         base: the method whose auxiliary networks compute the loss.

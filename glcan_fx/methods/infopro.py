@@ -23,7 +23,7 @@ Weights = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class InfoPro(Extension):
-    """InfoPro (Wang et al. 2021, arXiv 2101.10832, section 3.2): beside the task's loss, a small decoder reconstructs
+    """InfoPro (Wang et al. 2021, arXiv 2101.10832): beside the task's loss, a small decoder reconstructs
     the input from the local module's output, so that early modules do not throw away what later ones need.
 
     Args:

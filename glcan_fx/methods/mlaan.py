@@ -11,8 +11,8 @@ from glcan_fx.methods.man import MAN
 @dataclass(frozen=True, kw_only=True)
 class MLAAN(MAN):
     """Multilaminar leap augmented auxiliary networks (Zhang et al. 2025, arXiv 2406.16633): local losses train windows
-    of local modules (section 3.1); an auxiliary network is a chain of copies of later blocks, the first of them once
-    learned and once an average of the model's own weights (section 3.2).
+    of local modules; an auxiliary network is a chain of copies of later blocks, the first of them once
+    learned and once an average of the model's own weights.
 
     Args:
         base: the rest of the chain: by default three blocks that are sampled evenly. (The published lists are by hand.)

@@ -18,7 +18,7 @@ from glcan_fx.structure.nodes import tensor_of
 
 @dataclass(frozen=True, kw_only=True)
 class PredSim(Extension):
-    """Similarity matching (Nøkland and Eidnes 2019, arXiv 1901.06656, section 2): the cosine similarities between
+    """Similarity matching (Nøkland and Eidnes 2019, arXiv 1901.06656): the cosine similarities between
     the samples of a batch, by the local module's output behind one convolution, are to be those of their classes.
 
     Args:

@@ -148,7 +148,7 @@ def _joined(outputs: Sequence[Any]) -> Any:
 
 def in_patches(loss: Callable[[Tensor], Any], value: Tensor, patches: int, trained: Sequence[Tensor]) -> Tensor:
     """The mean of a loss over ``patches`` x ``patches`` parts of a map (N, C, H, W), each differentiated before the
-    next one is run, with the gradients of the map and of what the loss trains (HPFF, section 3.3)."""
+    next one is run, with the gradients of the map and of what the loss trains (HPFF, arXiv 2407.05638)."""
     sources = [value, *trained]
     wanted = [tensor for tensor in sources if tensor.requires_grad]
     stash: list[Tensor | None] = [None] * len(wanted)
