@@ -26,7 +26,7 @@ from glcan_fx.plans.plan import Plan
 from glcan_fx.replacement import kept_together
 from glcan_fx.simulate.estimate import Estimate
 from glcan_fx.simulate.simulator import Simulator
-from glcan_fx.step.emit import sliced_tail, why_not_sliced
+from glcan_fx.step.tail import sliced_tail, why_not_sliced
 from glcan_fx.structure.missed import missed_blocks
 from glcan_fx.structure.structure import Structure, Unit
 from glcan_fx.tasks.around import Around

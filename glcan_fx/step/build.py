@@ -16,10 +16,12 @@ from glcan_fx.auxiliary.remainder import levels_of
 from glcan_fx.capture.shadow import cuda_devices, fake_copy, replicate
 from glcan_fx.errors import PlanError
 from glcan_fx.plans.plan import Plan
-from glcan_fx.step.emit import Emitted, emit, emit_whole, register, why_not_sliced
+from glcan_fx.step.emit import Emitted, emit, emit_whole
+from glcan_fx.step.local_loss import LocalLoss
 from glcan_fx.step.local_model import LocalModel, assemble
 from glcan_fx.step.output import shape_of
 from glcan_fx.step.parts import ReadOnly
+from glcan_fx.step.tail import why_not_sliced
 from glcan_fx.structure.structure import Structure, Unit, once
 from glcan_fx.structure.trunk import unit_at
 from glcan_fx.tasks import Task
@@ -100,6 +102,29 @@ def _connect(
     reads = tuple(_named(structure, cut, made.inputs) for cut, made in zip(cuts, auxiliaries, strict=True))
     local = assemble(model, aux, emitted.graph, replace(plan, reads=reads), task, emitted.parts, opened)
     return local, emitted
+
+
+def register(
+    aux: nn.Module, structure: Structure, cuts: Sequence[fx.Node], auxiliaries: Sequence[Auxiliary],
+    heads: Sequence[nn.Module], task: Task,
+) -> None:
+    """Fill the ``aux`` module: per local module its network and head; what the task itself trains; constants."""
+    for index, (auxiliary, head) in enumerate(zip(auxiliaries, heads, strict=True)):
+        aux.add_module(str(index), LocalLoss(auxiliary, head))
+    register_task(aux, task)
+    if structure.trace.constants:
+        part = nn.Module()
+        for name, value in structure.trace.constants.items():
+            part.register_buffer(name, value, persistent=False)
+        aux.add_module("constants", part)
+
+
+def register_task(aux: nn.Module, task: Task) -> None:
+    """Register what the task itself trains, a learned criterion."""
+    trained = {name: module for name, module in task.modules().items()
+               if any(p.requires_grad for p in module.parameters())}
+    if trained:
+        aux.add_module("task", nn.ModuleDict(trained))
 
 
 def _emitted(plan: Plan, captured: Captured, ends: list[fx.Node], auxiliaries: Sequence[Auxiliary]) -> Emitted:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from glcan_fx.auxiliary.builder import Auxiliary
 from glcan_fx.capture.trace import Trace, is_float
@@ -19,7 +19,7 @@ from glcan_fx.fx_utils import Parts, with_headlines
 from glcan_fx.plans.plan import Reach, Run
 from glcan_fx.step import output as passing
 from glcan_fx.step.calls import Label, WholeCalls, whole_calls
-from glcan_fx.step.local_loss import LocalLoss
+from glcan_fx.step.tail import sliced_tail, tail_inputs
 from glcan_fx.structure.nodes import ancestors
 from glcan_fx.structure.parts import parts_of
 from glcan_fx.structure.structure import Structure
@@ -388,37 +388,6 @@ def pool_first(trace: Trace, calls: WholeCalls, cuts: Sequence[fx.Node]) -> None
         calls.at.update({node: relu for node, made in calls.at.items() if made is pool})
 
 
-def sliced_tail(structure: Structure, task: Task) -> list[fx.Node]:
-    """The recorded nodes behind the trunk, which run slice by slice; none where the task has a head of its own for
-    that."""
-    if task.outputs_are_levels:
-        return []
-    behind = {node for node in structure.dependent - structure.trunk if node.op not in ("placeholder", "output")}
-    tail = behind | (ancestors(behind) - structure.dependent)
-    # (what does not depend on the input is not cut into slices)
-    return [node for node in structure.trace.graph.nodes if node in tail]
-
-
-def why_not_sliced(structure: Structure, task: Task) -> str | None:
-    """What keeps the tail from running slice by slice."""
-    tail = sliced_tail(structure, task)
-    inside = set(tail)
-    for node in tail:
-        module = structure.trace.module(node)
-        if module is not None and any("running_mean" in part._buffers for part in module.modules()):
-            return f"'{node.target}' keeps statistics of the whole batch"
-        if not node.meta["mutates"] <= inside:
-            return f"'{node.name}' changes the trunk's output, in place"
-    numbers = [node for node in tail_inputs(tail) if not isinstance(node.meta["value"], Tensor)]
-    return f"it reads the number '{numbers[0].name}', which may be the batch's size" if numbers else None
-
-
-def tail_inputs(tail: Sequence[fx.Node]) -> list[fx.Node]:
-    """What the tail reads and does not make."""
-    inside = set(tail)
-    return list(dict.fromkeys(source for node in tail for source in node.all_input_nodes if source not in inside))
-
-
 def _readers(
     out: _Emitter, nodes: list[fx.Node], made: Any, read: Sequence[Sequence[fx.Node]]
 ) -> dict[fx.Node, set[int]]:
@@ -436,26 +405,3 @@ def _readers(
         for source in sources:
             readers.setdefault(source, set()).add(reach.until)
     return {node: {m for m in modules if m != out.owner.get(node)} for node, modules in readers.items()}
-
-
-def register(
-    aux: nn.Module, structure: Structure, cuts: Sequence[fx.Node], auxiliaries: Sequence[Auxiliary],
-    heads: Sequence[nn.Module], task: Task,
-) -> None:
-    """Fill the ``aux`` module: per local module its network and head; what the task itself trains; constants."""
-    for index, (auxiliary, head) in enumerate(zip(auxiliaries, heads, strict=True)):
-        aux.add_module(str(index), LocalLoss(auxiliary, head))
-    register_task(aux, task)
-    if structure.trace.constants:
-        part = nn.Module()
-        for name, value in structure.trace.constants.items():
-            part.register_buffer(name, value, persistent=False)
-        aux.add_module("constants", part)
-
-
-def register_task(aux: nn.Module, task: Task) -> None:
-    """Register what the task itself trains, a learned criterion."""
-    trained = {name: module for name, module in task.modules().items()
-               if any(p.requires_grad for p in module.parameters())}
-    if trained:
-        aux.add_module("task", nn.ModuleDict(trained))

@@ -29,9 +29,10 @@ from glcan_fx.errors import (
 from glcan_fx.fx_utils import Packed, Parts, function_of, pack, unpack
 from glcan_fx.pytree import tensors_in
 from glcan_fx.step.arguments import signature_of, unlike
+from glcan_fx.step.averages import Averages
 from glcan_fx.step.gradients import Agreement, LocalBackward, LossScale, parameters_of, private_graph
 from glcan_fx.step.guards import Guards, Opened
-from glcan_fx.step.local_loss import Averages, Draws, LocalLoss, random_state
+from glcan_fx.step.local_loss import Draws, LocalLoss, random_state
 from glcan_fx.step.optimizer_in_forward import OptimizerInForward, refuse_distributed
 from glcan_fx.step.output import LocalOutput, collect, parts_of_loss, reported, shape_of, total
 from glcan_fx.step.parts import ReadOnly, Recomputed, SizeCheck, Whole, WithAux

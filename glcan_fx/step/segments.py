@@ -24,7 +24,7 @@ from glcan_fx.initialization import freshen, moments, unhooked_copy
 from glcan_fx.layers import inner_activation, is_norm, set_width, weights_in
 from glcan_fx.plans.plan import Plan
 from glcan_fx.pytree import map_tensors
-from glcan_fx.step.emit import register_task
+from glcan_fx.step.build import register_task
 from glcan_fx.step.local_loss import LocalLoss
 from glcan_fx.step.local_model import LocalModel, assemble
 from glcan_fx.step.output import collect
