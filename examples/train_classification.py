@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
 from training import Experiment, add_arguments, run
+
+from glcan_fx.demo.images import ENDINGS, DataError, rgb
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -92,12 +95,35 @@ def read(folder: Path, train: bool) -> tuple[Tensor, Tensor]:
         data = CIFAR10(folder, train=train)
         images, labels = data.data, np.asarray(data.targets)
     elif (folder / split).is_dir():
-        data = ImageFolder(folder / split)
-        images = np.stack([np.asarray(image.resize((32, 32))) for image, _ in data])
-        labels = np.asarray(data.targets)
+        return _class_folders(folder, split)
     else:
         raise SystemExit(f"{folder}: there is neither cifar-10-batches-py, nor {packed.name}, nor a folder {split}/")
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels.astype(np.int64))
+
+
+def classes_of(folder: Path) -> list[str]:
+    """The classes of a folder of class folders, in alphabetical order: those of both splits, by name."""
+    found = {path.name for split in ("train", "test") for path in folder.glob(f"{split}/*")
+             if path.is_dir() and not path.name.startswith(".")}
+    return sorted(found)
+
+
+def _class_folders(folder: Path, split: str) -> tuple[Tensor, Tensor]:
+    """Pictures of every class in turn, so that the first so many are of all classes."""
+    found: list[tuple[int, int, Path]] = []
+    empty = []
+    for label, name in enumerate(classes_of(folder)):
+        files = sorted(path for path in (folder / split / name).glob("**/*")
+                       if path.suffix.lower() in ENDINGS and not path.name.startswith("."))
+        empty += [name] * (not files)
+        found += [(place, label, path) for place, path in enumerate(files)]
+    if not found:
+        raise DataError(f"{folder / split}: there are no images in its class folders.")
+    if empty:
+        print(f"{split}: no images of the class{'es' * (len(empty) > 1)} {', '.join(empty)}", file=sys.stderr)
+    images = np.stack([np.asarray(rgb(path).resize((32, 32))) for _, _, path in sorted(found)])
+    labels = torch.tensor([label for _, label, _ in sorted(found)])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
 
 
 def main() -> None:
@@ -106,8 +132,15 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=20, help="of the ResNet, 6 n + 2 (%(default)s)")
     args = parser.parse_args()
     rescale = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-    pixels, labels = (part[:args.limit] for part in read(args.data, train=True))
-    held = Images(*read(args.data, train=False), v2.Compose(rescale))
+    try:
+        pixels, labels = (part[:args.limit] for part in read(args.data, train=True))
+        held = Images(*read(args.data, train=False), v2.Compose(rescale))
+    except DataError as error:
+        raise SystemExit(str(error)) from error
+    names = classes_of(args.data)
+    classes = len(names) or int(max(labels.max(), held.labels.max())) + 1
+    said = f" ({', '.join(names[:8])}{', …' * (len(names) > 8)})" if names else ""
+    print(f"{len(labels)} training and {len(held)} held-out images of {classes} classes{said}", file=sys.stderr)
 
     def evaluate(model: nn.Module, device: torch.device) -> dict[str, float]:
         right = sum(int((model(x.to(device)).argmax(1).cpu() == y).sum()) for x, y in DataLoader(held, 500))
@@ -116,7 +149,7 @@ def main() -> None:
     # Padding after the normalisation is the mean colour, not black: a border that only tells where a crop lay.
     augment = v2.Compose([*rescale, v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])
     experiment = Experiment(
-        task="classification", build=lambda: CifarResNet(args.depth), example=(args.batch_size, 3, 32, 32),
+        task="classification", build=lambda: CifarResNet(args.depth, classes), example=(args.batch_size, 3, 32, 32),
         train=Images(pixels, labels, augment), evaluate=evaluate,
         optimizer=lambda parameters, lr: torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=5e-4))
     run(experiment, args)

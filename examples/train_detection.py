@@ -10,6 +10,7 @@ ImageSets/Main/train.txt and val.txt). AP, AP50 and AP75 are pycocotools'.
 from __future__ import annotations
 
 import argparse
+import sys
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from training import Experiment, add_arguments, run
 
 from glcan_fx.demo.data import CocoFolder, average_precision, collate, held_out_batches
+from glcan_fx.demo.images import DataError
 from glcan_fx.demo.train import anchors_for_any_object
 from glcan_fx.models import retinanet, yolo
 from glcan_fx.models.yolo import COCO_ANCHORS
@@ -62,8 +64,12 @@ def main() -> None:
     if args.recipe:
         vars(args).update(RECIPES[args.recipe])
         print(f"{args.recipe}: " + ", ".join(f"{key} {value}" for key, value in RECIPES[args.recipe].items()))
-    train = CocoFolder(args.data, "train", image_size=args.size, flip=True, limit=args.limit)
-    held = CocoFolder(args.data, "val", image_size=args.size)
+    try:
+        train = CocoFolder(args.data, "train", image_size=args.size, flip=True, limit=args.limit)
+        held = CocoFolder(args.data, "val", image_size=args.size)
+    except DataError as error:
+        raise SystemExit(str(error)) from error
+    print(train.summary(), held.summary(), sep="\n", file=sys.stderr)
 
     def evaluate(model: nn.Module, device: torch.device) -> dict[str, float]:
         results = []

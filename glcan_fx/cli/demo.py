@@ -152,7 +152,7 @@ def _one(
     """Train, or only measure, one method from the initial weights."""
     import torch
 
-    from glcan_fx.demo.data import DemoError
+    from glcan_fx.demo.images import DataError
     from glcan_fx.demo.train import build_model, checkpoint_blocks, train
 
     model, title = build_model(recipe, len(train_set.classes)), METHODS[method]
@@ -166,7 +166,7 @@ def _one(
             method, title, model, train_set, val_set, recipe, measure_only=measure_only, say=_note
         )
     except torch.OutOfMemoryError as error:
-        raise DemoError(
+        raise DataError(
             f"{title}: {recipe.device} is out of memory. Lower --batch-size (now {recipe.batch_size}),"
             f" --memory-batch ({recipe.memory_batch}) or --image-size ({recipe.image_size})."
         ) from error
@@ -193,24 +193,24 @@ def _plan(model: torch.nn.Module, options: dict[str, Any]) -> PlannedModel:
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """The options with the defaults that depend on the data filled in, checked."""
-    from glcan_fx.demo.data import DemoError
+    from glcan_fx.demo.images import DataError
 
     options = vars(args) | {"methods": [name.strip() for name in args.methods.split(",") if name.strip()]}
     for key, choices in DEFAULTS.items():
         if options[key] is None:
             options[key] = choices[args.data is not None]
         if options[key] is not None and options[key] <= 0:
-            raise DemoError(f"--{key.replace('_', '-')} {options[key]}: give a number above 0.")
+            raise DataError(f"--{key.replace('_', '-')} {options[key]}: give a number above 0.")
     unknown = [name for name in options["methods"] if name not in METHODS]
     if unknown or not options["methods"]:
-        raise DemoError(f"--methods {args.methods}: choose from {', '.join(METHODS)}, separated by commas.")
+        raise DataError(f"--methods {args.methods}: choose from {', '.join(METHODS)}, separated by commas.")
     options["methods"] = [name for name in METHODS if name in options["methods"]]
     if args.threads is not None and args.threads < 1:
-        raise DemoError(f"--threads {args.threads}: give a number above 0.")
+        raise DataError(f"--threads {args.threads}: give a number above 0.")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DemoError(f"--out {args.out}: cannot make this folder: {error.strerror}.") from error
+        raise DataError(f"--out {args.out}: cannot make this folder: {error.strerror}.") from error
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     # The namespace may hold other things of the command line.
@@ -220,7 +220,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 def _device(name: str) -> torch.device:
     import torch
 
-    from glcan_fx.demo.data import DemoError
+    from glcan_fx.demo.images import DataError
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -228,7 +228,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
-        raise DemoError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        raise DataError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return device
 
 
@@ -253,13 +253,9 @@ def _data(options: dict[str, Any]) -> tuple[CocoFolder, CocoFolder]:
     flip = options["data"] is not None  # a mirrored digit is no digit
     train_set = CocoFolder(folder, "train", image_size=size, flip=flip, limit=options["train_images"])
     val_set = CocoFolder(folder, "val", image_size=size, limit=options["val_images"])
-    dropped = train_set.dropped_boxes + val_set.dropped_boxes
-    classes = len(train_set.classes)
-    _note(
-        f"{len(train_set)} training and {len(val_set)} held-out images, longer side {size} pixels,"
-        f" {classes} class{'es' if classes > 1 else ''}"
-        + (f"; left out {dropped} boxes without area." if dropped else ".")
-    )
+    for dataset in (train_set, val_set):
+        _note(f"{dataset.summary()}.")
+    _note(f"Longer side {size} pixels, {len(train_set.classes)} classes.")
     return train_set, val_set
 
 

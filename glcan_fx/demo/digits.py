@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 
-from glcan_fx.demo.data import DemoError
+from glcan_fx.demo.images import DataError
 
 SETTINGS_FILE = "settings.json"
 # What a split may use. Train and held-out images share no digit sample and no photograph pixel: the digits
@@ -47,9 +47,9 @@ class DigitSettings:
 
     def __post_init__(self) -> None:
         if self.classes not in (1, 10):
-            raise DemoError(f"classes={self.classes}: the digit set has 1 class ('digit') or 10 ('0'...'9').")
+            raise DataError(f"classes={self.classes}: the digit set has 1 class ('digit') or 10 ('0'...'9').")
         if self.image_size < 32 or min(self.train, self.val) < 1:
-            raise DemoError(
+            raise DataError(
                 f"image_size={self.image_size}, train={self.train}, val={self.val}: the digit set needs"
                 " images of at least 32 pixels and at least one image per split."
             )
@@ -79,7 +79,7 @@ def compose_digits(folder: str | Path, settings: DigitSettings | None = None) ->
         if found == wanted:
             return False
         if not isinstance(found, dict) and any(folder.iterdir()):
-            raise DemoError(
+            raise DataError(
                 f"{folder} exists and is not a digit set made by this demo. Choose another --out, or pass the"
                 " folder with --data if it is a COCO-format detection set."
             )

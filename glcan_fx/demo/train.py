@@ -19,7 +19,8 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from tqdm import tqdm
 
-from glcan_fx.demo.data import CocoFolder, DemoError, Target, average_precision, held_out_batches, training_batches
+from glcan_fx.demo.data import CocoFolder, Target, average_precision, held_out_batches, training_batches
+from glcan_fx.demo.images import DataError
 from glcan_fx.models import retinanet
 from glcan_fx.peak_memory import PeakMemory
 from glcan_fx.simulate.estimate import recompute
@@ -129,7 +130,7 @@ def train(
         say: called with a line of text per evaluation.
 
     Raises:
-        DemoError: the loss is no longer finite.
+        DataError: the loss is no longer finite.
     """
     model.to(recipe.device)
     if recipe.device.type == "cpu":  # where channels-last convolutions are the faster ones
@@ -168,7 +169,7 @@ def train(
             outcome.head_losses.append(sum(losses.get(name, 0.0) for name in HEAD_LOSSES))
             if not math.isfinite(outcome.losses[-1]):
                 problem = f"{title}: the loss is {outcome.losses[-1]} at step {step}."
-                raise DemoError(f"{problem} Choose --lr below {recipe.lr:g}.")
+                raise DataError(f"{problem} Choose --lr below {recipe.lr:g}.")
             steady = seconds[WARM_UP_STEPS:] or seconds
             if steady:
                 outcome.step_seconds = statistics.median(steady)

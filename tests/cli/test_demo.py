@@ -20,8 +20,9 @@ from glcan_fx.cli import demo
 from glcan_fx.demo import digits as demo_digits
 from glcan_fx.demo import report as demo_report
 from glcan_fx.demo import train as demo_train
-from glcan_fx.demo.data import CocoFolder, DemoError, average_precision, training_batches
+from glcan_fx.demo.data import CocoFolder, average_precision, training_batches
 from glcan_fx.demo.digits import MAX_OVERLAP, PHOTO_COLUMNS, DigitSettings, compose_digits, overlap
+from glcan_fx.demo.images import DataError
 
 SETTINGS = DigitSettings(train=24, val=12, image_size=64)
 
@@ -151,14 +152,14 @@ def test_set_is_reused_replaced_and_never_half_written(
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("keep me")
-    with pytest.raises(DemoError, match="--out"):
+    with pytest.raises(DataError, match="--out"):
         compose_digits(tmp_path / "mine", small)
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
 @pytest.mark.parametrize("wrong", [{"classes": 2}, {"image_size": 8}, {"train": 0}])
 def test_wrong_settings(wrong: dict[str, int]) -> None:
-    with pytest.raises(DemoError):
+    with pytest.raises(DataError):
         DigitSettings(**wrong)
 
 
@@ -168,7 +169,7 @@ def test_wrong_settings(wrong: dict[str, int]) -> None:
 def test_tiny_folder(tiny: Path) -> None:
     dataset = CocoFolder(tiny, "train", image_size=80)
     assert dataset.category_ids == [4, 13, 90] and dataset.classes == ["x", "y", "z"]
-    assert dataset.image_ids == [3, 7] and dataset.dropped_boxes == 1
+    assert dataset.image_ids == [3, 7] and dataset.changed == {"boxes without area left out": 1}
     empty_image, empty = dataset[0]
     assert empty_image.shape == (3, 80, 40) and empty["boxes"].shape == (0, 4) and len(empty["labels"]) == 0
     image, target = dataset[1]
@@ -234,36 +235,39 @@ def test_a_voc_folder(tmp_path: Path) -> None:
     assert found["bbox"] == [4, 5, 4, 3] and found["category_id"] == 1
     assert [a["iscrowd"] for a in train.coco.dataset["annotations"]] == [0, 1]
     (tmp_path / "ImageSets/Main/val.txt").write_text("three\n")
-    with pytest.raises(DemoError, match=r"three\.xml is missing"):
+    with pytest.raises(DataError, match=r"three\.xml is missing"):
         CocoFolder(tmp_path, "val", image_size=40)
-    (tmp_path / "Annotations/two.xml").write_text("<annotation><size/></annotation>")
-    with pytest.raises(DemoError, match=r"two\.xml is not a VOC annotation"):
+    (tmp_path / "Annotations/two.xml").write_text("<annotation><object>")
+    assert len(CocoFolder(tmp_path, "train", image_size=40)) == 2  # no list names it
+    (tmp_path / "ImageSets/Main/train.txt").write_text("one\ntwo\n")
+    with pytest.raises(DataError, match=r"two\.xml is not a VOC annotation"):
         CocoFolder(tmp_path, "train", image_size=40)
     (tmp_path / "ImageSets/Main/train.txt").unlink()
-    with pytest.raises(DemoError, match=r"train\.txt is missing"):
+    with pytest.raises(DataError, match=r"train\.txt is missing"):
         CocoFolder(tmp_path, "train", image_size=40)
 
 
 def test_bad_folders_are_explained(tiny: Path) -> None:
-    with pytest.raises(DemoError, match=r"instances_train\.json is missing.*annotations"):
+    with pytest.raises(DataError, match=r"instances_train\.json is missing.*annotations"):
         CocoFolder(tiny / "nowhere", "train", image_size=32)
     edit(tiny, "val", categories=[], images=[])
-    with pytest.raises(DemoError, match=r"instances_val\.json lists no images"):
+    with pytest.raises(DataError, match=r"instances_val\.json lists no images"):
         CocoFolder(tiny, "val", image_size=32)
     (tiny / "instances_val.json").write_text("{")
-    with pytest.raises(DemoError, match=r"instances_val\.json is not valid JSON"):
+    with pytest.raises(DataError, match=r"instances_val\.json is not valid JSON"):
         CocoFolder(tiny, "val", image_size=32)
     (tiny / "instances_val.json").write_text("{}")
-    with pytest.raises(DemoError, match="no 'images'"):
+    with pytest.raises(DataError, match="no 'images'"):
         CocoFolder(tiny, "val", image_size=32)
     (tiny / "a.png").write_bytes(b"not a picture")
-    with pytest.raises(DemoError, match=r"cannot read image .*a\.png"):
+    with pytest.raises(DataError, match=r"cannot read image .*a\.png"):
         CocoFolder(tiny, "train", image_size=32)[1]
     (tiny / "a.png").unlink()
-    with pytest.raises(DemoError, match=r"a\.png.*is in none of .*images"):
+    with pytest.raises(DataError, match=r"a\.png.*is in none of .*images"):
         CocoFolder(tiny, "train", image_size=32)
+    Image.new("RGB", (40, 20)).save(tiny / "a.png")
     edit(tiny, "train", annotations=[{"id": 1, "image_id": 7, "category_id": 5, "bbox": [0, 0, 1, 1]}])
-    with pytest.raises(DemoError, match="category 5"):
+    with pytest.raises(DataError, match="category 5"):
         CocoFolder(tiny, "train", image_size=32)
 
 
@@ -358,7 +362,7 @@ def test_exploding_loss_names_the_learning_rate(digits: Path, tmp_path: Path) ->
             return {"loss": self.weight * float("inf")}
 
     recipe = demo._recipe(demo._options(arguments("--out", tmp_path, *SHORT)), torch.device("cpu"))
-    with pytest.raises(DemoError, match=r"--lr below"):
+    with pytest.raises(DataError, match=r"--lr below"):
         demo_train.train("bp", "BP", Broken(), data, data, recipe)
 
 

@@ -1,0 +1,226 @@
+"""Data as people have them: read as it was meant, or refused with the file, the entry and what to do."""
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from glcan_fx.demo.data import CocoFolder
+from glcan_fx.demo.images import DataError, rgb
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def written(folder: Path, images: list[dict[str, Any]], boxes: list[Any], names: tuple[str, ...] = ("dog", "cat"), *,
+            val: Any = None) -> Path:
+    content = {"images": images, "annotations": boxes,
+               "categories": [{"id": index, "name": name} for index, name in enumerate(names, 1)]}
+    (folder / "instances_train.json").write_text(json.dumps(content))
+    (folder / "instances_val.json").write_text(json.dumps(val or content))
+    return folder
+
+
+def picture(folder: Path, name: str = "a.png", size: tuple[int, int] = (40, 20), number: int = 1) -> dict[str, Any]:
+    Image.new("RGB", size, "red").save(folder / name)
+    return {"id": number, "file_name": name, "width": size[0], "height": size[1]}
+
+
+def box(*numbers: float, image: Any = 1, category: Any = 1) -> dict[str, Any]:
+    return {"image_id": image, "category_id": category, "bbox": list(numbers)}
+
+
+def read(folder: Path, split: str = "train") -> CocoFolder:
+    return CocoFolder(folder, split, image_size=40)
+
+
+class TestImages:
+    def test_exif_orientation(self, tmp_path: Path) -> None:
+        """Boxes of the upright image: it is turned. Boxes of the image as it is stored: it is not, and that is said."""
+        file = Image.new("RGB", (20, 40), "black")  # stored upright as 20 x 40, shown as 40 x 20
+        file.paste("red", (0, 0, 20, 10))
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        file.save(tmp_path / "a.jpg", exif=exif)
+        upright = written(tmp_path, [{"id": 1, "file_name": "a.jpg", "width": 40, "height": 20}], [box(30, 0, 10, 20)])
+        image, target = read(upright)[0]
+        assert image.shape == (3, 20, 40) and target["boxes"].tolist() == [[30, 0, 40, 20]]
+        assert image[0, :, 32:].mean() > 0.9 and image[0, :, :28].mean() < 0.1  # the red is in the box
+        stored = written(tmp_path, [{"id": 1, "file_name": "a.jpg", "width": 20, "height": 40}], [box(0, 0, 20, 10)])
+        dataset = read(stored)
+        image, target = dataset[0]
+        assert image.shape == (3, 40, 20) and target["boxes"].tolist() == [[0, 0, 20, 10]]
+        assert image[0, :8].mean() > 0.9 and "left as stored" in dataset.summary()
+
+    def test_sixteen_bits_are_scaled_evenly(self, tmp_path: Path) -> None:
+        ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, 0)
+        Image.fromarray(ramp).save(tmp_path / "a.png")
+        values = np.asarray(rgb(tmp_path / "a.png"))[0, :, 0].astype(int)
+        assert abs(values - np.arange(256)).max() <= 1
+
+    @pytest.mark.parametrize("mode", ["L", "LA", "P", "PA", "CMYK", "RGBA", "1"])
+    def test_modes(self, tmp_path: Path, mode: str) -> None:
+        path = tmp_path / ("a.tif" if mode in ("CMYK", "PA") else "a.png")
+        Image.new("RGB", (4, 4), "white").convert("L" if mode == "PA" else mode).save(path)
+        image = rgb(path)
+        assert image.mode == "RGB" and np.asarray(image).min() > 250
+
+    @pytest.mark.parametrize("content", [b"", b"not a picture", None], ids=["empty", "text", "truncated"])
+    def test_broken_files_are_named(self, tmp_path: Path, content: bytes | None) -> None:
+        entry = picture(tmp_path, "a.jpg", (64, 64))
+        data = (tmp_path / "a.jpg").read_bytes()[:-200] if content is None else content
+        (tmp_path / "a.jpg").write_bytes(data)
+        with pytest.raises(DataError, match=r"a\.jpg"):
+            read(written(tmp_path, [entry], [box(0, 0, 4, 4)]))[0]
+
+    def test_too_many_pixels(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        entry = picture(tmp_path)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        with pytest.raises(DataError, match=r"a\.png has more pixels.*MAX_IMAGE_PIXELS"):
+            read(written(tmp_path, [entry], [box(0, 0, 4, 4)]))
+
+
+class TestBoxes:
+    def test_what_is_changed_is_counted(self, tmp_path: Path) -> None:
+        given = [box(30, 10, 20, 20), box(5, 5, 0, 4), box(5, 5, -3, 4), box(100, 5, 4, 4), box(1, 1, 4, 4), {
+            **box(0, 0, 1, 1), "bbox": None}, {**box(0, 0, 1, 1), "bbox": [1, 2, 3]}, box(0, 0, 4, 4, image=99)]
+        dataset = read(written(tmp_path, [picture(tmp_path)], given))
+        assert dataset.changed == {
+            "boxes clipped to their image": 1, "boxes without area left out": 2,
+            "boxes outside of their image left out": 1, "boxes without four numbers left out": 2, "boxes of images that are not listed left out": 1}
+        assert dataset[0][1]["boxes"].tolist() == [[30, 10, 40, 20], [1, 1, 5, 5]]
+        assert all(f"{count} {what}" in dataset.summary() for what, count in dataset.changed.items())
+
+    @pytest.mark.parametrize(("change", "message"), [
+        ({"images": "twice"}, r"a\.png and b\.png have the same id, 1"),
+        ({"boxes": [box(0.1, 0.2, 0.5, 0.5)]}, "fractions of the image"),
+        ({"size": (80, 40)}, "is 40 x 20, but its entry says 80 x 40"),
+        ({"boxes": [box(0, 0, 4, 4, image="x"), box(0, 0, 4, 4, image="y")]}, "no annotation belongs to an image"),
+        ({"boxes": [box(0, 0, 4, 4, category=7)]}, "category 7"),
+        ({"boxes": [box(0, 0, 4, 4, category=None)]}, "category None"),
+        ({"boxes": ["box"]}, "is no object"),
+        ({"name": None}, "'file_name'"),
+    ], ids=["same id", "fractions", "sizes", "no image", "category", "no category", "no object", "no name"])
+    def test_what_cannot_be_meant_is_refused(self, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+        images = [picture(tmp_path)]
+        if "images" in change:
+            images.append(picture(tmp_path, "b.png"))
+        if "size" in change:
+            images[0].update(zip(("width", "height"), change["size"], strict=True))
+        if "name" in change:
+            images[0]["file_name"] = None
+        with pytest.raises(DataError, match=message) as caught:
+            read(written(tmp_path, images, change.get("boxes", [box(0, 0, 4, 4)])))
+        assert "instances_train.json" in str(caught.value)
+
+    def test_numbers_as_text_and_missing_keys(self, tmp_path: Path) -> None:
+        entry = {**picture(tmp_path), "id": "1"}
+        entry.pop("width")
+        given = [{**box(1, 1, 4, 4, image="1", category="2"), "iscrowd": None, "area": "text", "id": None}]
+        dataset = read(written(tmp_path, [entry], given))
+        assert dataset[0][1]["labels"].tolist() == [1] and not dataset.changed
+
+    def test_a_byte_order_mark_and_odd_names(self, tmp_path: Path) -> None:
+        entry = picture(tmp_path, "ein Bild ü.png")
+        entry["file_name"] = f"C:\\photos\\{entry['file_name']}"
+        folder = written(tmp_path, [entry], [box(0, 0, 4, 4)])
+        path = folder / "instances_train.json"
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+        assert len(read(folder)) == 1
+
+    def test_classes_of_another_split_are_mapped_by_name(self, tmp_path: Path) -> None:
+        entry = picture(tmp_path)
+        other = {"images": [entry], "annotations": [box(0, 0, 4, 4, category=1)],
+                 "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]}
+        folder = written(tmp_path, [entry], [box(0, 0, 4, 4, category=1)], val=other)
+        train, val = read(folder), read(folder, "val")
+        assert [train.classes[train[0][1]["labels"][0]], val.classes[val[0][1]["labels"][0]]] == ["dog", "cat"]
+        assert "mapped by name" in val.summary()
+        written(tmp_path, [entry], [], val={**other, "categories": [{"id": 1, "name": "cow"}]})
+        with pytest.raises(DataError, match="'cow'"):
+            read(folder, "val")
+
+
+def test_random_folders_are_read_as_they_were_meant(tmp_path: Path) -> None:
+    """Whatever faults a folder has that can be repaired: exactly the boxes that were meant, and every other counted."""
+    for seed in range(12):
+        draw = random.Random(seed)
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        images, boxes, meant, dropped = [], [], {}, 0
+        for number in draw.sample(range(1, 100), 4):
+            entry = picture(folder, f"{number}.png", (40, 40), number)
+            if draw.random() < 0.3:
+                entry["id"] = str(number)
+            images.append(entry)
+            meant[number] = []
+            for _ in range(draw.randrange(4)):
+                x, y, w, h = (draw.randint(2, 15) for _ in range(4))
+                kind = draw.choice(["right", "right", "flat", "outside", "nothing", "text", "orphan"])
+                one = box(x, y, w, h, image=number, category=draw.choice([1, "2"]))
+                if kind == "flat":
+                    one["bbox"][2] = 0
+                elif kind == "outside":
+                    one["bbox"][0] = 50
+                elif kind == "nothing":
+                    del one["bbox"]
+                elif kind == "text":
+                    one["bbox"] = "1 2 3 4"
+                elif kind == "orphan":
+                    one["image_id"] = 1000
+                if kind == "right":
+                    meant[number].append(([x, y, x + w, y + h], int(one["category_id"]) - 1))
+                dropped += kind != "right"
+                boxes.append(one)
+        if not any(meant.values()):
+            continue
+        dataset = read(written(folder, images, boxes))
+        assert sum(dataset.changed.values()) == dropped
+        for index, number in enumerate(dataset.image_ids):
+            target = dataset[index][1]
+            found = list(zip(target["boxes"].tolist(), target["labels"].tolist(), strict=True))
+            assert sorted(found) == sorted((list(map(float, corners)), label) for corners, label in meant[number])
+
+
+@pytest.fixture
+def classification() -> Any:
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        import train_classification
+
+        return train_classification
+    finally:
+        sys.path.remove(str(EXAMPLES))
+
+
+class TestClassFolders:
+    def make(self, folder: Path, counts: dict[str, int]) -> Path:
+        for name, count in counts.items():
+            (folder / name).mkdir(parents=True)
+            for index in range(count):
+                Image.new("RGB", (8, 8), (index, 0, 0)).save(folder / name / f"{index}.png")
+        return folder
+
+    def test_classes_are_told_by_name(self, tmp_path: Path, classification: Any, capsys: pytest.CaptureFixture[str]
+                                      ) -> None:
+        self.make(tmp_path / "train", {"ant": 2, "bee": 2, "cow": 2, ".hidden": 1})
+        self.make(tmp_path / "test", {"bee": 3, "cow": 1})
+        (tmp_path / "test" / "cow" / "._0.png").write_bytes(b"")
+        assert classification.classes_of(tmp_path) == ["ant", "bee", "cow"]
+        pixels, labels = classification.read(tmp_path, train=False)
+        assert sorted(labels.tolist()) == [1, 1, 1, 2] and pixels.shape == (4, 3, 32, 32)
+        assert "no images of the class ant" in capsys.readouterr().err
+        assert sorted(classification.read(tmp_path, train=True)[1][:3].tolist()) == [0, 1, 2]  # the first of each
+
+    def test_nothing_to_read(self, tmp_path: Path, classification: Any) -> None:
+        self.make(tmp_path / "train", {"ant": 0})
+        with pytest.raises(DataError, match="no images"):
+            classification.read(tmp_path, train=True)
+
+    def test_as_many_outputs_as_classes(self, classification: Any) -> None:
+        assert classification.CifarResNet(8, 12)(torch.zeros(1, 3, 32, 32)).shape == (1, 12)
