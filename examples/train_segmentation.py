@@ -9,12 +9,14 @@ value), as the CamVid of the SegNet tutorial; or JPEGImages/, SegmentationClass/
 from __future__ import annotations
 
 import argparse
+import re
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
@@ -22,6 +24,8 @@ from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 from torchvision.transforms import v2
 from training import Experiment, add_arguments, run
 from unet import UNet
+
+from glcan_fx.demo.images import ENDINGS, DataError, opened, rgb, sizes
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IGNORED = 255
@@ -40,19 +44,25 @@ class Masks(Dataset[Any]):
         if listed.is_file():
             images, masks, names = folder / "JPEGImages", folder / "SegmentationClass", listed.read_text().split()
         if not names:
-            raise SystemExit(f"{folder}: there is neither {split}annot/ with PNG masks, nor "
-                             f"{listed.relative_to(folder)}")
+            raise DataError(f"{folder}: there is neither {split}annot/ with PNG masks, nor "
+                            f"{listed.relative_to(folder)}")
+        names = [name for name in names if not name.startswith(".")]
+        files = [masks / f"{name}.png" for name in names[:limit]]
+        counts = Counter(value for file in files for value in np.unique(values_of(file)).tolist())
+        white = set(counts) == {0, 255} and classes == 2
+        self.said = [f"{split}: masks of 0 and 255: 255 is taken for class 1"] if white else [
+            f"{split}: pixels of the value {value} are ignored, in {count} masks"
+            for value, count in sorted(counts.items()) if value >= classes and value != IGNORED]
+        if not any(value < classes for value in counts):
+            raise DataError(f"{masks}: no pixel of the masks has a class from 0 to {classes - 1}: their values are "
+                            f"{', '.join(map(str, sorted(counts)[:9]))}. Pass --classes, or write a class a value.")
         resize = v2.Resize(size, antialias=True)
         self.items = []
-        for name in names[:limit]:
-            path = next((p for p in images.glob(f"{name}.*")), None)
-            if path is None:
-                raise SystemExit(f"{images}: there is no image for the mask {name}.png")
-            with Image.open(path) as image, Image.open(masks / f"{name}.png") as mask:
-                pixels = tv_tensors.Image(v2.functional.pil_to_tensor(image.convert("RGB")))
-                labels = tv_tensors.Mask(torch.from_numpy(np.array(mask)))
-            labels[labels >= classes] = IGNORED
-            self.items.append(resize(pixels, labels))
+        for file in files:
+            pixels, values = pair(images, file)
+            values = values == 255 if white else np.where(values >= classes, IGNORED, values)
+            labels = tv_tensors.Mask(torch.from_numpy(values.astype(np.uint8)))
+            self.items.append(resize(tv_tensors.Image(pixels), labels))
         rescale = [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True), v2.Normalize(MEAN, STD)]
         augment = [v2.RandomHorizontalFlip(), v2.RandomResizedCrop(size, scale=(0.4, 1.0), antialias=True)]
         self.transform = v2.Compose([*(augment if train else []), *rescale])
@@ -65,6 +75,31 @@ class Masks(Dataset[Any]):
         return image.as_subclass(Tensor), mask.as_subclass(Tensor).long()
 
 
+def values_of(mask: Path) -> np.ndarray[Any, Any]:
+    """The values (H, W) of a mask. Raises DataError for one in colours."""
+    with opened(mask) as file:
+        values = np.array(file)
+    if values.ndim == 3 and (values.shape[2] == 2 or (values[..., :1] == values[..., :3]).all()):
+        values = values[..., 0]  # grey, with transparency or as a colour
+    if values.ndim != 2:
+        raise DataError(f"{mask} is in colours: write masks with a class a value, as grey or with a palette.")
+    return values
+
+
+def pair(images: Path, mask: Path) -> tuple[Tensor, np.ndarray[Any, Any]]:
+    """The pixels (3, H, W) of the image that a mask belongs to, and the mask's values (H, W). Raises DataError."""
+    stem = re.sub(r"[._-]mask$", "", mask.stem)
+    path = next((file for ending in ENDINGS if (file := images / f"{stem}{ending}").is_file()), None)
+    if path is None:
+        raise DataError(f"{images}: there is no image for the mask {mask.name}: {stem}{ENDINGS[0]}, say")
+    values = values_of(mask)
+    upright, stored = sizes(path)
+    size = values.shape[1], values.shape[0]
+    if size not in (upright, stored):
+        raise DataError(f"{path} is {upright[0]} x {upright[1]}, its mask {mask.name} {size[0]} x {size[1]}.")
+    return v2.functional.pil_to_tensor(rgb(path, upright=size == upright)), values
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add_arguments(parser, epochs=30, batch_size=8, lr=2e-3)
@@ -74,7 +109,12 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=16, help="of the U-Net's first level (%(default)s)")
     args = parser.parse_args()
     size = tuple(args.size)
-    held = Masks(args.data, False, size, args.classes)
+    try:
+        held, train = Masks(args.data, False, size, args.classes), Masks(
+            args.data, True, size, args.classes, args.limit)
+    except DataError as error:
+        raise SystemExit(str(error)) from error
+    print(f"{len(train)} training and {len(held)} held-out images", *train.said, *held.said, sep="\n", file=sys.stderr)
 
     def build() -> nn.Module:
         if args.model == "unet":
@@ -96,7 +136,7 @@ def main() -> None:
 
     experiment = Experiment(
         task="segmentation", build=build, example=(args.batch_size, 3, *size),
-        train=Masks(args.data, True, size, args.classes, args.limit), evaluate=evaluate,
+        train=train, evaluate=evaluate,
         optimizer=lambda parameters, lr: torch.optim.AdamW(parameters, lr, weight_decay=1e-2))
     run(experiment, args)
 

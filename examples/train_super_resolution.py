@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,16 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from training import Experiment, add_arguments, run
 
+from glcan_fx.demo.images import ENDINGS, DataError, rgb
 from glcan_fx.models import edsr
-
-ENDINGS = (".png", ".jpg", ".jpeg", ".bmp")
 
 
 def images_in(folder: Path) -> list[Path]:
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS
+                   and not path.name.startswith("."))
     if not found:
-        raise SystemExit(f"{folder}: there are no images ({', '.join(ENDINGS)})")
+        raise DataError(f"{folder}: there are no images ({', '.join(ENDINGS)})")
     return found
-
-
-def opened(path: Path) -> Image.Image:
-    with Image.open(path) as file:
-        return file.convert("RGB")
 
 
 def reduced(image: Image.Image, scale: int) -> tuple[Image.Image, Image.Image]:
@@ -52,11 +48,14 @@ class Patches(Dataset[Any]):
 
     def __init__(self, paths: list[Path], scale: int, size: int, each: int) -> None:
         self.scale, self.size, self.each = scale, size, each
-        pairs = [reduced(opened(path), scale) for path in paths]
+        pairs = [reduced(rgb(path), scale) for path in paths]
+        small = sum(min(low.size) < size for _, low in pairs)
+        if small:
+            print(f"{small} of {len(pairs)} training images are smaller than a patch, and left out", file=sys.stderr)
         self.pairs = [(v2.functional.pil_to_tensor(low), v2.functional.pil_to_tensor(high)) for high, low in pairs
                       if min(low.size) >= size]
         if not self.pairs:
-            raise SystemExit(f"no training image has {size * scale} pixels on both sides: choose a smaller --patch")
+            raise DataError(f"no training image has {size * scale} pixels on both sides: choose a smaller --patch")
 
     def __len__(self) -> int:
         return len(self.pairs) * self.each
@@ -102,8 +101,26 @@ def test_pairs(folder: Path, scale: int) -> list[tuple[Image.Image, Image.Image]
     """High and low resolution of a test set."""
     lows = folder / f"LRx{scale}"
     if not lows.is_dir():
-        return [reduced(opened(path), scale) for path in images_in(folder)]
-    return [(opened(folder / "HR" / path.name), opened(path)) for path in images_in(lows)]
+        return [reduced(rgb(path), scale) for path in images_in(folder)]
+    found = []
+    for path in images_in(lows):
+        names = (path.name, f"{path.stem.removesuffix(f'x{scale}')}{path.suffix}")  # 0801x2.png belongs to 0801.png
+        high = next((file for name in names if (file := folder / "HR" / name).is_file()), None)
+        if high is None:
+            raise DataError(f"{folder / 'HR'}: there is no {' or '.join(dict.fromkeys(names))} for {path}")
+        found.append(_matched(rgb(high), rgb(path), scale, high))
+    return found
+
+
+def _matched(high: Image.Image, low: Image.Image, scale: int, path: Path) -> tuple[Image.Image, Image.Image]:
+    """Both cut to what they have in common; up to a few pixels more are usual."""
+    width, height = min(low.width, high.width // scale), min(low.height, high.height // scale)
+    if abs(low.width * scale - high.width) > 2 * scale or abs(low.height * scale - high.height) > 2 * scale:
+        raise DataError(f"{path} is {high.width} x {high.height}, but its reduced image {low.width} x {low.height}: "
+                        f"not a {scale}th of it.")
+    if (width * scale, height * scale) != high.size or (width, height) != low.size:
+        print(f"{path}: cut to {width * scale} x {height * scale}", file=sys.stderr)
+    return high.crop((0, 0, width * scale, height * scale)), low.crop((0, 0, width, height))
 
 
 def compare(made: Tensor, high: Image.Image, scale: int) -> tuple[float, float]:
@@ -130,8 +147,12 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=16, help="residual blocks (%(default)s)")
     parser.add_argument("--channels", type=int, default=64, help="(%(default)s)")
     args = parser.parse_args()
-    paths = [path for folder in args.data for path in images_in(folder)][:args.limit]
-    sets = {folder.name: test_pairs(folder, args.scale) for folder in args.test}
+    try:
+        paths = [path for folder in args.data for path in images_in(folder)][:args.limit]
+        sets = {folder.name: test_pairs(folder, args.scale) for folder in args.test}
+        train = Patches(paths, args.scale, args.patch, args.each)
+    except DataError as error:
+        raise SystemExit(str(error)) from error
 
     def scores(make: Any) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -151,7 +172,7 @@ def main() -> None:
     print("bicubic: " + ", ".join(f"{name} {value:.4g}" for name, value in reference.items()))
     experiment = Experiment(
         task="super_resolution", build=lambda: edsr(scale=args.scale, blocks=args.blocks, channels=args.channels),
-        example=(args.batch_size, 3, args.patch, args.patch), train=Patches(paths, args.scale, args.patch, args.each),
+        example=(args.batch_size, 3, args.patch, args.patch), train=train,
         evaluate=evaluate, optimizer=lambda parameters, lr: torch.optim.Adam(parameters, lr))
     run(experiment, args)
 

@@ -315,11 +315,17 @@ class Segmentation(Task):
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         if isinstance(outputs, Tensor):
-            return F.cross_entropy(outputs, targets, ignore_index=255)
-        loss = F.cross_entropy(outputs["out"], targets, ignore_index=255)
+            return _of_pixels(outputs, targets)
+        loss = _of_pixels(outputs["out"], targets)
         if "aux" in outputs:
-            loss = loss + 0.5 * F.cross_entropy(outputs["aux"], targets, ignore_index=255)
+            loss = loss + 0.5 * _of_pixels(outputs["aux"], targets)
         return loss
+
+
+def _of_pixels(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross-entropy of labelled pixels; 0, and not a division by zero, where a batch has none."""
+    total = F.cross_entropy(logits, labels, ignore_index=255, reduction="sum")
+    return total / (labels != 255).sum().clamp(min=1)
 
 
 class SuperResolution(Task):

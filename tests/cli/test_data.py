@@ -92,7 +92,8 @@ class TestBoxes:
         dataset = read(written(tmp_path, [picture(tmp_path)], given))
         assert dataset.changed == {
             "boxes clipped to their image": 1, "boxes without area left out": 2,
-            "boxes outside of their image left out": 1, "boxes without four numbers left out": 2, "boxes of images that are not listed left out": 1}
+            "boxes outside of their image left out": 1, "boxes without four numbers left out": 2,
+            "boxes of images that are not listed left out": 1}
         assert dataset[0][1]["boxes"].tolist() == [[30, 10, 40, 20], [1, 1, 5, 5]]
         assert all(f"{count} {what}" in dataset.summary() for what, count in dataset.changed.items())
 
@@ -224,3 +225,102 @@ class TestClassFolders:
 
     def test_as_many_outputs_as_classes(self, classification: Any) -> None:
         assert classification.CifarResNet(8, 12)(torch.zeros(1, 3, 32, 32)).shape == (1, 12)
+
+
+@pytest.fixture
+def segmentation() -> Any:
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        import train_segmentation
+
+        return train_segmentation
+    finally:
+        sys.path.remove(str(EXAMPLES))
+
+
+class TestMasks:
+    def folder(self, folder: Path, mask: Any, name: str = "a", size: tuple[int, int] = (8, 8)) -> Path:
+        for part in ("train", "trainannot"):
+            (folder / part).mkdir(exist_ok=True)
+        Image.new("RGB", size).save(folder / "train" / "a.jpg")
+        mask.save(folder / "trainannot" / f"{name}.png")
+        return folder
+
+    def test_white_is_the_second_of_two_classes(self, tmp_path: Path, segmentation: Any) -> None:
+        mask = Image.new("L", (8, 8))
+        mask.paste(255, (0, 0, 4, 8))
+        read_masks = segmentation.Masks(self.folder(tmp_path, mask), True, (8, 8), 2)
+        labels = read_masks.items[0][1]
+        assert labels.unique().tolist() == [0, 1] and "255 is taken for class 1" in read_masks.said[0]
+        assert segmentation.Masks(tmp_path, True, (8, 8), 3).items[0][1].unique().tolist() == [0, 255]
+
+    @pytest.mark.parametrize("mode", ["P", "LA", "RGB", "RGBA"])
+    def test_modes(self, tmp_path: Path, segmentation: Any, mode: str) -> None:
+        values = Image.new("L", (8, 8), 1)
+        mask = values.convert(mode) if mode != "P" else Image.new("P", (8, 8), 1)
+        if mode == "P":
+            mask.putpalette([0, 0, 0, 200, 30, 90] + [0] * 762)
+        assert segmentation.Masks(self.folder(tmp_path, mask), True, (8, 8), 2).items[0][1].unique().tolist() == [1]
+
+    def test_what_is_refused_or_said(self, tmp_path: Path, segmentation: Any) -> None:
+        colours = Image.new("RGB", (8, 8), (10, 20, 30))
+        with pytest.raises(DataError, match=r"a\.png is in colours"):
+            segmentation.Masks(self.folder(tmp_path, colours), True, (8, 8), 2)
+        with pytest.raises(DataError, match=r"a\.jpg is 8 x 8, its mask a\.png 4 x 4"):
+            segmentation.Masks(self.folder(tmp_path, Image.new("L", (4, 4))), True, (8, 8), 2)
+        with pytest.raises(DataError, match="values are 77"):
+            segmentation.Masks(self.folder(tmp_path, Image.new("L", (8, 8), 77)), True, (8, 8), 2)
+        mask = Image.new("L", (8, 8))
+        mask.putpixel((0, 0), 5)
+        made = segmentation.Masks(self.folder(tmp_path, mask), True, (8, 8), 2)
+        assert made.said == ["train: pixels of the value 5 are ignored, in 1 masks"]
+        (tmp_path / "trainannot" / "a.png").unlink()
+        assert len(segmentation.Masks(self.folder(tmp_path, mask, "a_mask"), True, (8, 8), 2)) == 1
+        (tmp_path / "train" / "a.jpg").unlink()
+        with pytest.raises(DataError, match=r"no image for the mask a_mask\.png"):
+            segmentation.Masks(tmp_path, True, (8, 8), 2)
+
+    def test_a_batch_without_labels_contributes_nothing(self) -> None:
+        from glcan_fx import Segmentation
+
+        logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+        loss = Segmentation().loss(logits, torch.full((2, 4, 4), 255))
+        loss.backward()
+        assert loss.item() == 0 and not logits.grad.any()
+        labels = torch.randint(3, (2, 4, 4))
+        labels[0, 0] = 255
+        expected = torch.nn.functional.cross_entropy(logits, labels, ignore_index=255)
+        torch.testing.assert_close(Segmentation().loss(logits, labels), expected)
+
+
+class TestSuperResolution:
+    @pytest.fixture
+    def program(self) -> Any:
+        sys.path.insert(0, str(EXAMPLES))
+        try:
+            import train_super_resolution
+
+            return train_super_resolution
+        finally:
+            sys.path.remove(str(EXAMPLES))
+
+    def test_pairs(self, tmp_path: Path, program: Any, capsys: pytest.CaptureFixture[str]) -> None:
+        for part in ("HR", "LRx2"):
+            (tmp_path / part).mkdir()
+        Image.new("RGB", (21, 16)).save(tmp_path / "HR" / "0801.png")
+        Image.new("RGB", (10, 8)).save(tmp_path / "LRx2" / "0801x2.png")
+        (tmp_path / "LRx2" / "._0801.png").write_bytes(b"")
+        [(high, low)] = program.test_pairs(tmp_path, 2)
+        assert high.size == (20, 16) and low.size == (10, 8) and "cut to 20 x 16" in capsys.readouterr().err
+        Image.new("RGB", (20, 16)).save(tmp_path / "LRx2" / "0801x2.png")
+        with pytest.raises(DataError, match=r"0801\.png is 21 x 16"):
+            program.test_pairs(tmp_path, 2)
+        (tmp_path / "HR" / "0801.png").unlink()
+        with pytest.raises(DataError, match=r"no 0801x2\.png or 0801\.png"):
+            program.test_pairs(tmp_path, 2)
+
+    def test_small_images_are_counted(self, tmp_path: Path, program: Any, capsys: pytest.CaptureFixture[str]) -> None:
+        for index, size in enumerate(((64, 64), (8, 8))):
+            Image.new("RGB", size).save(tmp_path / f"{index}.png")
+        assert len(program.Patches(program.images_in(tmp_path), 2, 16, 3)) == 3
+        assert "1 of 2 training images are smaller than a patch" in capsys.readouterr().err
