@@ -90,8 +90,10 @@ def _copy(build: Builder, start: fx.Node, end: fx.Node, own: fx.Node, prefix: st
     result = build.values[end]
     for path in [path for path in build.copies if path.startswith(f"{prefix}.")]:
         owner, _, last = path.rpartition(".")
-        copied = build.root.get_submodule(owner)._modules.get(last)
-        names = [path] if copied is None else [f"{path}.{name}" for name, _ in copied.named_parameters()]
+        parent = build.root.get_submodule(owner)
+        copied = parent._modules.get(last)  # else a parameter, or a buffer, that a forward reads
+        names = [path] * (last in parent._parameters) if copied is None else [
+            f"{path}.{name}" for name, _ in copied.named_parameters()]
         build.twins.update({name: name.removeprefix(f"{prefix}.") for name in names})
     build.values = {**saved, **{node: build.values[node] for node in build.inputs}}
     return result
