@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from glcan_fx.auxiliary.builder import Auxiliary, Builder
 from glcan_fx.auxiliary.features import Feature
+from glcan_fx.auxiliary.patches import in_patches
 from glcan_fx.auxiliary.reach import reach
 from glcan_fx.auxiliary.stage import initialize
 from glcan_fx.capture.trace import quiet, shadow
@@ -63,7 +63,7 @@ def auxiliary_network(
         network.recompile()
     with _explained(build, method):
         cost, shapes = _measured(network, build, examples)
-    patches, cost = _in_patches(network, build, examples, method.patches, cost)
+    patches, cost = in_patches(network, build, examples, method.patches, cost)
     if not build.draft:
         _initialize(network, build)
     averages = {path: source for path, source in build.twins.items() if path.startswith(f"{build.average}.")}
@@ -84,31 +84,6 @@ def _average_without_gradients(build: Builder) -> None:
             if parameter is not None:
                 del module._parameters[name]
                 module.register_buffer(name, parameter.detach())
-
-
-def _in_patches(
-    network: Network, build: Builder, examples: list[Any], patches: int, cost: Cost
-) -> tuple[int, Cost]:
-    """How many parts a side the module's output may be read in, one after the other, and what that keeps: where the
-    network reads nothing else, and makes predictions of an image from each of its parts."""
-    structure, end = build.structure, build.inputs[0]
-    sides = structure.spatial(end)
-    whole = [node for node in tree_leaves(network.graph.output_node().args) if isinstance(node, fx.Node)]
-    outputs = [node.meta["value"] for node in structure.trace.output.all_input_nodes]
-    vectors = all(isinstance(value, Tensor) and value.dim() == 2 for value in outputs)
-    if patches == 1 or len(build.inputs) > 1 or len(sides) != 2 or end in structure.channels_last or not (
-            whole and vectors and not build.terms and min(sides) >= patches):
-        return 1, cost
-    height, width = (side // patches for side in sides)
-    mode = structure.trace.mode
-    try:
-        with mode:
-            part = examples[0][..., :height, :width].clone()
-            sizes = network if build.draft else shadow(network, mode)
-            saved = cost_of(sizes, partial(sizes.forward, part))[0].saved
-    except (RuntimeError, ValueError, TypeError, IndexError):  # a head that takes one size only
-        return 1, cost
-    return patches, replace(cost, saved=saved)
 
 
 @contextmanager

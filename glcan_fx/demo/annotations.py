@@ -195,7 +195,7 @@ def _check_sizes(found: Annotations, path: Path) -> None:
                             "its boxes, or replace the file.")
         if said == stored and stored != upright:
             image["upright"] = False
-            found.changed["images left as stored, since their boxes are of that"] += 1
+            found.changed["images left as stored, which the boxes are of"] += 1
         image["width"], image["height"] = stored if not image["upright"] else upright
         for box in by_image.get(image["id"], ()):
             _clip(found, box, image["width"], image["height"])
@@ -209,11 +209,11 @@ def _clip(found: Annotations, box: dict[str, Any], width: int, height: int) -> N
     right, bottom = min(left + wide, width), min(top + high, height)
     inside = [max(left, 0.0), max(top, 0.0), right - max(left, 0.0), bottom - max(top, 0.0)]
     if min(inside[2:]) <= 0:
-        found.changed["boxes outside of their image left out"] += 1
+        found.changed["boxes outside of the image left out"] += 1
         box["bbox"] = None
     elif max(abs(a - b) for a, b in zip((left, top, left + wide, top + high), (
             inside[0], inside[1], right, bottom), strict=True)) > _SLACK:
-        found.changed["boxes clipped to their image"] += 1
+        found.changed["boxes clipped to the image"] += 1
         box.update(bbox=inside, area=inside[2] * inside[3])
 
 

@@ -86,8 +86,8 @@ class CocoFolder(Dataset[Any]):
         said = f"{self.split}: {len(self)} images, {len(boxes)} boxes of {len(counts)} classes ({most}"
         said += ", …)" if len(counts) > _SHOWN else ")"
         empty = len(self) - len({box["image_id"] for box in boxes})
-        return "; ".join([said, *[f"{empty} images without objects"] * bool(empty),
-                          *(f"{count} {what}" for what, count in self.changed.items())])
+        return "; ".join([said, *[_counted(empty, "images without objects")] * bool(empty),
+                          *(_counted(count, what) for what, count in self.changed.items())])
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         if index not in self._cache:
@@ -151,6 +151,12 @@ class CocoFolder(Dataset[Any]):
             {"image_id": image_id, "category_id": self.category_ids[label], "bbox": box, "score": score}
             for box, score, label in zip(*columns, strict=True)
         ]
+
+
+def _counted(count: int, what: str) -> str:
+    """A number of things; ``what`` begins with their plural."""
+    many, _, rest = what.partition(" ")
+    return f"{count} {({'boxes': 'box', 'images': 'image'}[many] if count == 1 else many)} {rest}"
 
 
 def collate(batch: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:

@@ -55,7 +55,7 @@ class TestImages:
         dataset = read(stored)
         image, target = dataset[0]
         assert image.shape == (3, 40, 20) and target["boxes"].tolist() == [[0, 0, 20, 10]]
-        assert image[0, :8].mean() > 0.9 and "left as stored" in dataset.summary()
+        assert image[0, :8].mean() > 0.9 and "1 image left as stored" in dataset.summary()
 
     def test_sixteen_bits_are_scaled_evenly(self, tmp_path: Path) -> None:
         ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, 0)
@@ -91,11 +91,14 @@ class TestBoxes:
             **box(0, 0, 1, 1), "bbox": None}, {**box(0, 0, 1, 1), "bbox": [1, 2, 3]}, box(0, 0, 4, 4, image=99)]
         dataset = read(written(tmp_path, [picture(tmp_path)], given))
         assert dataset.changed == {
-            "boxes clipped to their image": 1, "boxes without area left out": 2,
-            "boxes outside of their image left out": 1, "boxes without four numbers left out": 2,
+            "boxes clipped to the image": 1, "boxes without area left out": 2,
+            "boxes outside of the image left out": 1, "boxes without four numbers left out": 2,
             "boxes of images that are not listed left out": 1}
         assert dataset[0][1]["boxes"].tolist() == [[30, 10, 40, 20], [1, 1, 5, 5]]
-        assert all(f"{count} {what}" in dataset.summary() for what, count in dataset.changed.items())
+        said = dataset.summary()
+        assert "1 box clipped to the image" in said and "2 boxes without area left out" in said
+        assert all(f"{count} {what.replace('boxes', 'box', count == 1)}" in said
+                   for what, count in dataset.changed.items())
 
     @pytest.mark.parametrize(("change", "message"), [
         ({"images": "twice"}, r"a\.png and b\.png have the same id, 1"),

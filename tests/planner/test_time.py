@@ -55,10 +55,10 @@ def test_what_a_step_does_is_counted(model: nn.Module) -> None:
 def test_a_budget_of_time_is_kept_by_simulation(model: nn.Module) -> None:
     """Where launches are all that counts, the same memory takes another plan: auxiliary networks are many operators."""
     plain = glcan_fx.plan(model, k=1, **GIVEN).backpropagation()
-    asked = {"memory_budget": int(0.6 * plain.peak), "compute_budget": 1.3, **GIVEN}
+    asked = {"memory_budget": int(0.6 * plain.peak), "compute_budget": 1.4, **GIVEN}
     for device in (None, LAUNCHES, DEVICES["rtx4090"]):
         step = glcan_fx.plan(model, options=Options(device=device), **asked).simulate()
-        assert step.peak <= asked["memory_budget"] and step.relative_to(plain, device) <= 1.305
+        assert step.peak <= asked["memory_budget"] and step.relative_to(plain, device) <= 1.405
     with pytest.raises(BudgetError, match=r"backpropagation's time on launches\. Give at least"):
         glcan_fx.plan(model, k="natural", compute_budget=1.02, options=Options(device=LAUNCHES), **GIVEN)
     glcan_fx.plan(model, k="natural", compute_budget=1.02, **GIVEN)
