@@ -83,7 +83,7 @@ ALL: dict[str, Method] = {
     "infopro": InfoPro(), "predsim": PredSim(), "man": MAN(), "man on dgl": MAN(base="dgl", scaled=False),
     "man on infopro": MAN(base="infopro"), "hpff": HPFF(), "hpff on dgl": HPFF(base="dgl"), "mlaan": MLAAN(),
     "sgr": SGR(), "hpff on man": HPFF(base=MAN(base="dgl"))}
-CASES = [pytest.param(net, method, marks=[pytest.mark.slow] * (net in ("retinanet", "swin") and method not in (
+CASES = [pytest.param(net, method, marks=[pytest.mark.slow] * (net != "resnet" and method not in (
     "glcan", "window", "man", "infopro"))) for net in NETS for method in ALL]
 NOT_FOR = {("predsim", "unet"), ("predsim", "retinanet"), ("sgr", "retinanet")}  # PlanError says why
 
