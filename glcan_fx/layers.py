@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -247,6 +247,24 @@ class Cost:
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(self.parameters + other.parameters, self.saved + other.saved, self.work.plus(other.work))
+
+
+class Kinds(NamedTuple):
+    """Layers and interpolation of maps of one rank."""
+
+    conv: Any
+    norm: Any
+    average: Any
+    adaptive: Any
+    mode: str
+
+
+KINDS = {
+    1: Kinds(nn.Conv1d, nn.BatchNorm1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d, "linear"),
+    2: Kinds(nn.Conv2d, nn.BatchNorm2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, "bilinear"),
+    3: Kinds(nn.Conv3d, nn.BatchNorm3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d, "trilinear"),
+}
+"""By the number of spatial axes."""
 
 
 def cost_of(module: nn.Module, run: Callable[[], Any]) -> tuple[Cost, Any]:

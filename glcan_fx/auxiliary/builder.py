@@ -1,5 +1,6 @@
 """What an auxiliary network is made with: its options, and the graph under construction."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +81,11 @@ class Builder:
             self.fresh.append(name)
         elif not self.draft:
             self.moments.update({f"{name}.{k}": v for k, v in moments(module).items()})
+
+    def making(self) -> AbstractContextManager[Any]:
+        """Where layers are made anew: with sizes only, for a draft."""
+        mode: AbstractContextManager[Any] = self.structure.trace.mode
+        return mode if self.draft else nullcontext()
 
     def clone(self, target: str) -> nn.Module:
         """A copy of one of the model's modules; of its sizes only, for a draft."""

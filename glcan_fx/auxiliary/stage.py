@@ -16,6 +16,7 @@ from glcan_fx.capture.trace import is_float
 from glcan_fx.initialization import Moments, moments
 from glcan_fx.layers import (
     ACTIVATIONS,
+    KINDS,
     channel_axis,
     fits,
     inner_activation,
@@ -73,7 +74,7 @@ def stage(
         made = True
     pooled = any(_shrinks(structure, a, b, start, end) for a, b in pairwise([start, *path])) and not made
     if not made and not pooled and (ratio := _ratio(structure, start, end)):  # merged by reshaping
-        value = build.add(f"{name}.pool", _AVERAGE[rank](ratio[0] if rank == 1 else ratio), value)
+        value = build.add(f"{name}.pool", KINDS[rank].average(ratio[0] if rank == 1 else ratio), value)
     if not made and not (pooled and structure.channels(start) == structure.channels(end)):
         kernel = 3 if pooled and not lean else 1
         value = build.add(f"{name}.conv", conv(channels, target, kernel_size=kernel, padding=kernel // 2), value,
@@ -99,9 +100,6 @@ def _normalised(
     return value
 
 
-_AVERAGE: dict[int, Any] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
-
-
 GRID = 3
 """Places on a side of the map that a hidden perceptron begins with: batch statistics need some behind it, too."""
 
@@ -119,14 +117,14 @@ def hidden_layers(build: Builder, tap: fx.Node, value: fx.Node, layers: int, hal
     norm, activation = _kinds(structure, structure.chain[0], tap)
     if norm is not None and len(structure.spatial(norm)) != rank:
         norm = None
-    few = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}[rank]
+    few = KINDS[rank].adaptive
     half = half and min(sides) >= 2 * GRID
     for index in range(layers):
         if last:
             value = _move_axis(build, value, rank, to_last=False)
         kernel = 3 if index < layers - 2 else 1
         if index == 0 and kernel == 3 and half:
-            value = build.add(f"{name}.reduced", _AVERAGE[rank](2, ceil_mode=True), value)
+            value = build.add(f"{name}.reduced", KINDS[rank].average(2, ceil_mode=True), value)
         if index == max(layers - 2, 0) and min(sides) >= GRID:
             value, kernel = build.add(f"{name}.few", few(GRID), value), 2
         conv = convolution(build, rank, dtype, norm is None, channels, channels, kernel_size=kernel,
@@ -220,7 +218,7 @@ def _loses_positions(structure: Structure, start: fx.Node, end: fx.Node, path: S
 def _ratio(structure: Structure, start: fx.Node, end: fx.Node) -> tuple[int, ...] | None:
     """By which whole numbers the sides of a map shrink; None where they do not, or not by such."""
     before, after = structure.spatial(start), structure.spatial(end)
-    if len(before) != len(after) or before == after or not 0 < len(after) <= len(_AVERAGE) or not all(after):
+    if len(before) != len(after) or before == after or not 0 < len(after) <= len(KINDS) or not all(after):
         return None
     exact = all(a % b == 0 for a, b in zip(before, after, strict=True))
     return tuple(a // b for a, b in zip(before, after, strict=True)) if exact else None
@@ -257,7 +255,7 @@ def _reduce(build: Builder, node: fx.Node, module: nn.Module | None, value: fx.N
     kernels = [stride if stride > 1 else a - b + 1 for stride, (a, b) in zip(strides, sides, strict=True)]
     up = any(stride > 1 and a // stride != b for stride, (a, b) in zip(strides, sides, strict=True))
     kernel, stride = (kernels[0], strides[0]) if len(sides) == 1 else (tuple(kernels), tuple(strides))
-    return build.add(name, _AVERAGE[len(sides)](kernel, stride, ceil_mode=up), value)
+    return build.add(name, KINDS[len(sides)].average(kernel, stride, ceil_mode=up), value)
 
 
 def _slightly(structure: Structure, before: fx.Node, node: fx.Node) -> bool:
@@ -282,11 +280,11 @@ def convolution(
     build: Builder, rank: int, dtype: torch.dtype, bias: bool, channels: int, target: int, **geometry: Any
 ) -> nn.Module:
     """A convolution of the trunk's type; without bias in front of a norm, which would take it away."""
-    kind = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[rank]
     if build.draft:
-        with build.structure.trace.mode:
-            return kind(channels, target, bias=bias, dtype=dtype, **geometry)
-    conv: nn.Module = skip_init(kind, channels, target, bias=bias, dtype=dtype, **geometry)
+        with build.making():
+            drafted: nn.Module = KINDS[rank].conv(channels, target, bias=bias, dtype=dtype, **geometry)
+            return drafted
+    conv: nn.Module = skip_init(KINDS[rank].conv, channels, target, bias=bias, dtype=dtype, **geometry)
     return conv
 
 

@@ -13,6 +13,7 @@ from glcan_fx.auxiliary.builder import Builder
 from glcan_fx.auxiliary.stage import convolution
 from glcan_fx.auxiliary.tails import Tail, is_map, towers_of
 from glcan_fx.initialization import moments
+from glcan_fx.layers import KINDS
 from glcan_fx.structure.nodes import tensor_of
 from glcan_fx.structure.structure import Structure
 
@@ -76,10 +77,7 @@ def _prediction(build: Builder, cut: fx.Node, node: fx.Node, value: fx.Node, nam
     if _is_dense(structure, node):
         return _as_large_as_the_input(build, out, len(large))
     scale = tuple(b / a for a, b in zip(made, large, strict=True))
-    return build.graph.call_function(F.interpolate, (out,), {"scale_factor": scale, "mode": _MODES[len(large)]})
-
-
-_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
+    return build.graph.call_function(F.interpolate, (out,), {"scale_factor": scale, "mode": KINDS[len(large)].mode})
 
 
 def _is_dense(structure: Structure, node: fx.Node) -> bool:
@@ -91,4 +89,4 @@ def _is_dense(structure: Structure, node: fx.Node) -> bool:
 def _as_large_as_the_input(build: Builder, value: fx.Node, rank: int) -> fx.Node:
     shape = build.graph.call_function(getattr, (build.input(build.structure.chain[0]), "shape"))
     size = build.graph.call_function(operator.getitem, (shape, slice(2, None)))
-    return build.graph.call_function(F.interpolate, (value,), {"size": size, "mode": _MODES[rank]})
+    return build.graph.call_function(F.interpolate, (value,), {"size": size, "mode": KINDS[rank].mode})

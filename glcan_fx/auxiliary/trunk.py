@@ -34,7 +34,7 @@ def synthesize_taps(
     keep = _sampled_blocks(structure, way, depth)
     interface = structure.interface if predictions else frozenset()
     value, present, narrow = own, cut, False
-    regions = _Regions(build, cut, width, lean, {cut: own})
+    regions = Regions(build, cut, width, lean, {cut: own})
     for index, (start, end) in enumerate(pairwise(way)):
         same = structure.shape(start) == structure.shape(end)
         if (same and end in keep) or not _can_shorten(structure, start, end):
@@ -152,7 +152,7 @@ def _can_shorten(structure: Structure, start: fx.Node, end: fx.Node) -> bool:
 
 
 @dataclass
-class _Regions:
+class Regions:
     """Fresh copies of regions of the trunk. made: what stands for the values of the trunk behind the cut, so far."""
 
     build: Builder

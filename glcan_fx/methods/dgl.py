@@ -1,9 +1,8 @@
 """Decoupled greedy learning: auxiliary networks on each module's own output alone, to compare with."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import torch.nn.functional as F
 from torch import fx, nn
@@ -15,6 +14,7 @@ from glcan_fx.auxiliary.method import OPEN, BaseMethod
 from glcan_fx.auxiliary.remainder import Remainder
 from glcan_fx.auxiliary.tails import Ending, last_layers
 from glcan_fx.errors import PlanError
+from glcan_fx.layers import KINDS
 from glcan_fx.structure.nodes import tensor_of
 
 
@@ -59,22 +59,8 @@ class DGL(BaseMethod):
         return ["decoupled greedy learning's, on each module's own output"]
 
 
-class _Kinds(NamedTuple):
-    """Layers of one rank; few: places a side in front of the perceptron, four in all where that is possible."""
-
-    conv: Any
-    norm: Any
-    average: Any
-    adaptive: Any
-    mode: str
-    few: int
-
-
-_KINDS = {
-    1: _Kinds(nn.Conv1d, nn.BatchNorm1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d, "linear", 4),
-    2: _Kinds(nn.Conv2d, nn.BatchNorm2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, "bilinear", 2),
-    3: _Kinds(nn.Conv3d, nn.BatchNorm3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d, "trilinear", 2),
-}
+_FEW = {1: 4, 2: 2, 3: 2}
+"""Places a side in front of the perceptron, by rank: four in all where that is possible."""
 
 
 def _predicted(build: Builder, cut: fx.Node, value: fx.Node, end: fx.Node, name: str) -> fx.Node:
@@ -89,7 +75,7 @@ def _predicted(build: Builder, cut: fx.Node, value: fx.Node, end: fx.Node, name:
     structure, channels, dtype = build.structure, build.structure.channels(cut), tensor_of(cut).dtype
     small, last = structure.spatial(cut), cut in structure.channels_last
     rank = len(small)
-    if rank not in _KINDS:
+    if rank not in KINDS:
         raise PlanError(f"method='dgl' is for maps (N, C, ...) and tokens (N, T, C), but '{cut.name}' outputs "
                         f"{'x'.join(map(str, structure.shape(cut)))}")
     large = structure.spatial(end)
@@ -98,14 +84,14 @@ def _predicted(build: Builder, cut: fx.Node, value: fx.Node, end: fx.Node, name:
         raise PlanError(f"method='dgl' predicts '{end.name}', {'x'.join(map(str, structure.shape(end)))}, on the "
                         f"positions of '{cut.name}', {'x'.join(map(str, structure.shape(cut)))}: choose other split "
                         "points, or method='glcan'.")
-    kinds = _KINDS[rank]
+    kinds = KINDS[rank]
     build.full.add(name)
     if last:
         value = build.graph.call_method("movedim", (value, -1, 1))
 
     def layer(kind: Any, part: str, *sizes: Any, **options: Any) -> None:
         nonlocal value
-        with structure.trace.mode if build.draft else nullcontext():
+        with build.making():
             made = kind(*sizes, **options)
         value = build.add(f"{name}.{part}", made, value)
 
@@ -123,9 +109,9 @@ def _predicted(build: Builder, cut: fx.Node, value: fx.Node, end: fx.Node, name:
             scale = tuple(b / a for a, b in zip(small, large, strict=True))
             value = build.graph.call_function(F.interpolate, (value,), {"scale_factor": scale, "mode": kinds.mode})
         return build.graph.call_method("movedim", (value, 1, -1)) if end in structure.channels_last else value
-    layer(kinds.adaptive, "average", kinds.few)
+    layer(kinds.adaptive, "average", _FEW[rank])
     layer(nn.Flatten, "flatten")
-    places = kinds.few**rank
+    places = _FEW[rank]**rank
     for index in range(3):
         layer(nn.Linear, f"linear{index}", places * channels, places * channels, bias=False, dtype=dtype)
         layer(nn.BatchNorm1d, f"linear_norm{index}", places * channels, dtype=dtype)

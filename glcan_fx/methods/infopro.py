@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +15,7 @@ from glcan_fx.auxiliary.method import Extension
 from glcan_fx.auxiliary.remainder import Remainder
 from glcan_fx.auxiliary.tails import is_map
 from glcan_fx.errors import PlanError
+from glcan_fx.layers import KINDS
 from glcan_fx.structure.nodes import tensor_of
 
 Weights = tuple[float, float]
@@ -65,24 +65,23 @@ class InfoPro(Extension):
         own = build.input(end)
         super().predict(build, remainder, features)
         rank, last = len(structure.spatial(image)) if is_map(image) else 0, end in structure.channels_last
-        if image.op != "placeholder" or rank not in _MODES or len(structure.spatial(end)) not in (1, rank):
+        if image.op != "placeholder" or rank not in KINDS or len(structure.spatial(end)) not in (1, rank):
             raise PlanError(f"InfoPro reconstructs an image from a map or from tokens, but '{end.name}' is "
                             f"{structure.shape(end)} and the input '{image.name}' {structure.shape(image)}. Choose "
                             "another method.")
-        with structure.trace.mode if build.draft else nullcontext():
+        with build.making():
             decoder = Decoder(structure.channels(end), structure.channels(image), rank, last, self.pixels,
                               tensor_of(end).dtype)
-        made = build.graph.call_module("decoder", (own, build.input(image)))
-        build.register("decoder", decoder)
         build.full.add("decoder")
-        build.terms["reconstruction"] = Term(Reconstruction(), _between(self.reconstruction, remainder.depth)), made
+        build.terms["reconstruction"] = (
+            Term(Reconstruction(), _between(self.reconstruction, remainder.depth)),
+            build.add("decoder", decoder, own, build.input(image)))
 
 
 def _between(weights: Weights, depth: float) -> float:
     return weights[0] + (weights[1] - weights[0]) * depth
 
 
-_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 _CHANNELS = 12
 
 
@@ -94,12 +93,11 @@ class Decoder(nn.Module):
         self, channels: int, colours: int, rank: int, channels_last: bool, pixels: int, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        conv: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[rank]
-        norm: Any = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[rank]
-        self.mode, self.pixels, self.channels_last = _MODES[rank], pixels, channels_last
-        self.conv = conv(channels, _CHANNELS, 3, padding=1, bias=False, dtype=dtype)
-        self.norm = norm(_CHANNELS, dtype=dtype)
-        self.predict = conv(_CHANNELS, colours, 3, padding=1, dtype=dtype)
+        kinds = KINDS[rank]
+        self.mode, self.pixels, self.channels_last = kinds.mode, pixels, channels_last
+        self.conv = kinds.conv(channels, _CHANNELS, 3, padding=1, bias=False, dtype=dtype)
+        self.norm = kinds.norm(_CHANNELS, dtype=dtype)
+        self.predict = kinds.conv(_CHANNELS, colours, 3, padding=1, dtype=dtype)
 
     def forward(self, features: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         sides = image.shape[2:]

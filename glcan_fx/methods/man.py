@@ -1,7 +1,6 @@
 """MAN: auxiliary networks that begin with the next block, by a branch that learns and an average of its weights."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -11,10 +10,10 @@ from torch import Tensor, fx, nn
 from glcan_fx.auxiliary.builder import Builder
 from glcan_fx.auxiliary.features import Feature
 from glcan_fx.auxiliary.method import Extension
-from glcan_fx.auxiliary.remainder import Remainder, blocks_ahead
-from glcan_fx.auxiliary.stage import region_between
+from glcan_fx.auxiliary.remainder import Remainder
+from glcan_fx.auxiliary.trunk import Regions
 from glcan_fx.errors import PlanError
-from glcan_fx.structure.nodes import is_size
+from glcan_fx.structure.nodes import ancestors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,21 +51,21 @@ class MAN(Extension):
     def predict(self, build: Builder, remainder: Remainder, features: Sequence[Feature]) -> None:
         structure = remainder.structure
         own = build.input(remainder.end)
-        units = structure.units
-        later = [unit for unit in units if unit.end is units[-1].end] if remainder.end is units[-2].end else (
-            blocks_ahead(structure, remainder.unit, 1))
-        block = later[0]
+        place = {node: position for position, node in enumerate(structure.chain)}
+        block = next(unit for unit in structure.units if place[unit.end] > place[remainder.end])
         learned = _copy(build, remainder.end, block.end, own, _LEARNED)
         averaged = _copy(build, remainder.end, block.end, own, _AVERAGED)
         if not any(path.startswith(f"{_AVERAGED}.") for path in build.twins):
             raise PlanError(f"MAN: the block '{block.name}', which follows '{remainder.unit.name}', has no weights to "
                             "follow. Choose other split points, or another method.")
         build.average, build.momentum = _AVERAGED, self.momentum
-        with structure.trace.mode if build.draft else nullcontext():
+        with build.making():
             both = Both(self.scaled)
         build.values[block.end] = build.add("both", both, learned, averaged)
-        behind = replace(remainder, unit=block, owner=structure.assign([block.end]) | {
-            node: index for node, index in remainder.owner.items() if index < remainder.index})
+        before = ancestors([block.end])  # which the local module is taken to make, the block's values included
+        behind = replace(remainder, unit=block, owner={
+            node: min(module, remainder.index) if node in before else module
+            for node, module in remainder.owner.items()})
         super().predict(build, behind, features)
         known = structure.known_by(remainder.end)
         beyond = [node for node in build.inputs if node in structure.dependent and node not in known]
@@ -80,14 +79,8 @@ _LEARNED, _AVERAGED = "learned", "averaged"
 
 def _copy(build: Builder, start: fx.Node, end: fx.Node, own: fx.Node, prefix: str) -> fx.Node:
     """A copy of what lies between two values, that begins with the model's own weights."""
-    structure = build.structure
-    known = structure.known_by(start)
-    saved = dict(build.values)
-    build.values[start] = own
     build.full.add(prefix)
-    for node in region_between(structure, start, end):
-        _with_sources(build, node, known, prefix)
-    result = build.values[end]
+    result = Regions(build, start, 1.0, False, {start: own}).copy(start, end, prefix)
     for path in [path for path in build.copies if path.startswith(f"{prefix}.")]:
         owner, _, last = path.rpartition(".")
         parent = build.root.get_submodule(owner)
@@ -95,19 +88,7 @@ def _copy(build: Builder, start: fx.Node, end: fx.Node, own: fx.Node, prefix: st
         names = [path] * (last in parent._parameters) if copied is None else [
             f"{path}.{name}" for name, _ in copied.named_parameters()]
         build.twins.update({name: name.removeprefix(f"{prefix}.") for name in names})
-    build.values = {**saved, **{node: build.values[node] for node in build.inputs}}
     return result
-
-
-def _with_sources(build: Builder, node: fx.Node, known: set[fx.Node], prefix: str) -> None:
-    if node in build.values:
-        return
-    if node.op == "placeholder" or node in known and node in build.structure.dependent and not is_size(node):
-        build.input(node)
-        return
-    for source in node.all_input_nodes:
-        _with_sources(build, source, known, prefix)
-    build.copy(node, prefix)
 
 
 class Both(nn.Module):

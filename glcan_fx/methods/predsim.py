@@ -1,7 +1,6 @@
 """PredSim: local losses that also compare how alike samples are with how alike their classes are."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,6 +12,7 @@ from glcan_fx.auxiliary.features import Feature
 from glcan_fx.auxiliary.method import Extension
 from glcan_fx.auxiliary.remainder import Remainder
 from glcan_fx.errors import CriterionError, PlanError
+from glcan_fx.layers import KINDS
 from glcan_fx.structure.nodes import tensor_of
 
 
@@ -52,11 +52,10 @@ class PredSim(Extension):
         super().predict(build, remainder, features)
         channels, rank = structure.channels(end), len(structure.spatial(end))
         dtype = tensor_of(end).dtype
-        with structure.trace.mode if build.draft else nullcontext():
+        with build.making():
             layer: nn.Module = nn.Linear(channels, channels, bias=False, dtype=dtype)
             if rank and end not in structure.channels_last:
-                kind: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[rank]
-                layer = kind(channels, channels, 3, padding=1, bias=False, dtype=dtype)
+                layer = KINDS[rank].conv(channels, channels, 3, padding=1, bias=False, dtype=dtype)
         build.full.add("similar")
         build.terms["similarity"] = (
             Term(Similarity(structure.shape(outputs[0])[1], end in structure.channels_last), self.beta),

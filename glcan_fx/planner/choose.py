@@ -92,9 +92,8 @@ class _Choice:
             self.together = _replaced(self.structure)
             self.refused = (_hooked(self.structure, captured.model) | self.table.refused(self._plain())
                             | self.together)
-        *earlier, last = self.structure.units
-        earlier = earlier[:max(0, len(earlier) - request.method.ahead)]  # enough blocks follow
-        self.units = [*(unit for unit in earlier if unit.name not in self.refused), last]
+        self.units = [*(unit for unit in self.table.offered(request.method) if unit.name not in self.refused),
+                      self.structure.units[-1]]
         self.predictor = Predictor(self.table, self._simulate, _states(request.options.optimizer),
                                    bool(sliced_tail(self.structure, captured.task)))
         self._candidates: dict[tuple[str, Method, float], Candidate | None] = {}

@@ -121,12 +121,15 @@ class CostTable:
         return (each * sum(self.auxiliary(unit, method).parameters for unit in cuts)
                 / max(1, each * parameters + saved + self.tail.saved))
 
+    def offered(self, method: Method) -> list[Unit]:
+        """Units that a local module may end with: so many blocks follow that its loss can pass through them."""
+        units = self.structure.units[:-1]
+        return units[:max(0, len(units) - method.ahead)]
+
     def refused(self, method: Method) -> dict[str, PlanError]:
         """Units behind which no auxiliary network can be built, and why."""
         refused: dict[str, PlanError] = {}
-        for unit in self.structure.units[:-1]:
-            if len(self.structure.units) - 1 - self.structure.units.index(unit) <= method.ahead:
-                break
+        for unit in self.offered(method):
             try:
                 self.auxiliary(unit, method)
             except PlanError as error:

@@ -92,11 +92,12 @@ class LocalLoss(nn.Module):
         return _Sum(torch.stack([self.share * total(loss), *terms.values()]).sum(), loss, terms)
 
     def _finished(self, loss: Any, inputs: tuple[Any, ...], through: Passed, sides: Sides) -> Any:
-        parts = None if isinstance(loss, _Sum) else parts_of_loss(loss)
         if isinstance(loss, _Sum):
-            parts = {**(parts_of_loss(loss.task) or {"task": total(loss.task).detach()}),
-                     **{name: term.detach() for name, term in loss.terms.items()}}
+            parts: Any = {**(parts_of_loss(loss.task) or {"task": total(loss.task).detach()}),
+                          **{name: term.detach() for name, term in loss.terms.items()}}
             loss = loss.loss
+        else:
+            parts = parts_of_loss(loss)
         if "backward" not in self._modules:
             return loss if not self.reports else reported(total(loss), parts)
         made = self._modules["backward"](loss, *inputs, through=through, sides=sides)  # type: ignore[misc]

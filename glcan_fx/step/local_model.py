@@ -639,10 +639,11 @@ def _refuse_sharded(local: LocalModel) -> None:
     """FSDP2 on sub-modules hooks their forward, which the training graph does not call: gradients would be wrong."""
     if "torch.distributed.tensor" not in sys.modules:
         return
-    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
-    if isinstance(local, FSDPModule) and any(isinstance(part, Averages) for part in local.aux.modules()):
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and isinstance(local, fsdp.FSDPModule) and any(
+            isinstance(part, Averages) for part in local.aux.modules()):
         raise UnsupportedError(
             f"method='{local.plan.method.name}' has averages that follow the model's weights after each step of the "
             "optimizer, which a sharded model does not show. Use DistributedDataParallel, or another method.")

@@ -149,13 +149,14 @@ def _joined(outputs: Sequence[Any]) -> Any:
 def in_patches(loss: Callable[[Tensor], Any], value: Tensor, patches: int, trained: Sequence[Tensor]) -> Tensor:
     """The mean of a loss over ``patches`` x ``patches`` parts of a map (N, C, H, W), each differentiated before the
     next one is run, with the gradients of the map and of what the loss trains (HPFF, arXiv 2407.05638)."""
-    sources = [value, *trained]
-    wanted = [tensor for tensor in sources if tensor.requires_grad]
+    def cut(map_: Tensor) -> list[Tensor]:
+        return [part for rows in map_.tensor_split(patches, -2) for part in rows.tensor_split(patches, -1)]
+
+    wanted = [tensor for tensor in (value, *trained) if tensor.requires_grad]
     stash: list[Tensor | None] = [None] * len(wanted)
-    parts = [part for rows in value.detach().tensor_split(patches, -2) for part in rows.tensor_split(patches, -1)]
+    parts = cut(value.detach())
     whole = torch.zeros_like(value) if value.requires_grad else None
-    places = [] if whole is None else [
-        part for rows in whole.tensor_split(patches, -2) for part in rows.tensor_split(patches, -1)]
+    places = [] if whole is None else cut(whole)
     result = torch.zeros((), device=value.device)
     for index, part in enumerate(parts):
         leaf = part.clone().requires_grad_(value.requires_grad)
