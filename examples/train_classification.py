@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
-from training import Experiment, add_arguments, run
+from training import Experiment, add_arguments, refusing, run
 
 from glcan_fx.demo.images import ENDINGS, DataError, rgb
 
@@ -132,11 +132,9 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=20, help="of the ResNet, 6 n + 2 (%(default)s)")
     args = parser.parse_args()
     rescale = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-    try:
+    with refusing():
         pixels, labels = (part[:args.limit] for part in read(args.data, train=True))
         held = Images(*read(args.data, train=False), v2.Compose(rescale))
-    except DataError as error:
-        raise SystemExit(str(error)) from error
     names = classes_of(args.data)
     classes = len(names) or int(max(labels.max(), held.labels.max())) + 1
     said = f" ({', '.join(names[:8])}{', …' * (len(names) > 8)})" if names else ""

@@ -18,10 +18,9 @@ import torch
 from models.gso_yolo import gso_yolo
 from torch import nn
 from torchvision.models.detection.retinanet import RetinaNetHead
-from training import Experiment, add_arguments, run
+from training import Experiment, add_arguments, refusing, run
 
 from glcan_fx.demo.data import CocoFolder, average_precision, collate, held_out_batches
-from glcan_fx.demo.images import DataError
 from glcan_fx.demo.train import anchors_for_any_object
 from glcan_fx.models import retinanet, yolo
 from glcan_fx.models.yolo import COCO_ANCHORS
@@ -64,11 +63,9 @@ def main() -> None:
     if args.recipe:
         vars(args).update(RECIPES[args.recipe])
         print(f"{args.recipe}: " + ", ".join(f"{key} {value}" for key, value in RECIPES[args.recipe].items()))
-    try:
+    with refusing():
         train = CocoFolder(args.data, "train", image_size=args.size, flip=True, limit=args.limit)
         held = CocoFolder(args.data, "val", image_size=args.size)
-    except DataError as error:
-        raise SystemExit(str(error)) from error
     print(train.summary(), held.summary(), sep="\n", file=sys.stderr)
 
     def evaluate(model: nn.Module, device: torch.device) -> dict[str, float]:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 from torchvision.transforms import v2
-from training import Experiment, add_arguments, run
+from training import Experiment, add_arguments, refusing, run
 from unet import UNet
 
 from glcan_fx.demo.images import ENDINGS, DataError, opened, rgb, sizes
@@ -109,11 +109,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=16, help="of the U-Net's first level (%(default)s)")
     args = parser.parse_args()
     size = tuple(args.size)
-    try:
+    with refusing():
         held, train = Masks(args.data, False, size, args.classes), Masks(
             args.data, True, size, args.classes, args.limit)
-    except DataError as error:
-        raise SystemExit(str(error)) from error
     print(f"{len(train)} training and {len(held)} held-out images", *train.said, *held.said, sep="\n", file=sys.stderr)
 
     def build() -> nn.Module:

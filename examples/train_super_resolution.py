@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
-from training import Experiment, add_arguments, run
+from training import Experiment, add_arguments, refusing, run
 
 from glcan_fx.demo.images import ENDINGS, DataError, rgb
 from glcan_fx.models import edsr
@@ -147,12 +147,10 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=16, help="residual blocks (%(default)s)")
     parser.add_argument("--channels", type=int, default=64, help="(%(default)s)")
     args = parser.parse_args()
-    try:
+    with refusing():
         paths = [path for folder in args.data for path in images_in(folder)][:args.limit]
         sets = {folder.name: test_pairs(folder, args.scale) for folder in args.test}
         train = Patches(paths, args.scale, args.patch, args.each)
-    except DataError as error:
-        raise SystemExit(str(error)) from error
 
     def scores(make: Any) -> dict[str, float]:
         found: dict[str, float] = {}

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import glcan_fx
 from glcan_fx import FeatureInfo
+from glcan_fx.demo.images import DataError
 from glcan_fx.demo.train import peak_of
 from glcan_fx.files import replacing, write
 from glcan_fx.pytree import map_tensors
@@ -123,6 +124,15 @@ def add_arguments(parser: argparse.ArgumentParser, *, folders: bool = False, **d
     output.add_argument("--evaluate-every", type=int, default=1, metavar="EPOCHS", help="(%(default)s)")
     output.add_argument("--cosines", action="store_true", help="with each evaluation, between every local module's "
                         "gradient and backpropagation's; takes backpropagation's memory")
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Data that cannot be read end a program with what to do, and without a traceback."""
+    try:
+        yield
+    except DataError as error:
+        raise SystemExit(str(error)) from error
 
 
 def _named(text: str) -> str:

@@ -38,8 +38,8 @@ def read(folder: Path, split: str, limit: int | None = None) -> Annotations:
     path, content = load(folder, split)
     categories = _categories(path, content)
     found = Annotations([], [], categories)
-    _images(found, path, folder, split, content["images"], limit)
-    _boxes(found, path, content["annotations"], {image["id"] for image in content["images"]})
+    listed = _images(found, path, folder, split, content["images"], limit)
+    _boxes(found, path, content["annotations"], listed)
     if split != "train":
         _map_categories(found, path, _categories(*load(folder, "train")))
     _check_sizes(found, path)
@@ -90,7 +90,8 @@ def _categories(path: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _images(
     found: Annotations, path: Path, folder: Path, split: str, entries: Sequence[Any], limit: int | None
-) -> None:
+) -> set[int]:
+    """Images that are used, with their files; returns the ids of all that are listed."""
     known: dict[int, Any] = {}
     for entry in entries:
         number, name = _number(entry.get("id")), entry.get("file_name")
@@ -100,7 +101,6 @@ def _images(
             raise DataError(f"{path}: the images {known[number]['file_name']} and {name} have the same id, {number}: "
                             "their boxes cannot be told apart. Number one file's images anew before merging.")
         known[number] = {**entry, "id": number, "file_name": str(name)}
-        entry["id"] = number
     places = [folder / "images", folder / "JPEGImages", folder / f"{split}2017", folder / split, folder]
     for number in sorted(known)[:limit]:
         entry = known[number]
@@ -112,6 +112,7 @@ def _images(
         if not files:
             raise DataError(f"{entry['file_name']}, listed in {path}, is in none of {', '.join(map(str, places))}.")
         found.images.append({**entry, "path": files[0], "upright": True})
+    return set(known)
 
 
 def _boxes(found: Annotations, path: Path, entries: Sequence[Any], listed: set[int]) -> None:
@@ -141,7 +142,6 @@ def _boxes(found: Annotations, path: Path, entries: Sequence[Any], listed: set[i
             found.changed["boxes without area left out"] += 1
             continue
         found.boxes.append({
-            "id": len(found.boxes) + 1,  # from 1: COCOeval takes a match with annotation 0 for no match
             "image_id": image, "category_id": category, "bbox": [float(value) for value in box],
             "area": float(_number(entry.get("area")) or box[2] * box[3]),
             "iscrowd": int(bool(_number(entry.get("iscrowd"))))})
@@ -154,11 +154,9 @@ def _boxes(found: Annotations, path: Path, entries: Sequence[Any], listed: set[i
 
 def _number(value: Any) -> int | None:
     """A whole number, also as text."""
-    if isinstance(value, bool) or value is None:
-        return int(value) if value is not None else None
     try:
         return int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 
@@ -201,7 +199,7 @@ def _check_sizes(found: Annotations, path: Path) -> None:
             _clip(found, box, image["width"], image["height"])
     found.boxes = [box for box in found.boxes if box["bbox"] is not None]
     for number, box in enumerate(found.boxes, 1):
-        box["id"] = number
+        box["id"] = number  # from 1: COCOeval takes a match with annotation 0 for no match
 
 
 def _clip(found: Annotations, box: dict[str, Any], width: int, height: int) -> None:

@@ -17,6 +17,15 @@ from glcan_fx.demo.images import DataError, rgb
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
+def program(name: str) -> Any:
+    """A training program of examples/, to call its parts."""
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        return __import__(name)
+    finally:
+        sys.path.remove(str(EXAMPLES))
+
+
 def written(folder: Path, images: list[dict[str, Any]], boxes: list[Any], names: tuple[str, ...] = ("dog", "cat"), *,
             val: Any = None) -> Path:
     content = {"images": images, "annotations": boxes,
@@ -193,13 +202,7 @@ def test_random_folders_are_read_as_they_were_meant(tmp_path: Path) -> None:
 
 @pytest.fixture
 def classification() -> Any:
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        import train_classification
-
-        return train_classification
-    finally:
-        sys.path.remove(str(EXAMPLES))
+    return program("train_classification")
 
 
 class TestClassFolders:
@@ -232,13 +235,7 @@ class TestClassFolders:
 
 @pytest.fixture
 def segmentation() -> Any:
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        import train_segmentation
-
-        return train_segmentation
-    finally:
-        sys.path.remove(str(EXAMPLES))
+    return program("train_segmentation")
 
 
 class TestMasks:
@@ -298,32 +295,26 @@ class TestMasks:
 
 class TestSuperResolution:
     @pytest.fixture
-    def program(self) -> Any:
-        sys.path.insert(0, str(EXAMPLES))
-        try:
-            import train_super_resolution
+    def restoring(self) -> Any:
+        return program("train_super_resolution")
 
-            return train_super_resolution
-        finally:
-            sys.path.remove(str(EXAMPLES))
-
-    def test_pairs(self, tmp_path: Path, program: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_pairs(self, tmp_path: Path, restoring: Any, capsys: pytest.CaptureFixture[str]) -> None:
         for part in ("HR", "LRx2"):
             (tmp_path / part).mkdir()
         Image.new("RGB", (21, 16)).save(tmp_path / "HR" / "0801.png")
         Image.new("RGB", (10, 8)).save(tmp_path / "LRx2" / "0801x2.png")
         (tmp_path / "LRx2" / "._0801.png").write_bytes(b"")
-        [(high, low)] = program.test_pairs(tmp_path, 2)
+        [(high, low)] = restoring.test_pairs(tmp_path, 2)
         assert high.size == (20, 16) and low.size == (10, 8) and "cut to 20 x 16" in capsys.readouterr().err
         Image.new("RGB", (20, 16)).save(tmp_path / "LRx2" / "0801x2.png")
         with pytest.raises(DataError, match=r"0801\.png is 21 x 16"):
-            program.test_pairs(tmp_path, 2)
+            restoring.test_pairs(tmp_path, 2)
         (tmp_path / "HR" / "0801.png").unlink()
         with pytest.raises(DataError, match=r"no 0801x2\.png or 0801\.png"):
-            program.test_pairs(tmp_path, 2)
+            restoring.test_pairs(tmp_path, 2)
 
-    def test_small_images_are_counted(self, tmp_path: Path, program: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_small_images_are_counted(self, tmp_path: Path, restoring: Any, capsys: pytest.CaptureFixture[str]) -> None:
         for index, size in enumerate(((64, 64), (8, 8))):
             Image.new("RGB", size).save(tmp_path / f"{index}.png")
-        assert len(program.Patches(program.images_in(tmp_path), 2, 16, 3)) == 3
+        assert len(restoring.Patches(restoring.images_in(tmp_path), 2, 16, 3)) == 3
         assert "1 of 2 training images are smaller than a patch" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torchvision
 from reference import joined_gradients, restored
+from test_contract import TARGET, UNet
 from torch import Tensor, fx, nn
 
 import glcan_fx
@@ -14,11 +15,10 @@ from glcan_fx.methods import DGL, GLCAN, HPFF, MLAAN, InfoPro, Method
 from glcan_fx.models import edsr, retinanet
 from glcan_fx.plans.plan import Plan
 
-TARGET = {"boxes": torch.tensor([[10.0, 12.0, 60.0, 50.0]]), "labels": torch.tensor([1])}
 CASES: dict[str, Any] = {
     "classification": (lambda: torchvision.models.resnet18(num_classes=5), torch.randn(4, 3, 64, 64),
                        torch.randint(5, (4,))),
-    "segmentation": (lambda: UNet(), torch.randn(2, 3, 64, 64), torch.randint(3, (2, 64, 64))),
+    "segmentation": (UNet, torch.randn(2, 3, 64, 64), torch.randint(3, (2, 64, 64))),
     "super_resolution": (lambda: edsr(blocks=5, channels=8), torch.rand(2, 3, 16, 16), torch.rand(2, 3, 32, 32)),
     "detection": (lambda: retinanet(18, num_classes=3, min_size=96, max_size=96), [torch.rand(3, 96, 96)] * 2,
                   [TARGET] * 2),
@@ -29,30 +29,6 @@ METHODS = {"ahead": GLCAN(ahead=1), "ahead 2": GLCAN(ahead=2), "window": GLCAN(w
 
 
 QUICK = ("ahead", "window", "twins")
-
-
-class UNet(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.down = nn.ModuleList([down(8, 8), down(8, 16), down(16, 16), down(16, 32)])
-        self.up = nn.ModuleList([down(48, 16, 1), down(32, 16, 1), down(24, 8, 1), down(16, 8, 1)])
-        self.predict = nn.Conv2d(8, 3, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        skips = []
-        for block in self.down:
-            skips.append(x)
-            x = block(x)
-        for block in self.up:
-            skip = skips.pop()
-            x = block(torch.cat([nn.functional.interpolate(x, size=skip.shape[-2:]), skip], 1))
-        return self.predict(x)
-
-
-def down(inputs: int, outputs: int, stride: int = 2) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1), nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 EVERY = [pytest.param(task, kind, marks=[pytest.mark.slow] * (kind not in QUICK and task != "classification"))
