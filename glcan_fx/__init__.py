@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from glcan_fx import methods
-    from glcan_fx.api import estimate_memory, plan, transform
+    from glcan_fx.api import estimate_memory, load_pretrained, plan, transform
     from glcan_fx.capture.trace import Report
     from glcan_fx.config import Options
     from glcan_fx.devices import DEVICES, Device, Work
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         BudgetError,
         CriterionError,
         GlcanFxError,
+        LoadError,
         ModelChangedError,
         ModelChangedWarning,
         NotLearningError,
@@ -35,19 +36,20 @@ if TYPE_CHECKING:
     from glcan_fx.simulate.estimate import Estimate, Memory, Phase
     from glcan_fx.step.local_model import LocalModel
     from glcan_fx.step.output import LocalOutput
+    from glcan_fx.step.saving import plain_state_dict
     from glcan_fx.tasks import Classification, CriterionTask, Detection, OwnLoss, Segmentation, SuperResolution, Task
 
 __version__ = "0.1.0"
 
 _NAMES = {
-    "glcan_fx.api": "estimate_memory plan transform",
+    "glcan_fx.api": "estimate_memory load_pretrained plan transform",
     "glcan_fx.capture.trace": "Report",
     "glcan_fx.config": "Options",
     "glcan_fx.devices": "DEVICES Device Work",
     "glcan_fx.errors": (
-        "BudgetError CriterionError GlcanFxError ModelChangedError ModelChangedWarning NotLearningError "
-        "PlanError SmallExampleWarning StatefulCriterionWarning TargetError TraceError UnsupportedError "
-        "UnusedGradientsWarning"),
+        "BudgetError CriterionError GlcanFxError LoadError ModelChangedError ModelChangedWarning "
+        "NotLearningError PlanError SmallExampleWarning StatefulCriterionWarning TargetError TraceError "
+        "UnsupportedError UnusedGradientsWarning"),
     "glcan_fx.methods": "Feature FeatureInfo Rules",
     "glcan_fx.planned": "PlannedModel",
     "glcan_fx.planner.frontier": "Point",
@@ -55,17 +57,19 @@ _NAMES = {
     "glcan_fx.simulate.estimate": "Estimate Memory Phase",
     "glcan_fx.step.local_model": "LocalModel",
     "glcan_fx.step.output": "LocalOutput",
+    "glcan_fx.step.saving": "plain_state_dict",
     "glcan_fx.tasks": "Classification CriterionTask Detection OwnLoss Segmentation SuperResolution Task",
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 
 __all__ = [
     "DEVICES", "Block", "BudgetError", "Classification", "CriterionError", "CriterionTask", "Detection", "Device",
-    "Estimate", "Feature", "FeatureInfo", "GlcanFxError", "LocalModel", "LocalModule", "LocalOutput", "Memory",
-    "ModelChangedError", "ModelChangedWarning", "NotLearningError", "Options", "OwnLoss", "Phase", "Plan", "PlanError",
-    "PlannedModel", "Point", "Report", "Rules", "Run", "Segmentation", "SmallExampleWarning",
+    "Estimate", "Feature", "FeatureInfo", "GlcanFxError", "LoadError", "LocalModel", "LocalModule", "LocalOutput",
+    "Memory", "ModelChangedError", "ModelChangedWarning", "NotLearningError", "Options", "OwnLoss", "Phase", "Plan",
+    "PlanError", "PlannedModel", "Point", "Report", "Rules", "Run", "Segmentation", "SmallExampleWarning",
     "StatefulCriterionWarning", "SuperResolution", "TargetError", "Task", "TraceError", "UnsupportedError",
-    "UnusedGradientsWarning", "Work", "estimate_memory", "methods", "plan", "transform",
+    "UnusedGradientsWarning", "Work", "estimate_memory", "load_pretrained", "methods", "plain_state_dict", "plan",
+    "transform",
 ]
 
 

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -25,6 +26,7 @@ from glcan_fx.plans.plan import Plan
 from glcan_fx.simulate.estimate import Estimate
 from glcan_fx.simulate.simulator import Simulator
 from glcan_fx.step.local_model import LocalModel, is_compiled
+from glcan_fx.step.saving import load_auxiliary, load_weights, read_plan
 from glcan_fx.tasks import Task, make_task, specs
 from glcan_fx.tasks.base import Criterion
 from glcan_fx.tasks.captured import Uncaptured, capture, capture_calls, capture_part
@@ -243,6 +245,35 @@ def estimate_memory(
                         "or a compiled model")
     whole = _plan(model, k=1, task=task, criterion=criterion, example_inputs=example_inputs, options=options)
     return whole.backpropagation(options.optimizer, recompute=recompute)
+
+
+@_one_at_a_time
+def load_pretrained(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    task: str | Task | None = None,
+    criterion: Criterion | None = None,
+    options: Options = Options(),
+) -> LocalModel:
+    """Go on training what ``local.save_pretrained(directory)`` wrote: compile by its plan, with its auxiliary networks.
+
+    Args:
+        model: the plain model. Its weights are read from the directory, except where its own library does so
+            (``Model.from_pretrained(directory)`` of transformers, huggingface_hub): then it has them already.
+        directory: what ``save_pretrained`` was given.
+        task: as for ``transform``, as are ``criterion`` and ``options``.
+        criterion: see there.
+        options: see there.
+
+    Raises LoadError where the directory does not hold what belongs to this model, which stays as it was then.
+    """
+    chosen = read_plan(directory)
+    local = transform(model, plan=chosen, task=task, criterion=criterion, options=options)
+    if not hasattr(model, "from_pretrained"):
+        load_weights(model, directory)
+    load_auxiliary(local, directory)
+    return local
 
 
 _plan = plan  # where a keyword hides the function

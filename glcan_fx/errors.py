@@ -38,7 +38,7 @@ class TargetError(GlcanFxError):
 
 
 class LoadError(GlcanFxError):
-    """What a command line names is not a model, or cannot be made one."""
+    """What a command line names is not a model, or a file does not hold what belongs to this one."""
 
 
 class CriterionError(GlcanFxError):

@@ -22,6 +22,7 @@ from glcan_fx.simulate.estimate import Estimate, Memory
 from glcan_fx.simulate.simulator import Simulator
 from glcan_fx.step.build import build
 from glcan_fx.step.local_model import LocalModel
+from glcan_fx.step.saving import remember_plan
 from glcan_fx.step.segments import build_segments
 from glcan_fx.step.unstepped import warn_of_unstepped
 from glcan_fx.step.verify import verify as verify_step
@@ -140,9 +141,11 @@ class PlannedModel:
         if isinstance(self.captured, Uncaptured):
             local = build_segments(self.plan, self.captured)
             self._attach(local)
+            remember_plan(local)
             return local
         local, emitted = build(self.plan, self.captured)
         self._attach(local)
+        remember_plan(local)
         self.captured.structure.trace.clear_caches()
         if self._options.verify if verify is None else verify:
             verify_step(local, emitted, self.captured.structure, self._options.example_targets)

@@ -1,8 +1,10 @@
 """Modules while they are recorded: arguments, which stay whole, which attributes are read, a run on real values."""
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from enum import Enum
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -42,13 +44,17 @@ def is_torch_own(module: nn.Module) -> bool:
 
 
 @contextmanager
-def reads_noted(module: nn.Module, noting: type, reads: set[str]) -> Iterator[None]:
+def reads_noted(
+    module: nn.Module, noting: type, reads: set[str], configurations: dict[int, tuple[Any, dict[str, Any]]]
+) -> Iterator[None]:
     """Add the names of the attributes that are read of a module to ``reads``; "*" where its class cannot be replaced.
+    Of a configuration among them, those that are read of it: "config.scale", "config.*" for all.
 
-    noting: the ``noting_class`` of its class, which it has meanwhile.
+    noting: the ``noting_class`` of its class, which it has meanwhile. configurations: those of the recording, and their
+    attributes, to which a forward may write.
     """
     kind, before = type(module), vars(module).get(_READS)
-    module.__dict__[_READS] = reads
+    noted = module.__dict__[_READS] = _Noted(reads, configurations)
     try:
         module.__class__ = noting
     except TypeError:  # a class of another layout
@@ -56,6 +62,7 @@ def reads_noted(module: nn.Module, noting: type, reads: set[str]) -> Iterator[No
     try:
         yield
     finally:
+        reads -= noted.written()
         module.__class__ = kind
         if before is None:
             del module.__dict__[_READS]
@@ -63,15 +70,71 @@ def reads_noted(module: nn.Module, noting: type, reads: set[str]) -> Iterator[No
             module.__dict__[_READS] = before
 
 
+class _Noted:
+    """What is read of a module, and copies of configurations that note what is read of them."""
+
+    def __init__(self, reads: set[str], configurations: dict[int, tuple[Any, dict[str, Any]]]) -> None:
+        self.reads, self.configurations = reads, configurations
+        self.copies: dict[int, tuple[str, Any, Any]] = {}
+
+    def noting(self, name: str, value: Any) -> Any:
+        """A copy that notes its reads, of a configuration; anything else as it is."""
+        if not is_configuration(value):
+            return value
+        if id(value) not in self.copies:
+            try:
+                kind = _noting_configuration(type(value), name, self.reads)
+                copy = kind.__new__(kind)  # type: ignore[call-overload]
+                attributes = self.configurations.setdefault(id(value), (value, dict(vars(value))))[1]
+                try:
+                    object.__setattr__(copy, "__dict__", attributes)
+                except AttributeError:  # SimpleNamespace
+                    object.__getattribute__(copy, "__dict__").update(attributes)
+            except TypeError:  # of a layout that cannot be made anew
+                self.reads.add(f"{name}.*")
+                copy = value
+            self.copies[id(value)] = name, value, copy
+        return self.copies[id(value)][-1]
+
+    def written(self) -> set[str]:
+        """What the forward itself has set of them."""
+        return {f"{name}.{key}" for name, value, copy in self.copies.values() if copy is not value
+                for key, now in object.__getattribute__(copy, "__dict__").items()
+                if key not in vars(value) or vars(value)[key] is not now}
+
+
+def is_configuration(value: Any) -> bool:
+    """Whether a value is an object that is there for its attributes: options of a network."""
+    if isinstance(value, Tensor | nn.Module | type | ModuleType | list | tuple | dict | set | frozenset | Enum) or (
+            callable(value)):
+        return False
+    return any(not key.startswith("_") for key in getattr(value, "__dict__", ()))
+
+
+def _noting_configuration(kind: type, path: str, reads: set[str]) -> type:
+    def read(self: Any, name: str) -> Any:
+        if name == "__dict__":
+            reads.add(f"{path}.*")
+        elif not name.startswith("_"):
+            reads.add(f"{path}.{name}")
+        return kind.__getattribute__(self, name)  # type: ignore[call-arg]
+
+    return _like(kind, read)
+
+
 def noting_class(kind: type) -> type:
     """A class like ``kind`` whose instances note which of their attributes are read."""
     def read(self: Any, name: str) -> Any:
-        if not name.startswith("__"):
-            reads = object.__getattribute__(self, "__dict__").get(_READS)
-            if reads is not None:
-                reads.add(name)
-        return kind.__getattribute__(self, name)  # type: ignore[call-arg]
+        noted = None if name.startswith("__") else object.__getattribute__(self, "__dict__").get(_READS)
+        if noted is not None:
+            noted.reads.add(name)  # even where there is none
+        value = kind.__getattribute__(self, name)  # type: ignore[call-arg]
+        return value if noted is None else noted.noting(name, value)
 
+    return _like(kind, read)
+
+
+def _like(kind: type, read: Callable[[Any, str], Any]) -> type:
     return type(kind.__name__, (kind,), {"__getattribute__": read, "__module__": kind.__module__,
                                          "__qualname__": kind.__qualname__})
 

@@ -76,6 +76,7 @@ class Recorder(TorchFunctionMode):
         self.caches: Caches | None = None  # as they were before a size was first looked up in one
         self._paused = False
         self._noting_classes: dict[type, type] = {}
+        self._configurations: dict[int, tuple[Any, dict[str, Any]]] = {}
         self._paths: dict[int, list[str]] = {}
         for path, module in root.named_modules(remove_duplicate=False):
             self._paths.setdefault(id(module), []).append(path)
@@ -322,7 +323,8 @@ class Recorder(TorchFunctionMode):
         kind = type(module)
         if kind not in self._noting_classes:
             self._noting_classes[kind] = noting_class(kind)
-        return reads_noted(module, self._noting_classes[kind], self.reads.setdefault(path, set()))
+        return reads_noted(module, self._noting_classes[kind], self.reads.setdefault(path, set()),
+                           self._configurations)
 
     def _check_state(self, module: nn.Module, tables: Mapping[str, Any], attributes: Mapping[str, Any]) -> None:
         """Raise Uncapturable where a forward has left something behind that the next one would read."""

@@ -1,6 +1,6 @@
 """The Plan: every decision of the compiler as plain data."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +8,7 @@ from glcan_fx.auxiliary.features import Feature
 from glcan_fx.auxiliary.method import Method
 from glcan_fx.capture.replay import Segments, Surroundings
 from glcan_fx.capture.trace import Report
-from glcan_fx.plans.serialize import plan_from_json, plan_to_json
+from glcan_fx.plans.serialize import plan_from_json, plan_from_state, plan_to_json
 
 
 @dataclass(frozen=True)
@@ -164,3 +164,9 @@ class Plan:
     def from_json(cls, text: str) -> "Plan":
         """Read ``to_json``'s text. Raises PlanError for text that is not a plan, with what is wrong and where."""
         return plan_from_json(text, cls)
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> "Plan":
+        """Read the plan from a compiled model's state dict, or that of a wrapper around it. Raises PlanError where it
+        has none: that of a plain model, or of a single local module."""
+        return plan_from_state(state, cls)

@@ -2,16 +2,21 @@
 
 import dataclasses
 import json
+import zlib
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import cattrs
+import torch
 from cattrs.preconf.json import make_converter
+from torch import Tensor
 
 from glcan_fx.auxiliary.method import Method
-from glcan_fx.errors import PlanError
+from glcan_fx.errors import LoadError, PlanError
 from glcan_fx.methods import METHODS
 from glcan_fx.tasks import Spec
 
+KEY = "aux.plan"  # in a compiled model's state dict
 _FORMAT, _VERSION = "glcan_fx.plan", 7
 
 _P = TypeVar("_P")
@@ -39,6 +44,36 @@ def plan_from_json(text: str, kind: type[_P]) -> _P:
     except cattrs.BaseValidationError as error:
         raise PlanError(f"this is not a plan in JSON, or was edited wrongly: {'; '.join(cattrs.transform_error(error))}"
                         ) from error
+
+
+def plan_to_tensor(plan: Any) -> Tensor:
+    """A plan as bytes, which a state dict can hold."""
+    return torch.frombuffer(bytearray(zlib.compress(plan_to_json(plan).encode())), dtype=torch.uint8)
+
+
+def plan_from_state(state: Mapping[str, Any], kind: type[_P]) -> _P:
+    """The plan that a compiled model's state dict was made by. Raises PlanError where it has none."""
+    prefix = prefix_in(state)
+    if prefix is None:
+        raise PlanError(f"no plan in this state dict: it has no '{KEY}', so it is a plain model's, or of a compiled "
+                        "one without auxiliary networks (k=1), whose state dict is the plain model's")
+    try:
+        text = zlib.decompress(bytes(state[prefix + KEY].cpu().tolist()))
+    except zlib.error as error:
+        raise PlanError(
+            f"the plan in this state dict, '{prefix}{KEY}', cannot be read: {error}. An average over buffers "
+            "(AveragedModel(use_buffers=True)) changes it: take it from the model's own.") from error
+    return plan_from_json(text.decode(), kind)
+
+
+def prefix_in(state: Mapping[str, Any]) -> str | None:
+    """What stands in front of a compiled model's keys; None where there are no auxiliary networks. Raises LoadError
+    for more than one compiled model."""
+    found = [key[:-len(KEY)] for key in state if key == KEY or key.endswith(f".{KEY}")]
+    if len(found) > 1:
+        raise LoadError(f"there are {len(found)} compiled models in this state dict, under "
+                        f"{', '.join(map(repr, found))}: take one of them out first")
+    return found[0] if found else None
 
 
 def _method_to_data(method: Method) -> dict[str, Any]:

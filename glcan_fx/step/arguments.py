@@ -9,9 +9,11 @@ from glcan_fx.tasks.base import Spec
 
 
 def signature_of(model: nn.Module, takes_targets: bool) -> inspect.Signature | None:
-    """Of the model's forward, with the targets of a training step, if any, behind its positional arguments."""
+    """Of the model's forward, with the targets of a training step, if any, behind its positional arguments, and
+    without ``**kwargs``: a step takes what its example had."""
     try:
-        known = list(inspect.signature(model.forward).parameters.values())
+        known = [parameter for parameter in inspect.signature(model.forward).parameters.values()
+                 if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
     except (TypeError, ValueError):
         return None
     if not takes_targets or any(parameter.name == "targets" for parameter in known):

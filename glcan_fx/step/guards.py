@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from glcan_fx.capture.modules import hooks_on
+from glcan_fx.capture.modules import hooks_on, is_configuration
 from glcan_fx.errors import ModelChangedError, PlanError
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum)
@@ -86,13 +86,18 @@ def _of_module(
     yield _Guard(f"the forward of the class of {shown}", lambda: type(module).forward, type(module).forward, True)
     yield _Guard(f"the parts of {shown}", lambda: list(module._modules), list(module._modules), False)
     for name in names:
-        if name == "*":
+        if "." in name:
+            yield from _of_configuration(path, module, name)
+        elif name == "*":
             yield from _of_attributes(path, module, [key for key in vars(module) if not key.startswith("_")], called)
         elif name.startswith("training="):
             yield _Guard(f"'{path}.training'" if path else "'training'", partial(getattr, module, "training"),
                          name == "training=True", False)
         elif not hasattr(nn.Module, name) and name not in vars(nn.Module()):
-            yield from _of_attributes(path, module, [name], called)
+            if is_configuration(value := getattr(module, name, None)):  # its own attributes are read on their own
+                yield _Guard(f"the class of '{path}.{name}'", _kind_of(module, name), type(value), True)
+            else:
+                yield from _of_attributes(path, module, [name], called)
 
 
 def _of_attributes(path: str, module: nn.Module, names: list[str], called: Set[str]) -> Iterator[_Guard]:
@@ -107,6 +112,18 @@ def _of_attributes(path: str, module: nn.Module, names: list[str], called: Set[s
             yield _Guard(f"the method {shown}", _function_of(module, name), value.__func__, True)
         else:
             yield _Guard(shown, partial(_value_of, module, name), _seen(value), False)
+
+
+def _of_configuration(path: str, module: nn.Module, name: str) -> Iterator[_Guard]:
+    """What was read of an attribute that is there for its own attributes."""
+    name, _, read = name.partition(".")
+    shown = f"{path}.{name}" if path else name
+    if read == "*":
+        yield _Guard(f"'{shown}'", partial(_value_of, module, name), _seen(getattr(module, name, _MISSING)), False)
+    else:
+        def now() -> Any:
+            return _value_of(getattr(module, name, _MISSING), read)
+        yield _Guard(f"'{shown}.{read}'", now, now(), False)
 
 
 def _of_part(
@@ -130,7 +147,7 @@ def _function_of(module: nn.Module, name: str) -> Callable[[], Any]:
     return lambda: getattr(getattr(module, name, None), "__func__", None)
 
 
-def _value_of(module: nn.Module, name: str) -> Any:
+def _value_of(module: Any, name: str) -> Any:
     return _seen(getattr(module, name, _MISSING))
 
 

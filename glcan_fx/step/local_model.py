@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -28,6 +29,7 @@ from glcan_fx.errors import (
 )
 from glcan_fx.fx_utils import Packed, Parts, function_of, pack, unpack
 from glcan_fx.pytree import tensors_in
+from glcan_fx.step import saving
 from glcan_fx.step.arguments import signature_of, unlike
 from glcan_fx.step.averages import Averages
 from glcan_fx.step.gradients import Agreement, LocalBackward, LossScale, parameters_of, private_graph
@@ -102,7 +104,7 @@ class LocalModel(nn.Module):
             if name != "task":
                 part.train(model.training)
         aux.__dict__["training"] = model.training
-        self.register_load_state_dict_pre_hook(_accept_plain_checkpoint)
+        self.register_load_state_dict_pre_hook(saving.before_loading)
         self.recompile()
 
     @property
@@ -484,6 +486,15 @@ class LocalModel(nn.Module):
         """The original model's state dict: what to ship."""
         return self.original.state_dict()
 
+    def save_pretrained(self, directory: str | Path, **options: Any) -> None:
+        """Write the plain model, and beside it what is needed to go on training.
+
+        The model's own ``save_pretrained(directory, **options)`` is called where it has one (transformers,
+        huggingface_hub); else its weights go to model.safetensors. Auxiliary networks go to auxiliary.safetensors, the
+        plan to plan.json. ``glcan_fx.load_pretrained`` goes on from there; the plain model's library needs neither.
+        """
+        saving.save(self, directory, options)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "LocalModel":
         model = copy.deepcopy(self.original, memo)
         task = copy.deepcopy(self.task, memo)  # may hold a criterion with parameters
@@ -494,6 +505,7 @@ class LocalModel(nn.Module):
         return _with_modes(new, _modes(self))
 
     def __reduce__(self) -> Any:
+        saving.refuse_closure(self)
         parts = {name: pack(part) for name, part in self.__dict__["_parts"].items()}
         return _rebuild, (self.original, self.aux, pack(self.graph), self.plan, self.task, _modes(self), parts,
                           dict(self.__dict__["_opened"]))
@@ -607,12 +619,6 @@ def _share(target: nn.Module, model: nn.Module, aux: nn.Module) -> None:
     target.__dict__["_buffers"] = model._buffers
     target.__dict__["_non_persistent_buffers_set"] = model._non_persistent_buffers_set
     target.__dict__["_modules"] = {**model._modules, "aux": aux}
-
-
-def _accept_plain_checkpoint(module: LocalModel, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A checkpoint of the original model loads strictly: auxiliary networks keep their present values."""
-    if not any(key.startswith(f"{prefix}aux.") for key in state):
-        state.update({f"{prefix}aux.{key}": value for key, value in module.aux.state_dict().items()})
 
 
 def _rebuild(
