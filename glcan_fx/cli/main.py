@@ -1,4 +1,4 @@
-"""The command line: ``glcan-fx inspect``, ``glcan-fx bench`` and ``glcan-fx demo``."""
+"""The command line: ``glcan-fx inspect``, ``bench``, ``check``, ``export`` and ``demo``."""
 
 import argparse
 import logging
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 
 from glcan_fx import __version__
-from glcan_fx.cli import bench, demo
+from glcan_fx.cli import bench, check, demo, export
 from glcan_fx.cli import inspect as inspection
 from glcan_fx.errors import GlcanFxError, LoadError
 
@@ -34,6 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                                formatter_class=argparse.RawDescriptionHelpFormatter, epilog=bench.EPILOG)
     bench.add_arguments(part)
     part.set_defaults(run=bench.run)
+    part = commands.add_parser("check", help="read a data set as the training programs do, and say what is in it")
+    check.add_arguments(part)
+    part.set_defaults(run=check.run)
+    part = commands.add_parser("export", help="write the plain model's weights, from a checkpoint of training",
+                               formatter_class=argparse.RawDescriptionHelpFormatter, epilog=export.EPILOG)
+    export.add_arguments(part)
+    part.set_defaults(run=export.run)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot print a sign still shows the rest

@@ -104,6 +104,11 @@ class CocoFolder(Dataset[Any]):
         image = v2.functional.to_dtype(image.as_subclass(Tensor), torch.float32, scale=True)
         return image, {**target, "boxes": target["boxes"].as_subclass(Tensor)}
 
+    def decode(self, index: int) -> None:
+        """Read an image and forget it. Raises DataError where it cannot be read."""
+        path, upright = self._files[index]
+        rgb(path, upright=upright)
+
     def reseed(self, seed: int) -> None:
         """Restart the sequence of random flips, so that every method sees the same ones. Until this is called they come
         from PyTorch's global generator."""

@@ -22,7 +22,7 @@ def trainer(base: type[Trainer] = Trainer, **options: Any) -> type[Trainer]:
     resumes from them. ``trainer.model.original`` is the plain model.
     """
 
-    class LocalTrainer(base):  # type: ignore[valid-type,misc]
+    class LocalTrainer(base):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             if self.model_init is not None:
