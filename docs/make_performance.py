@@ -61,7 +61,7 @@ def bench(preset: str, *options: str) -> dict[str, Any]:
     """What `glcan-fx bench` finds out, by method."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "bench.json")
-        subprocess.run([sys.executable, "-m", "glcan_fx", "bench", preset, "--json", str(out), *options], check=True)
+        subprocess.run([sys.executable, "-m", "glcan_fx", "bench", preset, "-o", str(out), *options], check=True)
         data: dict[str, Any] = json.loads(out.read_text())
     return {row["method"]: {key: row[key] for key in ("estimated", "measured", "flops", "step_seconds", "k", "reasons")}
             for row in data["methods"]}

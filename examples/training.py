@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, folders: bool = False, **d
     method.add_argument("--method", default="glcan", type=_named, metavar="NAME",
                         help=f"bp, checkpoint, {', '.join(sorted(glcan_fx.methods.METHODS))}, or several, each the "
                         "base of the one before: hpff+man+dgl (%(default)s)")
-    method.add_argument("--k", default="fewest", help="local modules: a number, fewest, natural, or split points "
+    method.add_argument("-k", "--k", default="fewest", help="local modules: a number, fewest, natural, or split points "
                         "with commas between them (%(default)s)")
     method.add_argument("--head", choices=("full", "light", "lean"), help="of auxiliary networks")
     method.add_argument("--aux-width", type=float, metavar="W", help="their relative channels, 0 to 1")
@@ -116,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, folders: bool = False, **d
     method.add_argument("--rules", choices=RULES, help="ablation: no feature comes from the cache; a detector's "
                         "own level counts twice; only its nearest level counts")
     output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, default=None, metavar="DIR",
+    output.add_argument("-o", "--out", type=Path, default=None, metavar="DIR",
                         help="(runs/TASK-METHOD-kK-sSEED; without -kK where there are no local modules)")
     kept = output.add_mutually_exclusive_group()
     kept.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, TensorDataset
-from torchvision.models import resnet18
+from torchvision.models import mobilenet_v2
 
 import glcan_fx
 
@@ -22,8 +22,9 @@ def main() -> tuple[torch.nn.Module, list[float]]:
     options = parser.parse_args()
     set_seed(0)
     accelerator = Accelerator(gradient_accumulation_steps=2)
-    images, labels = torch.randn(10 * options.batch, 3, options.size, options.size), torch.arange(10 * options.batch) % 4
-    model = resnet18(num_classes=4)
+    images = torch.randn(10 * options.batch, 3, options.size, options.size)
+    labels = torch.arange(len(images)) % 4
+    model = mobilenet_v2(num_classes=4)
     if options.k:
         model = glcan_fx.transform(model, k=options.k, criterion=F.cross_entropy, example_inputs=images[:options.batch])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)

@@ -6,7 +6,7 @@ import lightning
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
-from torchvision.models import resnet18
+from torchvision.models import mobilenet_v2
 
 import glcan_fx
 
@@ -41,9 +41,10 @@ def main() -> Classifier:
     parser.add_argument("--size", type=int, default=64)
     options = parser.parse_args()
     lightning.seed_everything(0, verbose=False)
-    images, labels = torch.randn(5 * options.batch, 3, options.size, options.size), torch.arange(5 * options.batch) % 4
+    images = torch.randn(5 * options.batch, 3, options.size, options.size)
+    labels = torch.arange(len(images)) % 4
     data = DataLoader(TensorDataset(images, labels), batch_size=options.batch)
-    model = resnet18(num_classes=4)
+    model = mobilenet_v2(num_classes=4)
     if options.k:
         model = glcan_fx.transform(model, k=options.k, criterion=F.cross_entropy, example_inputs=images[:options.batch])
 

@@ -21,9 +21,10 @@ def main() -> tuple[ClassificationTask, list[float]]:
     parser.add_argument("--size", type=int, default=64)
     options = parser.parse_args()
     torch.manual_seed(0)
-    images, labels = torch.randn(10, options.batch, 3, options.size, options.size), torch.randint(4, (10, options.batch))
+    images = torch.randn(10, options.batch, 3, options.size, options.size)
+    labels = torch.randint(4, (10, options.batch))
     loss = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
-    model = timm.create_model("resnet18", num_classes=4)
+    model = timm.create_model("mobilenetv2_100", num_classes=4)
 
     if options.k:
         model = glcan_fx.transform(model, k=options.k, criterion=loss, example_inputs=images[0])

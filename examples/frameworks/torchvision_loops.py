@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torchvision.models import resnet18
+from torchvision.models import mobilenet_v2
 from torchvision.models.detection import retinanet_resnet50_fpn
 from torchvision.models.segmentation import fcn_resnet50
 
@@ -59,10 +59,11 @@ def main() -> tuple[torch.nn.Module, list[float]]:
         criterion = None
     elif options.task == "segmentation":
         model = fcn_resnet50(weights=None, weights_backbone=None, num_classes=3, aux_loss=True)
-        batches, criterion = [(x, torch.randint(3, (options.batch, options.size, options.size))) for x in images], criterion_of_segmentation
+        criterion = criterion_of_segmentation
+        batches = [(x, torch.randint(3, (options.batch, options.size, options.size))) for x in images]
         given = {"task": "segmentation", "criterion": criterion, "example_inputs": images[0]}
     else:
-        model, criterion = resnet18(num_classes=3), torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+        model, criterion = mobilenet_v2(num_classes=3), torch.nn.CrossEntropyLoss(label_smoothing=0.1)
         batches = [(x, torch.randint(3, (options.batch,))) for x in images]
         given = {"criterion": criterion, "example_inputs": images[0]}
 

@@ -151,8 +151,8 @@ def lists() -> None:
     console.print(methods)
 
 
-def write_json(path: Path, rows: Sequence[Row], job: Job, device: str) -> None:
-    """All figures of the run; memory in bytes, time in seconds."""
+def as_json(rows: Sequence[Row], job: Job, device: str) -> str:
+    """All figures of the run as JSON; memory in bytes, time in seconds."""
     content = {
         "format": "glcan_fx.bench", "version": 1, "device": device, "seed": job.seed, "job": asdict(job),
         "compile_memory_budget": COMPILE_BUDGET,
@@ -160,7 +160,7 @@ def write_json(path: Path, rows: Sequence[Row], job: Job, device: str) -> None:
                      "torchvision": str(torchvision.__version__)},
         "methods": [asdict(row) for row in rows],
     }
-    write(path, json.dumps(content, indent=1))
+    return json.dumps(content, indent=1)
 
 
 def write_plot(path: Path, rows: Sequence[Row], name: str, job: Job) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -48,6 +49,16 @@ def sizes_of(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text):
         raise argparse.ArgumentTypeError(f"'{text}' is not a size: numbers above 0 with x between, as in 8x3x224x224")
     return tuple(map(int, text.split("x")))
+
+
+def without_batch(sizes: Sequence[tuple[int, ...]] | None, task: str | None) -> str | None:
+    """What is wrong where the size of an image was given without the batch."""
+    images = task in ("detection", "classification", "segmentation", "super_resolution")
+    for size in sizes or ():
+        if images and len(size) == 3 and size[0] <= 4:
+            text = "x".join(map(str, size))
+            return f"--input {text} has no batch: the first number is how many images a step takes, as in 8x{text}"
+    return None
 
 
 def bytes_of(text: str) -> str:

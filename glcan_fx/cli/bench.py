@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from glcan_fx.bench.rows import METHODS, Fatal, Row, fill
-from glcan_fx.cli.arguments import add_model
+from glcan_fx.cli.arguments import add_model, without_batch
+from glcan_fx.files import write
 from glcan_fx.presets import PRESETS, Preset
 
 if TYPE_CHECKING:
@@ -40,10 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                      help="cuda, cpu, or estimate: nothing runs but a simulation (cuda if there is one, else estimate)")
     run.add_argument("--steps", type=_count, default=10, metavar="N", help="timed, after a warm-up (%(default)s)")
     run.add_argument("--largest-batch", action="store_true", help="on cuda: search the largest batch that fits")
-    out = parser.add_argument_group("output, beside the table")
-    out.add_argument("--json", type=Path, metavar="FILE", help="all figures")
-    out.add_argument("-o", "--output", type=_picture, metavar="FILE",
-                     help="a plot, .png, .svg or .pdf; or a page, .html")
+    out = parser.add_argument_group("output")
+    out.add_argument("--json", action="store_true", help="print all figures as JSON instead of the table")
+    out.add_argument("-o", "--output", type=_output, action="append", default=[], metavar="FILE", help="write it, as the "
+                     "file's ending says: .json has all figures, .png, .svg and .pdf a plot, .html a page; several times "
+                     "for several files")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,11 +57,10 @@ def run(args: argparse.Namespace) -> int:
     if problem:
         _note(f"glcan-fx bench: {problem}")
         return 2
-    for path in (args.json, args.output):  # before minutes of work
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir():
-                raise IsADirectoryError(f"{path} is a folder: name a file")
+    for path in args.output:  # before minutes of work
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder: name a file")
     from glcan_fx.bench import report
 
     job, methods = _job(args)
@@ -69,12 +70,16 @@ def run(args: argparse.Namespace) -> int:
     except Fatal as error:
         _note(f"glcan-fx bench: {error}")
         return error.code
-    report.show(rows, job)
     if args.json:
-        report.write_json(args.json, rows, job, device)
-    if args.output:
-        write = report.write_report if args.output.suffix == ".html" else report.write_plot
-        write(args.output, rows, args.target, job)
+        print(report.as_json(rows, job, device))
+    else:
+        report.show(rows, job)
+    for path in args.output:
+        if path.suffix == ".json":
+            write(path, f"{report.as_json(rows, job, device)}\n")
+        else:
+            draw = report.write_report if path.suffix == ".html" else report.write_plot
+            draw(path, rows, args.target, job)
     return 0 if any(row.peak is not None for row in rows) else 1
 
 
@@ -82,9 +87,15 @@ def _problem(args: argparse.Namespace) -> str | None:
     """What is wrong with options that are right one by one."""
     if args.target is None:
         return "name a model: a preset (see --list), file.py, file.py:attribute or package.module:attribute"
+    if args.target not in PRESETS and ":" not in args.target and not args.target.endswith(".py"):
+        from glcan_fx.models.load import not_a_model
+
+        return not_a_model(args.target)
     if args.target not in PRESETS and not args.input:
         return (f"'{args.target}' is not a preset (see --list), so its inputs are not known: pass --input, "
                 "for example --input 8x3x224x224")
+    if said := without_batch(args.input, args.task):
+        return said
     if args.memory_budget is None and "budget" in (args.methods or ()):
         return "the method 'budget' needs --memory-budget, for example --memory-budget 6GiB"
     if args.device is not None and args.device != "estimate":
@@ -154,9 +165,9 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _picture(text: str) -> Path:
-    if Path(text).suffix not in (".png", ".svg", ".pdf", ".html"):
-        raise argparse.ArgumentTypeError(f"'{text}': a file that ends in .png, .svg, .pdf or .html")
+def _output(text: str) -> Path:
+    if Path(text).suffix not in (".json", ".png", ".svg", ".pdf", ".html"):
+        raise argparse.ArgumentTypeError(f"'{text}': a file that ends in .json, .png, .svg, .pdf or .html")
     return Path(text)
 
 

@@ -74,7 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="which to run, comma-separated (%(default)s); checkpoint, activation checkpointing on every"
         " residual block, is measured for a few steps and not trained, because its gradients are those of bp",
     )
-    methods.add_argument("--k", default="fewest", help="local modules: a number, fewest, or natural (%(default)s)")
+    methods.add_argument("-k", "--k", default="fewest",
+                         help="local modules: a number, fewest, or natural (%(default)s)")
     methods.add_argument("--head", choices=("full", "light", "lean"), help="auxiliary heads (the compiler's choice)")
     methods.add_argument(
         "--aux-width",
@@ -83,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="width of the auxiliary networks, relative to the model's, 0 to 1 (the compiler's choice)",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="results go here (%(default)s)"
+        "-o", "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="results go here (%(default)s)"
     )
 
 

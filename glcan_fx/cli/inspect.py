@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glcan_fx.cli.arguments import add_model
+from glcan_fx.cli.arguments import add_model, without_batch
 from glcan_fx.errors import LoadError, PlanError, TraceError
 from glcan_fx.presets import PRESETS, Preset
 
@@ -44,9 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--frontier", action="store_true", help="also show what can be had: memory against compute, with "
                      "backpropagation's gradients and with local modules; takes seconds, or minutes for a large model")
     out.add_argument("--json", action="store_true", help="print the plan as JSON instead of the table")
-    out.add_argument("-o", "--output", type=_output, metavar="FILE",
+    out.add_argument("-o", "--output", type=_output, action="append", default=[], metavar="FILE",
                      help="write it, as the file's ending says: .html is a report that works offline; .svg, .png or "
-                     ".pdf need Graphviz; .dot, .json or .txt")
+                     ".pdf need Graphviz; .dot, .json or .txt; several times for several files")
     out.add_argument("--depth", choices=DEPTHS, help="what the picture shows: local modules that are alike as one "
                      "(stages), every local module, its blocks, or its operators (stages for more than 20 modules, "
                      "else modules)")
@@ -62,14 +62,17 @@ def run(args: argparse.Namespace) -> int:
         raise LoadError(f"{', '.join(clashing)}: the plan of --plan decides that; remove it")
     if args.frontier and args.json:
         raise LoadError("--frontier prints a table, --json the plan alone: remove one of them")
-    if args.output is not None and args.output.is_dir():
-        raise OSError(f"{args.output} is a folder: name a file")
-    if args.output is not None and args.output.suffix.lower() in PICTURES and shutil.which("dot") is None:
-        from glcan_fx.report.dot import NO_DOT
+    for path in args.output:
+        if path.is_dir():
+            raise OSError(f"{path} is a folder: name a file")
+        if path.suffix.lower() in PICTURES and shutil.which("dot") is None:
+            from glcan_fx.report.dot import NO_DOT
 
-        raise OSError(f"{args.output}: {NO_DOT}")
+            raise OSError(f"{path}: {NO_DOT}")
     from glcan_fx.models.load import load
 
+    if said := without_batch(args.input, args.task):
+        raise LoadError(said)
     preset = PRESETS.get(args.target) or Preset(args.target, tuple(args.input or ()), args.task)
     model = load(preset.target, {**preset.kwargs, **args.kwargs})
     if not (preset.inputs or args.plan or args.task == "detection"):
@@ -93,9 +96,9 @@ def run(args: argparse.Namespace) -> int:
         _print(plan)
     if args.frontier:
         _print_frontier(plan)
-    if args.output is not None:
-        plan.save(args.output, depth=args.depth)
-        print(f"wrote {args.output}", file=sys.stderr)
+    for path in args.output:
+        plan.save(path, depth=args.depth)
+        print(f"wrote {path}", file=sys.stderr)
     return 0
 
 

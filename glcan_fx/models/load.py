@@ -5,7 +5,9 @@ import importlib.util
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from glcan_fx.errors import LoadError
+from glcan_fx.presets import PRESETS
 
 
 def load(target: str, kwargs: Mapping[str, Any]) -> nn.Module:
@@ -35,9 +38,25 @@ def load(target: str, kwargs: Mapping[str, Any]) -> nn.Module:
         return _made(module, names[0], kwargs, f"{target}:{names[0]}")
     place, colon, attribute = target.rpartition(":")
     if not colon or not place or not attribute:
-        raise LoadError(f"'{target}' is not a model: give file.py, file.py:attribute or package.module:attribute")
+        raise LoadError(not_a_model(target))
     module = _from_file(Path(place)) if place.endswith(".py") else _from_package(place)
     return _made(module, attribute, kwargs, target)
+
+
+def not_a_model(target: str) -> str:
+    """What to say of a name that is neither a preset nor a place: those that it may be meant for."""
+    from torchvision.models import get_model_builder, list_models
+
+    said = f"'{target}' is not a model: give a preset, file.py, file.py:attribute or package.module:attribute."
+    presets = get_close_matches(target.lower(), PRESETS, cutoff=0.75)
+    if presets and target not in list_models():
+        said += f" Did you mean the preset {' or '.join(presets)}?"
+    for name in get_close_matches(target.lower(), list_models(), n=1, cutoff=0.8):
+        package = get_model_builder(name).__module__.rpartition(".")[0]
+        kind = package.rpartition(".")[2]
+        task = kind if kind in ("detection", "segmentation") else "classification"
+        said += f" torchvision's: {package}:{name} --input 8x3x224x224 --task {task}"
+    return said
 
 
 def candidates(module: ModuleType, kwargs: Mapping[str, Any]) -> list[str]:
@@ -129,4 +148,13 @@ def _arguments(kwargs: Mapping[str, Any]) -> str:
 
 
 def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    """An error in the user's code, with the last line of it that was running, outside of installed packages."""
+    said = f"{type(error).__name__}: {error}"
+    if isinstance(error, SyntaxError):  # says where itself
+        return said
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
+              if "site-packages" not in frame.filename and not frame.filename.startswith(("<frozen", _OWN))]
+    return f"{said} ({frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else said
+
+
+_OWN = str(Path(__file__).parent)

@@ -7,7 +7,7 @@ at from one on, each with the runs of blocks that cost the least operations to f
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from glcan_fx.auxiliary.method import Method
@@ -99,7 +99,10 @@ class Search:
         None where there is none."""
         for k in self._numbers(limit):
             for slack in (1.0, _SLACK) if k == 1 else (1.0,):
-                for candidate, savings, _ in self._fitting(k, slack * limit, self._may):
+                fitting: Iterable[tuple[Candidate, Savings, Foretold]] = self._fitting(k, slack * limit, self._may)
+                if k == 1:  # where no auxiliary networks are to be chosen: what costs least
+                    fitting = sorted(fitting, key=lambda one: round(one[2].compute, 2))
+                for candidate, savings, _ in fitting:
                     if found := self._confirmed(candidate, savings, limit, self._may(candidate), slack):
                         return found
         return None

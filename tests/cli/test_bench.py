@@ -74,7 +74,7 @@ def file(tmp_path: Path) -> Path:
 def command(tmp_path: Path, *arguments: str) -> tuple[int, dict]:
     """Exit code and the rows by method."""
     path = tmp_path / "bench.json"
-    code = cli.main(["bench", *map(str, arguments), "--json", str(path)])
+    code = cli.main(["bench", *map(str, arguments), "-o", str(path)])
     return code, {row["method"]: row for row in json.loads(path.read_text())["methods"]}
 
 
@@ -314,7 +314,6 @@ def test_a_model_that_cannot_be_used(file, tmp_path, capfd):
     (["nowhere.py", "--input", "2x3", "--device", "estimate"], "there is no such file"),
     (["tiny", "--methods", "budget"], "needs --memory-budget"),
     (["tiny", "--input-dtype", "float33"], "float33"),
-    (["tiny", "--json", "."], "is a folder"),
     (["tiny", "--methods", "bp,magic"], "choose from bp"),
     (["tiny", "--kwargs", "[1]"], "a JSON object"),
     (["tiny", "--kwargs", "{"], "no JSON"),
@@ -323,7 +322,9 @@ def test_a_model_that_cannot_be_used(file, tmp_path, capfd):
     (["tiny", "-k", "0"], "fewest or natural"),
     (["tiny", "--steps", "0"], "above 0"),
     (["tiny", "--device", "tpu"], "choose cuda"),
-    (["tiny", "-o", "plot.txt"], "ends in .png"),
+    (["tiny", "-o", "plot.txt"], "ends in .json"),
+    (["resnet18"], "torchvision.models:resnet18 --input 8x3x224x224 --task classification"),
+    (["torchvision.models:resnet18", "--input", "3x64x64", "--task", "classification"], "has no batch"),
     pytest.param(["tiny", "--device", "cuda"], "finds no CUDA", marks=pytest.mark.skipif(
         torch.cuda.is_available(), reason="there is one")),
 ])
@@ -334,6 +335,17 @@ def test_usage_errors(arguments, message, capfd):
         code = end.code
     assert code == 2
     assert message in capfd.readouterr().err
+
+
+def test_json_is_printed_instead_of_the_table(capfd):
+    assert cli.main(["bench", "tiny", "--device", "estimate", "--methods", "bp", "--json"]) == 0
+    assert [row["method"] for row in json.loads(capfd.readouterr().out)["methods"]] == ["bp"]
+
+
+def test_a_folder_is_no_file(tmp_path, capfd):
+    (tmp_path / "folder.json").mkdir()
+    assert cli.main(["bench", "tiny", "-o", str(tmp_path / "folder.json")]) == 2
+    assert "is a folder" in capfd.readouterr().err
 
 
 def test_memory_sizes():

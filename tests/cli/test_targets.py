@@ -94,6 +94,9 @@ def test_a_bare_file_with_one_candidate(tmp_path, text, kwargs):
     ("{file}:number", {}, "is a int, not a model"),
     ("{file}:ready", {"classes": 2}, "is a model already"),
     ("resnet99", {}, "is not a model"),
+    ("retinanet-r5", {}, "Did you mean the preset retinanet-r50"),
+    ("resnet50", {}, r"torchvision.models:resnet50 --input 8x3x224x224 --task classification"),
+    ("fasterrcnn_resnet50", {}, r"torchvision.models.detection:fasterrcnn_resnet50_fpn --input .* --task detection"),
     ("no.such.package:net", {}, "'no.such.package' cannot be imported: ModuleNotFoundError.*looked for in"),
 ])
 def test_errors_say_what_to_do(file, target, kwargs, message):
