@@ -43,9 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--largest-batch", action="store_true", help="on cuda: search the largest batch that fits")
     out = parser.add_argument_group("output")
     out.add_argument("--json", action="store_true", help="print all figures as JSON instead of the table")
-    out.add_argument("-o", "--output", type=_output, action="append", default=[], metavar="FILE", help="write it, as the "
-                     "file's ending says: .json has all figures, .png, .svg and .pdf a plot, .html a page; several times "
-                     "for several files")
+    out.add_argument("-o", "--output", type=_output, action="append", default=[], metavar="FILE",
+                     help="write it, as the file's ending says: .json has all figures, .png, .svg and .pdf a plot, "
+                     ".html a page; several times for several files")
 
 
 def run(args: argparse.Namespace) -> int:

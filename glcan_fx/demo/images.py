@@ -33,7 +33,10 @@ def sizes(path: Path) -> tuple[tuple[int, int], tuple[int, int]]:
     """(width, height) of an image upright, as its EXIF orientation says, and as its pixels are stored."""
     with opened(path) as file:
         width, height = file.size
-        turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        try:
+            turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # may be behind the pixels
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"cannot read image {path}: {error}. Replace it, or remove its entry.") from error
     return ((height, width) if turned else (width, height)), (width, height)
 
 

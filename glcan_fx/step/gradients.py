@@ -129,17 +129,17 @@ class LossScale(nn.Module):
 
     The local backward runs before the loop's GradScaler can scale the loss, so it brings its own scale: halved after
     an overflow (which also reaches the GradScaler, as infinite gradients, and makes it skip the step), doubled after
-    ``interval`` good steps. Lives on the device; never synchronises.
+    ``interval`` good steps. Lives on the device; never synchronises. kept: in the state dict.
     """
 
-    def __init__(self, start: float = 2.0**12, interval: int = 2000) -> None:
+    def __init__(self, kept: bool = True, start: float = 2.0**12, interval: int = 2000) -> None:
         super().__init__()
         self.interval = interval
         self._finite: list[Tensor] = []  # one flag per local loss of the present step
         self.scale: Tensor
         self.good: Tensor
-        self.register_buffer("scale", torch.tensor(start))
-        self.register_buffer("good", torch.tensor(0))
+        self.register_buffer("scale", torch.tensor(start), persistent=kept)
+        self.register_buffer("good", torch.tensor(0), persistent=kept)
 
     @torch.no_grad()
     def unscale(self, grads: Sequence[Tensor | None]) -> None:

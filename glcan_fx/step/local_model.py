@@ -570,7 +570,7 @@ def assemble(
     for module in aux.modules():
         if isinstance(module, ReadOnly | Averages):
             module.bind(model)
-    scale = aux._modules.get("scale") or LossScale()
+    scale = aux._modules.get("scale") or LossScale(kept=plan.k > 1 or plan.slices > 1)
     aux.add_module("scale", scale)
     reaches = plan.reaches
     agreement = Agreement(plan.method.agreement) if plan.method.agreement > 0 else None
