@@ -24,7 +24,7 @@ def main() -> tuple[torch.nn.Module, list[float]]:
     accelerator = Accelerator(gradient_accumulation_steps=2)
     images = torch.randn(10 * options.batch, 3, options.size, options.size)
     labels = torch.arange(len(images)) % 4
-    model = mobilenet_v2(num_classes=4)
+    model = mobilenet_v2(num_classes=4, dropout=0.0)
     if options.k:
         model = glcan_fx.transform(model, k=options.k, criterion=F.cross_entropy, example_inputs=images[:options.batch])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)

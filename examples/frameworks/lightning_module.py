@@ -44,7 +44,7 @@ def main() -> Classifier:
     images = torch.randn(5 * options.batch, 3, options.size, options.size)
     labels = torch.arange(len(images)) % 4
     data = DataLoader(TensorDataset(images, labels), batch_size=options.batch)
-    model = mobilenet_v2(num_classes=4)
+    model = mobilenet_v2(num_classes=4, dropout=0.0)
     if options.k:
         model = glcan_fx.transform(model, k=options.k, criterion=F.cross_entropy, example_inputs=images[:options.batch])
 

@@ -23,7 +23,8 @@ GLUE = {"transformers_trainer": "transformers", "ultralytics_trainer": "ultralyt
         "lightning_module": "lightning", "accelerate_loop": "accelerate"}
 LOOPS = [("torchvision_loops", task) for task in ("classification", "detection", "segmentation")]
 ALL = [*((name, None) for name in GLUE), *LOOPS]
-BIG = {"transformers_trainer": ("--batch", 128), "ultralytics_trainer": ("--size", 192, "--batch", 8, "--epochs", 1)}
+LONG = {"lightning_module", "detection", "segmentation"}
+BIG = {"transformers_trainer": ("--batch", 128), "ultralytics_trainer": ("--size", 256, "--batch", 8, "--epochs", 2)}
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +81,8 @@ def numbers(name: str, result: Any, out: Path) -> list[Any]:
     return result.losses if name == "lightning_module" else result[1]
 
 
-@pytest.mark.parametrize(("name", "task"), ALL)
+@pytest.mark.parametrize(("name", "task"), [
+    pytest.param(*one, marks=[pytest.mark.slow] if LONG & {*one} else []) for one in ALL])
 def test_one_local_module_is_the_frameworks_own_run(name: str, task: str | None, run: Any, tmp_path: Path) -> None:
     plain = numbers(name, run(name, task, "plain"), tmp_path / "plain")
     assert len(plain) >= 3
@@ -106,8 +108,9 @@ def test_three_local_modules_take_less_memory(name: str, task: str | None, run: 
 @pytest.mark.parametrize(("name", "where", "resume"), [
     ("transformers_trainer", "checkpoint-5", ("--resume", "{}/checkpoint-5")),
     ("timm_task", "checkpoint-4.pth.tar", ("--resume", "{}/checkpoint-4.pth.tar")),
-    ("lightning_module", "epoch=0-step=5.ckpt", ("--resume", "{}/epoch=0-step=5.ckpt")),
-    ("accelerate_loop", "model.safetensors", ("--resume",))])
+    pytest.param("lightning_module", "epoch=0-step=5.ckpt", ("--resume", "{}/epoch=0-step=5.ckpt"),
+                 marks=pytest.mark.slow),
+    pytest.param("accelerate_loop", "model.safetensors", ("--resume",), marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_the_same_numbers(
     name: str, where: str, resume: tuple[str, ...], run: Any, tmp_path: Path
 ) -> None:
@@ -140,6 +143,7 @@ def test_timm_loads_the_plain_model(run: Any, tmp_path: Path) -> None:
     assert torch.equal(plain.eval()(x), averaged.eval()(x))
 
 
+@pytest.mark.slow
 def test_ultralytics_validates_exports_and_goes_on_with_the_plain_model(run: Any, tmp_path: Path) -> None:
     pytest.importorskip("ultralytics", reason="ultralytics is not installed: pip install 'glcan-fx[frameworks]'")
     from ultralytics import YOLO
