@@ -1,7 +1,8 @@
 """What the training programs have in common: options, methods, the loop, checkpoints, records and curves.
 
 Every method goes through the same loop with the same data in the same order. A run is a function of its options: an
-interrupted one goes on from its last checkpoint with the numbers of an uninterrupted one.
+interrupted one goes on from its last checkpoint with the numbers of an uninterrupted one. Under ``torchrun`` every
+process takes its part of each batch.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import random
+import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -24,7 +28,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
@@ -119,7 +125,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, folders: bool = False, **d
     output.add_argument("-o", "--out", type=Path, default=None, metavar="DIR",
                         help="(runs/TASK-METHOD-kK-sSEED; without -kK where there are no local modules)")
     kept = output.add_mutually_exclusive_group()
-    kept.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    kept.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out; with more "
+                      "--epochs than before, a run is prolonged")
     kept.add_argument("--overwrite", action="store_true", help="begin anew where --out holds a run already")
     output.add_argument("--evaluate-every", type=int, default=1, metavar="EPOCHS", help="(%(default)s)")
     output.add_argument("--cosines", action="store_true", help="with each evaluation, between every local module's "
@@ -154,15 +161,18 @@ def method_of(args: argparse.Namespace) -> glcan_fx.methods.Method:
     return glcan_fx.methods.method_of(args.method, **given)
 
 
-def prepared(experiment: Experiment, args: argparse.Namespace) -> tuple[nn.Module, glcan_fx.Plan | None]:
-    """The model as the method trains it, and its plan."""
+def prepared(
+    experiment: Experiment, args: argparse.Namespace, processes: int = 1
+) -> tuple[nn.Module, glcan_fx.PlannedModel | None]:
+    """The model as the method trains it on its part of a batch, and its plan."""
     torch.manual_seed(args.seed)
     model = experiment.build().to(args.device)
     if torch.device(args.device).type == "cpu" and len(experiment.example) == 4:
         model.to(memory_format=torch.channels_last)
     if args.method == "bp":
         return model, None
-    example = torch.empty(experiment.example, device="meta")
+    images, *size = experiment.example
+    example = torch.empty(images // processes, *size, device="meta")
     named = args.k in ("natural", "fewest", "auto")
     k = int(args.k) if args.k.isdecimal() else args.k if named else [name.strip() for name in args.k.split(",")]
     if args.method == "checkpoint":
@@ -172,8 +182,10 @@ def prepared(experiment: Experiment, args: argparse.Namespace) -> tuple[nn.Modul
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         return model, None
     budgets = {"memory_budget": args.memory_budget, "compute_budget": args.compute_budget}
+    options = glcan_fx.Options(optimizer=lambda parameters: experiment.optimizer(
+        [{"params": list(parameters), "lr": args.lr}], args.lr))
     local = glcan_fx.transform(model, k=k, task=experiment.task, example_inputs=example, method=method_of(args),
-                               **budgets)
+                               options=options, **budgets)
     return local, local.plan
 
 
@@ -199,16 +211,50 @@ def cosines(
     return {name: torch.nn.functional.cosine_similarity(own[name], plain[name], 0).item() for name in own}
 
 
+def joined(args: argparse.Namespace) -> tuple[int, int]:
+    """This process's number, and how many there are, as ``torchrun`` says; its device is its own."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes == 1:
+        return 0, 1
+    if args.batch_size % processes:
+        raise SystemExit(f"--batch-size {args.batch_size}: not a multiple of {processes} processes, which share it")
+    if args.device.startswith("cuda"):
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    return dist.get_rank(), processes
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Says whether Ctrl-C was pressed, so that a step can be ended first; a second Ctrl-C stops at once."""
+    asked: list[bool] = []
+
+    def ask(*_: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     """Train, evaluate, and write metrics.jsonl, curves.png, plan.html, checkpoint.pt and record.json to ``args.out``;
     returns the record."""
     if args.threads:
         torch.set_num_threads(args.threads)
+    rank, processes = joined(args)
     device = torch.device(args.device)
+    say = partial(print, file=sys.stderr) if rank == 0 else lambda *_: None
     cuts = args.method not in EXACT
     if not cuts and args.k != "fewest":
         raise SystemExit(f"--k {args.k}: --method {args.method} has no local modules; remove it")
-    identity = _identity(experiment, args)
+    identity = _identity(experiment, args) | ({"processes": processes} if processes > 1 else {})
     named = f"-k{args.k.replace(',', '-')}" if cuts else ""
     out = args.out or Path("runs") / f"{experiment.task}-{args.method}{named}-s{args.seed}"
     before = _before(out, identity, args)  # first: planning takes seconds
@@ -217,9 +263,9 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit(f"{len(experiment.train)} images are less than a batch of {args.batch_size}: choose a "  # type: ignore[arg-type]
                          "smaller --batch-size")
     if cuts:
-        print(f"{args.method}: planning, which simulates training steps", file=sys.stderr)
+        say(f"{args.method}: planning, which simulates training steps")
     try:
-        model, plan = prepared(experiment, args)
+        model, plan = prepared(experiment, args, processes)
     except glcan_fx.GlcanFxError as error:
         hint = "\n--k takes a number, natural, fewest, or split points" if "split point" in str(error) else ""
         raise SystemExit(f"{error}{hint}") from error
@@ -233,35 +279,44 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps, pct_start=0.2)
     out.mkdir(parents=True, exist_ok=True)
     state = _State(out, model, optimizer, schedule, identity)
+    trained = DistributedDataParallel(model, [device] if device.type == "cuda" else None) if processes > 1 else model
+    if processes > 1:
+        torch.manual_seed(args.seed + rank)
     if before is None:
-        state.begin()
+        state.begin(rank)
     else:
-        state.go_on(before, device)
+        state.go_on(before, device, rank)
         del before  # weights and optimizer state, a second time
     with torch.random.fork_rng():  # a resumed run has its state by now
         compute = compute_of(experiment, args.method, plan)
-    if plan is not None:
+    if plan is not None and rank == 0:
         plan.save(out / "plan.html")
         plan.save(out / "plan.json")
+        say(plan.simulated())
     task = make_task(experiment.task, None)
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.amp)
 
     def step(inputs: Any, targets: Any) -> Tensor:
         with autocast():
             local = plan is not None
-            result = model(inputs, targets) if local else backpropagated(task, model, [inputs], targets)
+            result = trained(inputs, targets) if local else backpropagated(task, trained, [inputs], targets)
             loss = minimised(result)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    said = f", {len(plan.modules)} local modules: {', '.join(module.name for module in plan.modules)}" if plan else ""
-    print(f"{args.method}{said}; {steps - state.step} of {steps} steps to go", file=sys.stderr)
+    every = f"every {args.evaluate_every} epochs" if args.evaluate_every > 1 else "every epoch"
+    say(f"{args.method}: {steps - state.step} of {steps} steps to go, an evaluation {every}\n"
+        f"{out}: with each evaluation checkpoint.pt (weights, auxiliary networks, optimizer), metrics.jsonl; then "
+        f"record.json, curves.png{', plan.html' if plan else ''}")
     times: list[float] = []
     model.train()
-    batches = _batches(experiment, args, state.step, steps)
-    with tqdm(total=steps, initial=state.step, desc=out.name, unit="step", file=sys.stderr, disable=None) as bar:
+    batches = _batches(experiment, args, state.step, steps, rank, processes)
+    with interruptible() as stop, tqdm(
+            total=steps, initial=state.step, desc="training", file=sys.stderr, disable=True if rank else None,
+            dynamic_ncols=True, bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
+            "[{elapsed}<{remaining}{postfix}]") as bar:
         for inputs, targets in batches:
             inputs, targets = map_tensors((inputs, targets), lambda tensor: tensor.to(device, non_blocking=True))
             if state.step in _MEASURED:
@@ -282,23 +337,40 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
             if times:
                 state.seconds = statistics.median(times[-200:])
             rate = args.batch_size / state.seconds if state.seconds else 0
-            said = f"loss {value:.3f}, {rate:.0f} images/s, peak {state.peak / MIB:.0f} MiB"
-            bar.set_postfix_str(said, refresh=False)
+            bar.set_postfix_str(f"loss {value:.3f}, {rate:.0f} images/s, {state.peak / MIB:.0f} MiB", refresh=False)
             bar.update()
             epoch, rest = divmod(state.step, per_epoch)
             if state.step == steps or rest == 0 and epoch % args.evaluate_every == 0:
-                model.eval()
-                with torch.no_grad():
-                    quality = experiment.evaluate(model, device)
-                model.train()
+                quality = {}
+                if rank == 0:
+                    bar.set_description_str("evaluating")
+                    model.eval()
+                    with torch.no_grad():
+                        quality = experiment.evaluate(model, device)
+                    model.train()
+                    bar.set_description_str("training")
                 aligned = ({"cosines": cosines(task, model, inputs, targets, autocast)}
                            if args.cosines and isinstance(model, glcan_fx.LocalModel) else {})
                 state.note({"step": state.step, "epoch": state.step / per_epoch, "peak_bytes": state.peak,
                             "loss": statistics.fmean(state.losses[-per_epoch:]), "seconds_a_step": state.seconds,
                             **quality, **aligned})
                 said = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
-                bar.write(f"epoch {state.step / per_epoch:g}: {said}", file=sys.stderr)
-                state.save()
+                if rank == 0:
+                    bar.write(f"epoch {state.step / per_epoch:g}: {said}", file=sys.stderr)
+                state.save(rank)
+            if stop() and state.step < steps:
+                bar.close()
+                if processes > 1:
+                    raise KeyboardInterrupt
+                state.save(rank)
+                again = [*sys.argv, *["--resume"] * (not args.resume)]
+                say(f"stopped at step {state.step} of {steps}, which is saved. Go on with:\n"
+                    f"  python {shlex.join(word for word in again if word != '--overwrite')}")
+                raise SystemExit(130)
+    if processes > 1:
+        dist.destroy_process_group()
+    if rank:
+        return {}
     record = {**state.identity, "k": plan.k if plan else 1, "out": str(out), **state.metrics[-1], "compute": compute}
     write(out / "record.json", json.dumps(record, indent=1) + "\n")
     _curves(out / "curves.png", state.metrics)
@@ -326,34 +398,46 @@ class _State:
         self.losses: list[float] = []
         self.metrics: list[dict[str, Any]] = []
 
-    def begin(self) -> None:
+    def begin(self, rank: int) -> None:
         for name in ("metrics.jsonl", "checkpoint.pt", "record.json"):
-            (self.out / name).unlink(missing_ok=True)
+            if rank == 0:
+                (self.out / name).unlink(missing_ok=True)
 
     def note(self, metrics: dict[str, Any]) -> None:
         self.metrics.append(metrics)
-        text = "".join(json.dumps(line) + "\n" for line in self.metrics)  # the whole: a resumed run rewrites its end
-        write(self.out / "metrics.jsonl", text)
 
-    def save(self) -> None:
+    def save(self, rank: int) -> None:
+        """Write it, from the first process; each has random states of its own."""
+        states = [(torch.get_rng_state(), random.getstate(), np.random.get_state())]
+        if dist.is_initialized():
+            states = [states[0]] * dist.get_world_size()
+            dist.all_gather_object(states, states[rank])
+        if rank:
+            dist.barrier()
+            return
         content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                    "schedule": self.schedule.state_dict(), "step": self.step, "peak": self.peak, "losses": self.losses,
-                   "metrics": self.metrics, "torch": torch.get_rng_state(), "python": random.getstate(),
-                   "numpy": np.random.get_state(), "identity": dict(self.identity)}
+                   "metrics": self.metrics, "random": states, "identity": dict(self.identity)}
         if torch.cuda.is_available():
             content["cuda"] = torch.cuda.get_rng_state_all()
         with replacing(self.out / "checkpoint.pt") as file:
             torch.save(content, file)
+        text = "".join(json.dumps(line) + "\n" for line in self.metrics)  # the whole: a resumed run rewrites its end
+        write(self.out / "metrics.jsonl", text)
+        if dist.is_initialized():
+            dist.barrier()
 
-    def go_on(self, content: Mapping[str, Any], device: torch.device) -> None:
+    def go_on(self, content: Mapping[str, Any], device: torch.device, rank: int) -> None:
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
-        self.schedule.load_state_dict(content["schedule"])
+        reached = ("last_epoch", "_step_count", "_last_lr")  # the rest is of this run, which may be a longer one
+        self.schedule.__dict__.update({key: content["schedule"][key] for key in reached})
         self.step, self.peak = content["step"], content["peak"]
         self.losses, self.metrics = content["losses"], content["metrics"]
-        torch.set_rng_state(content["torch"].cpu())
-        random.setstate(content["python"])
-        np.random.set_state(content["numpy"])
+        state, python, numpy = content["random"][rank]
+        torch.set_rng_state(state.cpu())
+        random.setstate(python)
+        np.random.set_state(numpy)
         if "cuda" in content and device.type == "cuda":
             torch.cuda.set_rng_state_all([state.cpu() for state in content["cuda"]])
 
@@ -371,6 +455,10 @@ def _before(out: Path, identity: Mapping[str, Any], args: argparse.Namespace) ->
     content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
     own = {key: value for key, value in identity.items() if key != "commit"}
     other = {key: value for key, value in content["identity"].items() if key != "commit"}
+    if own["epochs"] > other["epochs"]:
+        print(f"prolonged from {other['epochs']:g} to {own['epochs']:g} epochs: learning rates are those of so many "
+              "from here on, so the result is not that of a run which had as many from the start", file=sys.stderr)
+        other["epochs"] = own["epochs"]
     if own != other:
         differing = ", ".join(f"{key}: {other.get(key)} then, {own.get(key)} now" for key in own
                               if own[key] != other.get(key))
@@ -379,10 +467,14 @@ def _before(out: Path, identity: Mapping[str, Any], args: argparse.Namespace) ->
 
 
 class _Order(Sampler[list[tuple[int, int]]]):
-    """Batches of (index, seed of its augmentation), from a step on: a function of seed and step alone."""
+    """Batches of (index, seed of its augmentation), from a step on: a function of seed and step alone. Of several
+    processes, each has its part of every batch."""
 
-    def __init__(self, images: int, batch: int, seed: int, start: int, stop: int) -> None:
+    def __init__(
+        self, images: int, batch: int, seed: int, start: int, stop: int, rank: int = 0, processes: int = 1
+    ) -> None:
         self.images, self.batch, self.seed, self.start, self.stop = images, batch, seed, start, stop
+        self.rank, self.processes = rank, processes
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -395,7 +487,8 @@ class _Order(Sampler[list[tuple[int, int]]]):
                 generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
                 order = torch.randperm(self.images, generator=generator)
             chosen = order[place * self.batch:(place + 1) * self.batch].tolist()
-            yield [(index, hash((self.seed, step, number)) % 2**63) for number, index in enumerate(chosen)]
+            batch = [(index, hash((self.seed, step, number)) % 2**63) for number, index in enumerate(chosen)]
+            yield batch[self.rank::self.processes]
 
 
 class _Seeded(Dataset[Any]):
@@ -411,8 +504,10 @@ class _Seeded(Dataset[Any]):
             return self.data[index]
 
 
-def _batches(experiment: Experiment, args: argparse.Namespace, start: int, stop: int) -> DataLoader[Any]:
-    order = _Order(len(experiment.train), args.batch_size, args.seed, start, stop)  # type: ignore[arg-type]
+def _batches(
+    experiment: Experiment, args: argparse.Namespace, start: int, stop: int, rank: int, processes: int
+) -> DataLoader[Any]:
+    order = _Order(len(experiment.train), args.batch_size, args.seed, start, stop, rank, processes)  # type: ignore[arg-type]
     # a generator of its own: the loader draws from the global one otherwise, once a run, resumed or not
     return DataLoader(_Seeded(experiment.train), batch_sampler=order, collate_fn=experiment.collate,
                       num_workers=args.workers, generator=torch.Generator(), pin_memory=args.device.startswith("cuda"))
@@ -421,7 +516,7 @@ def _batches(experiment: Experiment, args: argparse.Namespace, start: int, stop:
 def _identity(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     """What a run is a function of."""
     kept = {key: json.loads(json.dumps(value, default=str)) for key, value in vars(args).items()
-            if key not in ("out", "resume", "overwrite", "workers", "threads", "evaluate_every", "cosines")}
+            if key not in ("out", "resume", "overwrite", "workers", "threads", "evaluate_every", "cosines", "device")}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
                             text=True).stdout.strip()
     device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else platform.machine()

@@ -57,6 +57,18 @@ class Options:
             raise PlanError(f"slices={self.slices!r}: a number, 1 or more")
 
 
+def kind_of_optimizer(optimizer: OptimizerLike) -> tuple[str | None, int]:
+    """What an optimizer is called, and how many numbers it keeps for each parameter."""
+    if optimizer is None:
+        return None, 0
+    parameter = nn.Parameter(torch.zeros(8))
+    parameter.grad = torch.zeros(8)
+    made = (OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer)([parameter])
+    made.step()
+    kept = [value for value in made.state[parameter].values() if isinstance(value, torch.Tensor)]
+    return optimizer if isinstance(optimizer, str) else type(made).__name__, sum(t.numel() == 8 for t in kept)
+
+
 def check_optimizer(optimizer: OptimizerLike) -> None:
     """Raise PlanError for a name that is not an optimizer's."""
     if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:

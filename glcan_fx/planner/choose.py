@@ -12,7 +12,7 @@ from glcan_fx.auxiliary.method import Method
 from glcan_fx.auxiliary.remainder import levels_of
 from glcan_fx.auxiliary.tails import ending_of
 from glcan_fx.capture.modules import hooks_on
-from glcan_fx.config import K, OptimizerLike
+from glcan_fx.config import K, kind_of_optimizer
 from glcan_fx.devices import OPERATIONS, device_of
 from glcan_fx.errors import BudgetError, PlanError
 from glcan_fx.methods import DGL
@@ -94,7 +94,7 @@ class _Choice:
                             | self.together)
         self.units = [*(unit for unit in self.table.offered(request.method) if unit.name not in self.refused),
                       self.structure.units[-1]]
-        self.predictor = Predictor(self.table, self._simulate, _states(request.options.optimizer),
+        self.predictor = Predictor(self.table, self._simulate, kind_of_optimizer(request.options.optimizer)[1],
                                    bool(sliced_tail(self.structure, captured.task)))
         self._candidates: dict[tuple[str, Method, float], Candidate | None] = {}
         self._given: K | None = None  # the local modules that the user asked for
@@ -354,7 +354,7 @@ class _Choice:
         cuts, method = candidate.cuts, candidate.method
         modules = [*(self.table.module(unit, cuts, method) for unit in cuts), self.table.last(cuts)]
         runs = foretold.runs if foretold else ((),) * len(modules)
-        task, optimizer = self.captured.task, self.request.options.optimizer
+        task = self.captured.task
         return Plan(
             model=type(self.captured.model).__name__, task=task.name, network=task.network(self.captured.model),
             modules=tuple(replace(m, recompute=again) for m, again in zip(modules, runs, strict=True)),
@@ -362,7 +362,7 @@ class _Choice:
             fused_loss=savings.fused, slices=savings.slices,
             notes=(*self._notes(), *[candidate.note] * bool(candidate.note)),
             report=self.structure.trace.report, around=task.around if isinstance(task, Around) else None,
-            optimizer="sgd" if callable(optimizer) else optimizer)  # a plan is data
+            optimizer=kind_of_optimizer(self.request.options.optimizer)[0])
 
     def _notes(self) -> tuple[str, ...]:
         refused = (f"no cut behind '{name}': {str(error)[:200]}" for name, error in self.refused.items())
@@ -394,11 +394,6 @@ def _replaced(structure: Structure) -> dict[str, PlanError]:
                 refused[unit.name] = PlanError(f"the weights of '{path}' are made of its neighbours', and stay in one "
                                                "local module with them")
     return refused
-
-
-def _states(optimizer: OptimizerLike) -> int:
-    """How many numbers an optimizer keeps for each parameter; of one's own, momentum is taken for granted."""
-    return {"sgd": 1, "adam": 2, None: 0}.get(optimizer, 1) if isinstance(optimizer, str | None) else 1
 
 
 def _named(plan: Plan) -> str:

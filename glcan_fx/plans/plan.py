@@ -117,7 +117,7 @@ class Plan:
     example inputs of the compiled part, positional or by name. method: what auxiliary networks are, with no option left
     open. fused_loss: whether the last module computes dense losses from class ids; slices: how many slices of the batch
     its end runs in. report: how the model was captured. around: what runs as Python around the compiled part, where the
-    whole model could not be captured. optimizer: that memory is simulated with.
+    whole model could not be captured. optimizer: that memory was simulated with, "sgd", "adam" or a class's name.
     """
 
     model: str

@@ -168,7 +168,8 @@ _OPTIMIZERS = {"sgd": " with SGD and momentum", "adam": " with Adam"}
 
 def step_title(plan: Plan) -> str:
     """What the figures of memory are of."""
-    return f"Peak memory of a training step{_OPTIMIZERS.get(plan.optimizer or '', '')}, simulated"
+    optimizer = _OPTIMIZERS.get(plan.optimizer, f" with {plan.optimizer}") if plan.optimizer else ""
+    return f"Peak memory of a training step{optimizer}, simulated"
 
 
 def memory_text(plan: Plan, memory: Memory) -> list[str]:

@@ -93,7 +93,7 @@ def goes_on_after_a_kill(folder: Path, name: str, *options: object) -> None:
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-@pytest.mark.parametrize("method", ["bp", "glcan"])
+@pytest.mark.parametrize("method", [pytest.param("bp", marks=pytest.mark.slow), "glcan"])
 def test_a_killed_run_goes_on_with_the_same_numbers(pictures: Path, tmp_path: Path, method: str) -> None:
     goes_on_after_a_kill(tmp_path, "train_classification", "--data", pictures, *SMALL, "--method", method)
 
@@ -136,22 +136,51 @@ def test_glcan_learns_real_data_in_two_minutes(tmp_path: Path, name: str) -> Non
     assert record[score] > floor
 
 
-def test_other_options_do_not_go_on(pictures: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    call("train_classification", "--data", pictures, *SMALL, "--method", "glcan", "--out", out)
-    done = subprocess.run([sys.executable, str(EXAMPLES / "train_classification.py"), "--data", str(pictures),
-                           *map(str, SMALL), "--method", "glcan", "--seed", "1", "--out", str(out), "--resume"],
+def refused(*options: object) -> str:
+    """What a program says that does not begin."""
+    done = subprocess.run([sys.executable, str(EXAMPLES / "train_classification.py"), *map(str, options)],
                           capture_output=True, text=True)
-    assert done.returncode != 0 and "seed: 0 then, 1 now" in done.stderr
-    done = subprocess.run([sys.executable, str(EXAMPLES / "train_classification.py"), "--data", str(pictures),
-                           *map(str, SMALL), "--method", "glcan", "--out", str(out)], capture_output=True, text=True)
-    assert done.returncode != 0 and "--overwrite" in done.stderr
+    assert done.returncode == 1
+    return done.stderr
+
+
+def test_a_stopped_run_says_how_to_go_on_and_is_prolonged(pictures: Path, tmp_path: Path) -> None:
+    """Ctrl-C in the second epoch; other options are refused, and leave what is there; more epochs are not."""
+    out = tmp_path / "run"
+    options = ["--data", pictures, *SMALL, "--method", "glcan", "-k", "2", "-o", out]
+    command = [sys.executable, str(EXAMPLES / "train_classification.py"), *map(str, options), "--epochs", "40"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = ""
+        for line in process.stderr:
+            said += line
+            if line.startswith("epoch 1:"):
+                process.send_signal(signal.SIGINT)
+    assert process.returncode == 130 and "2 local modules" in said and "with SGD, simulated" in said
+    assert "checkpoint.pt (weights, auxiliary networks, optimizer)" in said
+    assert "Go on with:" in said and said.rstrip().endswith("--epochs 40 --resume")
+    step = torch.load(out / "checkpoint.pt", weights_only=False)["step"]
+    assert f"stopped at step {step} of 240" in said and step >= 6
+
     plan = (out / "plan.json").read_bytes()
-    done = subprocess.run([sys.executable, str(EXAMPLES / "train_classification.py"), "--data", str(pictures),
-                           *map(str, SMALL), "--method", "glcan", "--k", "2", "--out", str(out)], capture_output=True,
-                          text=True)
-    assert done.returncode != 0 and (out / "plan.json").read_bytes() == plan  # nothing of the run that is there
-    assert (out / "checkpoint.pt").exists() and (out / "metrics.jsonl").exists()
+    assert "--overwrite" in refused(*options, "--epochs", 40)
+    assert "seed: 0 then, 1 now" in refused(*options, "--epochs", 40, "--seed", 1, "--resume")
+    assert "epochs: 40.0 then, 2.0 now" in refused(*options, "--epochs", 2, "--resume")
+    assert (out / "plan.json").read_bytes() == plan and (out / "metrics.jsonl").exists()
+    record = call("train_classification", *options, "--epochs", 41, "--resume", "--evaluate-every", 40)
+    assert record["epoch"] == 41 and record["epochs"] == 41
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_go_on(pictures: Path, tmp_path: Path) -> None:
+    options = ["--data", pictures, *SMALL, "--method", "glcan", "-k", "2", "-o", tmp_path / "run"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+               str(EXAMPLES / "train_classification.py")]
+    for more in ([], ["--resume", "--epochs", 5]):
+        done = subprocess.run([*command, *map(str, [*options, *more])], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["processes"] == 2 and record["epoch"] == 5 and record["accuracy"] > 10
 
 
 def test_evaluation_runs_no_auxiliary_network_and_all_of_them_learn(pictures: Path, tmp_path: Path) -> None:
