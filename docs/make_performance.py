@@ -408,8 +408,8 @@ def page(records: dict[str, Any]) -> str:
 
 TEXT = """# Memory, compute and time
 
-Written by `python docs/make_performance.py` from docs/performance.json, on a CPU, one thread, seed 0, torch {torch},
-torchvision {torchvision}, commits {commits}. Nothing here was measured on a GPU yet.
+What training steps take by backpropagation, by what one would use otherwise, and by glcan_fx: simulated, and measured
+on a CPU. Nothing here was measured on a GPU yet. What to make of it: [choose](choose.md).
 
 ## The models of the paper, at its sizes
 
@@ -482,17 +482,21 @@ where the first modules are the peak.
 
 - Peaks are live tensor bytes in blocks of 512, parameters, gradients, optimizer state and inputs included: what
   `torch.cuda.max_memory_allocated` shows, less library workspaces. Simulated and real steps on a CPU agree within 2 %
-  (tests/test_memory.py).
+  (tests/simulate/test_memory.py).
 - Region-based detectors are simulated with as many regions as can survive.
 - Floating-point operations are those of convolutions, matrix products and attention. They are not time.
 - The largest local module is the floor: often the first, or the last with neck, head and loss.
+- Written by `python docs/make_performance.py` from docs/performance.json, on a CPU, one thread, seed 0, torch {torch},
+  torchvision {torchvision}, commits {commits}.
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}")
-    chosen = parser.parse_args().parts or list(PARTS)
+    parser.add_argument("--page", action="store_true", help="measure nothing, write the page alone")
+    args = parser.parse_args()
+    chosen = [] if args.page else args.parts or list(PARTS)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     records: dict[str, Any] = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}

@@ -98,7 +98,7 @@ class Search:
         """The plan with the fewest local modules that takes at most ``limit`` bytes, and no more compute than it may;
         None where there is none."""
         for k in self._numbers(limit):
-            for slack in (1.0, _SLACK) if k == 1 else (1.0,):
+            for slack in (_SLACK, 1.0) if k == 1 else (1.0,):
                 fitting: Iterable[tuple[Candidate, Savings, Foretold]] = self._fitting(k, slack * limit, self._may)
                 if k == 1:  # where no auxiliary networks are to be chosen: what costs least
                     fitting = sorted(fitting, key=lambda one: round(one[2].compute, 2))

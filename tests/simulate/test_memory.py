@@ -738,3 +738,17 @@ def test_a_budget_that_some_number_of_modules_fits_is_met_without_one(share: flo
             return False
 
     assert fits() or not any(fits(k=k) for k in (2, 4, 9))
+
+
+def test_an_optimizer_that_is_a_function_is_counted_and_named() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.Flatten(), nn.LazyLinear(4)), None
+    x = torch.empty(2, 3, 12, 12)
+    model(x)
+    peaks = {}
+    for name, make in (("RMSprop", torch.optim.RMSprop), ("AdamW", torch.optim.AdamW), (None, None)):
+        plan = glcan_fx.plan(model, k=2, task="classification", example_inputs=x, options=Options(optimizer=make))
+        assert plan.plan.optimizer == name
+        assert (f"training step with {name}," if name else "training step,") in str(plan.simulated())
+        peaks[name] = plan.memory.plan.peak
+    weights = sum(p.numel() * 4 for p in model.parameters())
+    assert peaks["AdamW"] - peaks["RMSprop"] >= 0.9 * weights and peaks["RMSprop"] - peaks[None] >= 0.9 * weights

@@ -294,3 +294,65 @@ def test_the_model_may_read_what_blocks_leave_behind():
     found, expected = local(images(), LABELS).output, local.original.train()(images())
     assert torch.allclose(found[0], expected[0]) and torch.allclose(found[1], expected[1])
     assert "left_on" in local.code or "extra" in local.code
+
+
+# ------------------------------------------------------------------------------------------------ configurations
+
+
+class Config:
+    """As libraries write them: shared by all modules, read by properties, with a note of what was called last."""
+
+    def __init__(self) -> None:
+        self.scale, self.kind, self._flag = 1.0, None, True
+
+    @property
+    def gain(self) -> float:
+        return self.scale * 2
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+class Configured(nn.Module):
+    def __init__(self, read: Any, sets: bool = False) -> None:
+        super().__init__()
+        self.sets = sets
+        self.first, self.second, self.head = Block(3, 8), Block(8, 8, 2), nn.Linear(8, 5)
+        self.config, self.read = Config(), read
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(x))
+        if self.sets and self.config.kind is None:
+            self.config.kind = "classes"  # set by the first call
+        return self.head(x.mean((2, 3))) * self.read(self.config)
+
+
+@pytest.mark.parametrize("read", [lambda config: config.scale, lambda config: config.gain,
+                                  lambda config: getattr(config, "missing", config.scale),
+                                  lambda config: config.to_dict()["scale"]],
+                         ids=["attribute", "property", "default", "dict"])
+def test_of_a_configuration_what_is_read_may_not_change(read: Any) -> None:
+    torch.manual_seed(0)
+    net = Configured(read)
+    local = compiled(net)
+    net.config._flag = False
+    assert_as_the_model(local)
+    net.config.scale = 3.0
+    with pytest.raises(glcan_fx.ModelChangedError, match="'config"):
+        local(images(), LABELS)
+    net.config.scale = 1.0
+    if read(types.SimpleNamespace(scale=1, gain=1, missing=5, to_dict=lambda: {"scale": 1})) == 5:
+        net.config.missing = 5
+        with pytest.raises(glcan_fx.ModelChangedError, match=r"'config\.missing'"):
+            local(images(), LABELS)
+
+
+def test_what_a_library_writes_to_a_configuration_changes_nothing() -> None:
+    """transformers does when it saves, and its Trainer when it begins."""
+    torch.manual_seed(0)
+    net = Configured(lambda config: config.scale, sets=True)
+    local = compiled(net)
+    net.config.architectures, net.config.use_cache = ["Configured"], False
+    net(images())  # sets what the forward itself sets
+    assert net.config.kind == "classes"
+    assert_as_the_model(local)
