@@ -20,12 +20,12 @@ $(STAMP)demo: $(VENV)/bin/python pyproject.toml
 
 $(STAMP)test: $(VENV)/bin/python pyproject.toml
 	@echo "==> installing glcan-fx with test extras (torch is large: about two minutes)"
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,frameworks]'
 	@touch $@ $(STAMP)demo
 
 $(STAMP)lint: $(STAMP)test
 	@echo "==> installing linters"
-	$(BIN)/python -m pip install --quiet --editable '.[test,lint]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,frameworks,lint]'
 	@touch $@
 
 $(STAMP)docs: $(STAMP)demo

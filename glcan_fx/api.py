@@ -270,9 +270,9 @@ def load_pretrained(
     """
     chosen = read_plan(directory)
     local = transform(model, plan=chosen, task=task, criterion=criterion, options=options)
+    load_auxiliary(local, directory)
     if not hasattr(model, "from_pretrained"):
         load_weights(model, directory)
-    load_auxiliary(local, directory)
     return local
 
 

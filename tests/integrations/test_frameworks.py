@@ -133,6 +133,38 @@ def test_transformers_loads_the_plain_model(run: Any, tmp_path: Path) -> None:
     assert saved and all(torch.equal(value, again.aux.state_dict()[name]) for name, value in saved.items())
 
 
+@pytest.mark.slow
+def test_a_detector_of_transformers_trains_in_its_trainer(tmp_path: Path) -> None:
+    """YOLOS, whose labels are dicts, and whose loss matches boxes: one local module has the Trainer's numbers."""
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install 'glcan-fx[frameworks]'")
+    from transformers import Trainer, TrainingArguments, YolosConfig, YolosForObjectDetection
+
+    from glcan_fx.integrations.transformers import trainer
+
+    config = YolosConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64,
+                         image_size=[64, 64], patch_size=16, num_detection_tokens=5, num_labels=3)
+    box = torch.tensor([[0.5, 0.5, 0.3, 0.3]])
+    data = [{"pixel_values": torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(index)),
+             "labels": {"class_labels": torch.tensor([index % 3]), "boxes": box}} for index in range(32)]
+
+    def losses(kind: Any, out: str) -> tuple[Any, list[Any]]:
+        torch.manual_seed(0)
+        made = kind(
+            model=YolosForObjectDetection(config), train_dataset=data, eval_dataset=data[:8],
+            args=TrainingArguments(str(tmp_path / out), max_steps=10, per_device_train_batch_size=4, logging_steps=1,
+                                   eval_strategy="steps", eval_steps=5, eval_do_concat_batches=False, report_to=[],
+                                   remove_unused_columns=False, disable_tqdm=True),
+            data_collator=lambda items: {"pixel_values": torch.stack([item["pixel_values"] for item in items]),
+                                         "labels": [item["labels"] for item in items]})
+        made.train()
+        return made, [[row.get("loss"), row.get("eval_loss")] for row in made.state.log_history]
+
+    assert losses(Trainer, "plain")[1] == losses(trainer(k=1), "one")[1]
+    made, found = losses(trainer(k=3), "three")
+    assert made.model.plan.k == 3 and len(found) >= 12
+    YolosForObjectDetection.from_pretrained(tmp_path / "three" / "checkpoint-10")
+
+
 def test_timm_loads_the_plain_model(run: Any, tmp_path: Path) -> None:
     task, _ = run("timm_task", None, "run", "--k", 3)
     import timm

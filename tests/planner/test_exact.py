@@ -271,8 +271,8 @@ def test_the_frontier(tmp_path: Path) -> None:
 
     exact = [point for point in ours if point.exact]
     for point in exact[::2]:  # what a budget buys costs a block more, at most, than the frontier says
-        cheapest = glcan_fx.plan(model, task="super_resolution", example_inputs=torch.empty(8, 3, 24, 24, device="meta"),
-                                 memory_budget=point.peak, compute_budget=1.6)
+        cheapest = glcan_fx.plan(model, task="super_resolution", memory_budget=point.peak, compute_budget=1.6,
+                                 example_inputs=torch.empty(8, 3, 24, 24, device="meta"))
         assert cheapest.k == 1
         assert cheapest.memory.plan.relative_to(cheapest.memory.backpropagation) < point.compute + 0.03, point.name
 
