@@ -125,6 +125,7 @@ def test_a_predictor_that_is_replaced_is_read():
     assert out.output.shape[1] == 3 and local.fc.weight.grad is not None
 
 
+@pytest.mark.slow
 def test_the_models_predictor_with_compile_and_in_the_forward_pass(reading):
     model, plan, inputs, path, source = reading
     local, twin = (glcan_fx.transform(copy.deepcopy(model), plan=plan).train() for _ in range(2))

@@ -270,6 +270,7 @@ def test_a_method_that_fails_is_a_row(file, tmp_path, capfd):
     assert "mutated" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_memory_budget(file, tmp_path):
     arguments = (f"{file}:Net", "--input", "8x3x64x64", "--device", "estimate", "--methods", "glcan")
     _, rows = command(tmp_path, *arguments, "--memory-budget", "15MiB")
@@ -286,6 +287,7 @@ def test_one_local_module_is_backpropagation(file, tmp_path):
     assert rows["glcan"]["flops"] == rows["bp"]["flops"]
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_a_row(file, tmp_path):
     code, rows = command(tmp_path, f"{file}:Killed", "--input", "2x3x16x16", "--device", "cpu", "--steps", "1",
                          "--methods", "bp")
@@ -293,12 +295,14 @@ def test_a_process_that_dies_is_a_row(file, tmp_path):
     assert "SIGKILL" in rows["bp"]["reasons"][0] and rows["bp"]["measured"] is None
 
 
+@pytest.mark.slow
 def test_bfloat16(file, tmp_path):
     arguments = (f"{file}:Net", "--input", "8x3x32x32", "--device", "estimate", "--methods", "checkpoint,glcan")
     (_, full), (_, half) = command(tmp_path, *arguments), command(tmp_path, *arguments, "--amp", "bf16")
     assert all(half[name]["estimated"] < 0.8 * full[name]["estimated"] for name in full)
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_used(file, tmp_path, capfd):
     assert command(tmp_path, f"{file}:Broken", "--input", "2x3x16x16", "--device", "estimate")[0] == 1
     assert "nonsense" in capfd.readouterr().out

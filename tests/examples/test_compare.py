@@ -28,6 +28,7 @@ def test_runs_several_methods_once_and_shows_them_side_by_side(pictures: Path, t
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/record.json")} == before
 
 
+@pytest.mark.slow
 def test_the_page_has_every_method_and_its_picture(tmp_path: Path) -> None:
     compare = program("compare")
     records = json.loads((EXAMPLES.parent / "docs" / "results.json").read_text())

@@ -57,7 +57,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 SMALL = ("--epochs", 4, "--batch-size", 8, "--depth", 8, "--threads", 1, "--lr", 0.05)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [
+    pytest.param(method, marks=[pytest.mark.slow] * (method in ("checkpoint", "dgl"))) for method in METHODS])
 def test_every_method_trains(pictures: Path, tmp_path: Path, method: str) -> None:
     out = tmp_path / "run"
     record = call("train_classification", "--data", pictures, *SMALL, "--method", method, "--out", out)
@@ -216,6 +217,7 @@ def test_evaluation_runs_no_auxiliary_network_and_all_of_them_learn(pictures: Pa
         torch.equal(p, before[id(p)]) for p in trained)
 
 
+@pytest.mark.slow
 def test_cosines_between_local_and_backpropagated_gradients(pictures: Path, tmp_path: Path) -> None:
     """The last module's gradient is backpropagation's; looking changes nothing of the run."""
     out = tmp_path / "run"

@@ -90,7 +90,7 @@ def real_peak(model: nn.Module, step: Callable[[], Tensor], inputs: Any) -> int:
 
 
 @pytest.mark.parametrize("case", [
-    pytest.param(case, marks=[pytest.mark.slow] if case == "Faster R-CNN" else []) for case in CASES])
+    pytest.param(case, marks=[pytest.mark.slow] if case in ("Faster R-CNN", "FCOS") else []) for case in CASES])
 def test_a_simulated_step_needs_what_a_real_one_does(case: str) -> None:
     model, given, inputs, targets = CASES[case]()
     plan = glcan_fx.plan(model, k=4, **given)
@@ -312,7 +312,7 @@ def test_slices_under_autocast_and_a_scaler() -> None:
     torch.testing.assert_close(found[1], found[0], rtol=0.05, atol=1e-3)
 
 
-@pytest.mark.parametrize("case", ["RetinaNet", "FCOS"])
+@pytest.mark.parametrize("case", ["RetinaNet", pytest.param("FCOS", marks=pytest.mark.slow)])
 def test_the_last_modules_loss_from_class_ids(case: str) -> None:
     model, given, inputs, _ = CASES[case]()
     targets = [boxes(count) for count in (0, 1, 2, 5)]
@@ -440,6 +440,7 @@ def test_the_fewest_modules() -> None:
     assert glcan_fx.estimate_memory(plan).peak <= budget
 
 
+@pytest.mark.slow
 def test_modules_over_the_budget_run_again() -> None:
     model, given = large(yolo)
     natural = glcan_fx.plan(model, k=2, **given)

@@ -537,7 +537,8 @@ def four_blocks(family: str, **changes: Any) -> Architecture:
     return Architecture(family, 8, ((8, 1),) * 4 if flat else ((8, 1), (8, 2), (8, 1), (12, 2)), **changes)
 
 
-@pytest.mark.parametrize("family", ["inline_residual", "unet", "pyramid", "transformer"])
+@pytest.mark.parametrize("family", ["inline_residual", "unet", pytest.param("pyramid", marks=pytest.mark.slow),
+                                    "transformer"])
 def test_merging_gives_contiguous_modules(family: str) -> None:
     net = four_blocks(family)
     model = net.build()
