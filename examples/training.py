@@ -406,7 +406,7 @@ class _State:
     def note(self, metrics: dict[str, Any]) -> None:
         self.metrics.append(metrics)
 
-    def save(self, rank: int) -> None:
+    def save(self, rank: int = 0) -> None:
         """Write it, from the first process; each has random states of its own."""
         states = [(torch.get_rng_state(), random.getstate(), np.random.get_state())]
         if dist.is_initialized():

@@ -3,10 +3,11 @@
 import fuzz
 import pytest
 
-MODELS = 150
+MODELS, FAST = 150, 60
 
 
-@pytest.mark.parametrize("first", range(0, MODELS, 5))
+@pytest.mark.parametrize("first", [
+    pytest.param(first, marks=[pytest.mark.slow] * (first >= FAST)) for first in range(0, MODELS, 5)])
 @pytest.mark.filterwarnings("ignore")
 def test_random_models(first):
     for seed in range(first, first + 5):

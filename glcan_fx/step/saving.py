@@ -76,8 +76,10 @@ def _other_plan(state: dict[str, Any], prefix: str) -> Plan | None:
 
 def refuse_closure(local: "LocalModel") -> None:
     """Raise PicklingError, with what to do, for a criterion that pickle cannot find by name."""
-    if sys.modules.keys() & {"cloudpickle", "dill"}:
-        return  # they can
+    frame = sys._getframe()
+    while frame := frame.f_back:  # type: ignore[assignment]
+        if frame.f_globals.get("__name__", "").startswith(("cloudpickle", "dill")):
+            return  # they can
     try:
         pickle.dumps(local.task)
     except (pickle.PicklingError, AttributeError, TypeError) as error:

@@ -221,7 +221,7 @@ def test_records_and_pictures_on_a_full_disk(tmp_path):
     written = {"results.json": lambda path: demo_report.write_results(path, [], {"a": "b" * 500}, {}),
                "curves.png": lambda path: demo_report._save(Figure(), path),
                "partition.dot": lambda path: demo_report.write_partition(path.parent, "digraph {" + " " * 500 + "}"),
-               "bench.json": lambda path: bench_report.write_json(path, rows, job, "cpu"),
+               "bench.json": lambda path: write(path, bench_report.as_json(rows, job, "cpu")),
                "bench.svg": lambda path: bench_report.write_plot(path, rows, "x", job),
                "bench.html": lambda path: bench_report.write_report(path, rows, "x", job)}
     for name, make in written.items():

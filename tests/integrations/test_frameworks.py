@@ -107,7 +107,7 @@ def test_three_local_modules_take_less_memory(name: str, task: str | None, run: 
 
 @pytest.mark.parametrize(("name", "where", "resume"), [
     ("transformers_trainer", "checkpoint-5", ("--resume", "{}/checkpoint-5")),
-    ("timm_task", "checkpoint-4.pth.tar", ("--resume", "{}/checkpoint-4.pth.tar")),
+    pytest.param("timm_task", "checkpoint-4.pth.tar", ("--resume", "{}/checkpoint-4.pth.tar"), marks=pytest.mark.slow),
     pytest.param("lightning_module", "epoch=0-step=5.ckpt", ("--resume", "{}/epoch=0-step=5.ckpt"),
                  marks=pytest.mark.slow),
     pytest.param("accelerate_loop", "model.safetensors", ("--resume",), marks=pytest.mark.slow)])

@@ -246,7 +246,7 @@ def gradients(plan: glcan_fx.Plan, model: nn.Module, inputs: Any, targets: Any) 
     result = local(inputs, targets)
     loss_of(result).backward()
     return ({name: p.grad for name, p in local.named_parameters() if p.grad is not None},
-            dict(local.named_buffers()), loss_of(result).detach(),
+            dict(local.original.named_buffers()), loss_of(result).detach(),
             None if isinstance(result, dict) else result.output)
 
 
