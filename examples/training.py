@@ -353,7 +353,7 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
                            if args.cosines and isinstance(model, glcan_fx.LocalModel) else {})
                 state.note({"step": state.step, "epoch": state.step / per_epoch, "peak_bytes": state.peak,
                             "loss": statistics.fmean(state.losses[-per_epoch:]), "seconds_a_step": state.seconds,
-                            **quality, **aligned})
+                            **quality, **aligned}, rank)
                 said = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
                 if rank == 0:
                     bar.write(f"epoch {state.step / per_epoch:g}: {said}", file=sys.stderr)
@@ -403,8 +403,11 @@ class _State:
             if rank == 0:
                 (self.out / name).unlink(missing_ok=True)
 
-    def note(self, metrics: dict[str, Any]) -> None:
+    def note(self, metrics: dict[str, Any], rank: int = 0) -> None:
         self.metrics.append(metrics)
+        text = "".join(json.dumps(line) + "\n" for line in self.metrics)  # the whole: a resumed run rewrites its end
+        if rank == 0:
+            write(self.out / "metrics.jsonl", text)
 
     def save(self, rank: int = 0) -> None:
         """Write it, from the first process; each has random states of its own."""
@@ -422,8 +425,6 @@ class _State:
             content["cuda"] = torch.cuda.get_rng_state_all()
         with replacing(self.out / "checkpoint.pt") as file:
             torch.save(content, file)
-        text = "".join(json.dumps(line) + "\n" for line in self.metrics)  # the whole: a resumed run rewrites its end
-        write(self.out / "metrics.jsonl", text)
         if dist.is_initialized():
             dist.barrier()
 
