@@ -213,7 +213,7 @@ def test_evaluation_runs_no_auxiliary_network_and_all_of_them_learn(pictures: Pa
         "classification", lambda: classification.CifarResNet(8, 2), (8, 3, 32, 32), data, evaluate, optimizer), args)
     assert models and not called
     trained = [p for p in models[0].parameters() if p.requires_grad]
-    assert len(trained) == len(before) and not any(
+    assert before.keys() >= {id(p) for p in trained} and not any(  # a plan's simulated steps made optimizers, too
         torch.equal(p, before[id(p)]) for p in trained)
 
 
