@@ -77,7 +77,8 @@ def table_rows(plan: Plan, memory: Memory | None) -> tuple[list[str], list[list[
             str(index), span(module, prefix), f"{'▼' * grown}{module.stride or ''}", str(module.channels),
             str(len(module.blocks)), f"{module.parameters:,}", f"{module.aux_parameters:,}",
             _sum(kept[index], unit),
-            "" if memory is None else f"{100 * memory.plan.share(index):.1f} %", features(module, prefix)])
+            "" if memory is None else f"{100 * memory.plan.share(index):.1f} %",
+            features(module, prefix, short=True)])
     totals = ["", "total", "", "", str(sum(len(m.blocks) for m in modules)), f"{sum(m.parameters for m in modules):,}",
               f"{sum(m.aux_parameters for m in modules):,}",
               _sum((sum(own for own, _ in kept), sum(other or 0 for _, other in kept)), unit),
@@ -217,9 +218,13 @@ def span(module: LocalModule, prefix: str = "") -> str:
     return " … ".join(dict.fromkeys((names[0], names[-1])))
 
 
-def features(module: LocalModule, prefix: str = "") -> str:
-    """What a local loss is computed from."""
-    parts = [f"{label} {', '.join(names)}" for source, (label, _) in _SOURCES.items()
+_LISTED = 2  # features of one source in a table
+
+
+def features(module: LocalModule, prefix: str = "", *, short: bool = False) -> str:
+    """What a local loss is computed from; short: of many features of one source the first, the last and how many."""
+    parts = [f"{label} {names[0]} … {names[-1]} ({len(names)})" if short and len(names) > _LISTED
+             else f"{label} {', '.join(names)}" for source, (label, _) in _SOURCES.items()
              if (names := taps(module, source, prefix))]
     parts += [f"behind {name.removeprefix(prefix)}" for name in module.ahead[-1:]]
     return "; ".join(parts + ["neck and head"] * (module.cut is None)) or "its output alone"
