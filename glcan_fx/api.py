@@ -98,8 +98,8 @@ def plan(
         example_inputs: one batch of the sizes that you train with (values do not matter): a tensor, a tuple of
             positional arguments, or a dict of keyword arguments. Detection: images, two of 320 x 320 by default.
         memory_budget: bytes, or text ("6GiB"), that a training step may take at most, by simulation: one local module
-            where it fits with blocks that run again, else the fewest. "least": as little as there is. The plan's notes
-            say what was tried, and what exact gradients would take.
+            where it fits with blocks that run again, else the fewest. "least": as little as there is for the compute
+            that it may take. The plan's notes say what was tried, and what exact gradients would take.
         compute_budget: floating-point operations that a training step may take, or, with ``Options(device=...)``,
             estimated time, relative to backpropagation's, blocks that run again included, by simulation: instead of
             the above, and of 1.05 with a ``memory_budget``. Where

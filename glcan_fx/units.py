@@ -1,5 +1,6 @@
 """Amounts of memory, for people and from them."""
 
+import math
 import re
 
 from glcan_fx.errors import PlanError
@@ -9,11 +10,12 @@ _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10
 _LEAST = 2**16  # bytes
 
 
-def size(count: int) -> str:
-    """Bytes for people."""
-    if count < 2**20:
-        return f"{count / 2**10:.1f} KiB"
-    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
+def size(count: int, *, up: bool = False) -> str:
+    """Bytes for people; up: no fewer than there are, so that they may be given as a budget."""
+    unit, value, digits = "KiB", count / 2**10, 1
+    if count >= 2**20:
+        unit, value, digits = ("MiB", count / 2**20, 1) if count < 2**30 else ("GiB", count / 2**30, 2)
+    return f"{math.ceil(value * 10**digits) / 10**digits if up else value:.{digits}f} {unit}"
 
 
 def in_bytes(budget: int | float | str) -> int:

@@ -16,7 +16,7 @@ EPILOG = """examples:
   glcan-fx export runs/checkpoint.pt --entry ema.module -o model.pt
 
 What is written is a state dict that model.load_state_dict() takes, without auxiliary networks and without the prefixes
-of wrappers. exit codes: 0 done, 1 there is no state dict of a compiled model in the file, 2 usage or file error"""
+of wrappers. exit codes: 0 done, 1 there is no state dict in the file, 2 usage or file error"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,29 +35,42 @@ def run(args: argparse.Namespace) -> int:
     """Run the command with the options of `add_arguments`; returns the exit status."""
     if args.output.suffix not in ENDINGS:
         raise LoadError(f"{args.output}: a file that ends in {', '.join(ENDINGS)}")
+    if args.checkpoint.is_dir():
+        raise IsADirectoryError(f"{args.checkpoint} is a folder: what save_pretrained() writes into one is the plain "
+                                "model already, as model.safetensors")
     if not args.checkpoint.is_file():
         raise FileNotFoundError(f"{args.checkpoint}: there is no such file")
-    from glcan_fx.plans.plan import Plan
+    from glcan_fx.plans.serialize import prefix_in
     from glcan_fx.step.saving import plain_state_dict
 
-    found = dict(_state_dicts(_loaded(args.checkpoint, args.unsafe)))
-    if args.entry is not None and args.entry not in found:
-        raise LoadError(f"{args.checkpoint}: no state dict of a compiled model is called '{args.entry}'; there "
-                        f"{'is ' if len(found) == 1 else 'are '}{', '.join(map(repr, found)) or 'none'}")
+    every = dict(_state_dicts(_loaded(args.checkpoint, args.unsafe)))
+    found = {name: state for name, state in every.items() if prefix_in(state) is not None} or every  # or plain ones
+    if args.entry is not None and args.entry not in every:
+        raise LoadError(f"{args.checkpoint}: no state dict is called '{args.entry}'; there "
+                        f"{'is ' if len(every) == 1 else 'are '}{', '.join(map(repr, every)) or 'none'}")
     if not found:
-        print(f"glcan-fx export: {args.checkpoint}: there is no state dict of a compiled model in it: none has the key "
-              "'aux.plan'. One of a plain model, or of one local module, needs no export.", file=sys.stderr)
+        print(f"glcan-fx export: {args.checkpoint}: there is no state dict in it", file=sys.stderr)
         return 1
     if args.entry is None and len(found) > 1:
         raise LoadError(f"{args.checkpoint} holds {len(found)} state dicts: choose one with --entry "
                         f"{', --entry '.join(found)}")
-    state = found[args.entry or next(iter(found))]
+    state = every[args.entry or next(iter(found))]
     plain = plain_state_dict(state)
     _write(args.output, plain)
-    plan = Plan.from_state_dict(state)
-    print(f"wrote {args.output}: {len(plain)} tensors of {plan.model}, which was trained in {plan.k} local modules",
-          file=sys.stderr)
+    print(f"wrote {args.output}: {len(plain)} tensors{_trained(state)}", file=sys.stderr)
     return 0
+
+
+def _trained(state: Mapping[str, Any]) -> str:
+    """What the state dict says of its plan; nothing of a plain model's, or where the plan was averaged away."""
+    from glcan_fx.errors import PlanError
+    from glcan_fx.plans.plan import Plan
+
+    try:
+        plan = Plan.from_state_dict(state)
+    except PlanError:
+        return ""
+    return f" of {plan.model}, which was trained in {plan.k} local modules"
 
 
 def _loaded(path: Path, unsafe: bool) -> Any:
@@ -78,13 +91,13 @@ def _loaded(path: Path, unsafe: bool) -> Any:
 
 
 def _state_dicts(content: Any, name: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """State dicts of compiled models, by where they are."""
+    """State dicts of models, by where they are."""
+    from torch import Tensor
+
     if not isinstance(content, Mapping):
         return
-    from glcan_fx.plans.serialize import prefix_in
-
-    keys = [key for key in content if isinstance(key, str)]
-    if len(keys) == len(content) and prefix_in(content) is not None:
+    if content and all(isinstance(key, str) for key in content) and any(
+            isinstance(value, Tensor) for value in content.values()):
         yield name, content
         return
     for key, value in content.items():

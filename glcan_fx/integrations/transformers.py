@@ -8,7 +8,7 @@ from glcan_fx.api import transform
 from glcan_fx.errors import UnsupportedError
 from glcan_fx.integrations.batches import first_batch
 from glcan_fx.step.local_model import LocalModel
-from glcan_fx.step.saving import load_auxiliary, plain_state_dict, save_auxiliary
+from glcan_fx.step.saving import check_plan_of, load_auxiliary, plain_state_dict, save_auxiliary
 
 
 def trainer(base: type[Trainer] = Trainer, **options: Any) -> type[Trainer]:
@@ -49,6 +49,8 @@ def trainer(base: type[Trainer] = Trainer, **options: Any) -> type[Trainer]:
                 save_auxiliary(local, output_dir or self.args.output_dir)
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            if isinstance(self.model, LocalModel):
+                check_plan_of(self.model, resume_from_checkpoint)  # before anything is loaded
             if not self._load_plain(resume_from_checkpoint):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             if isinstance(self.model, LocalModel):

@@ -6,6 +6,7 @@ from typing import Any
 
 from glcan_fx.auxiliary.features import Feature, FeatureInfo, Rules
 from glcan_fx.auxiliary.method import METHODS, BaseMethod, Extension, Method
+from glcan_fx.config import Options
 from glcan_fx.errors import PlanError
 from glcan_fx.methods.auglocal import AugLocal
 from glcan_fx.methods.dgl import DGL
@@ -44,8 +45,9 @@ def method_of(given: str | Method, **options: Any) -> Method:
         kinds.append(GLCAN)
     unknown = [name for name in options if name not in _options(kinds)]
     if unknown:
-        raise TypeError(f"unexpected keyword {unknown[0]!r}: method {given!r} has the options "
-                        f"{', '.join(_options(kinds))}")
+        where = (f"pass options=glcan_fx.Options({unknown[0]}=...)" if unknown[0] in Options.__dataclass_fields__ else
+                 f"method {given!r} has the options {', '.join(_options(kinds))}")
+        raise TypeError(f"unexpected keyword {unknown[0]!r}: {where}")
     made: Method | None = None
     left = dict(options)
     each = [{name: left.pop(name) for name in _options([kind]) if name in left} for kind in kinds]

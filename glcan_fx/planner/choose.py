@@ -131,9 +131,20 @@ class _Choice:
                 "that, choose another k, or leave auxiliary networks to the planner.")
         return candidate
 
+    def _most(self) -> Candidate:
+        """One local module per block, or as many as the compute budget allows. Raises BudgetError where it allows
+        none."""
+        budget = self.request.compute_budget
+        numbers = range(len(self.units) - 1, self._least_k, -1) if budget is not None else ()
+        for k in ("natural", *numbers):
+            candidate = next(self.candidates(k))
+            if budget is None or candidate.compute <= budget:
+                return candidate
+        return self._richest(self._least_k)
+
     def _fewest(self) -> Plan:
         """As little memory as one local module per block takes, with as few as possible."""
-        natural = self._richest("natural")
+        natural = self._most()
         plan = self._planned(natural, self._savings)
         if natural.k <= self._least_k:
             return plan
@@ -163,12 +174,16 @@ class _Choice:
         if budget == "least":
             budget = self._least(search)
         found = search.within(budget)
+        if found is not None and self._allow_others_as_much(search, found):
+            found = search.within(budget) or found
         if found is not None:
             notes = [f"memory budget {size(budget)}; simulated: {search.note()}"]
             return replace(found, notes=(*found.notes, *notes, *self._exactly(search, found, budget)))
         found = search.cheapest(budget)
         if found is None:
-            raise self._nothing_fits(search, budget)
+            found = search.smallest()
+            if self._simulate(found).peak > budget:
+                raise self._nothing_fits(found, budget)
         compute, most = self._compute(found), self.request.compute_budget
         asked = f"compute_budget={most:g}" if most is not None else f"{COMPUTE:g} of backpropagation's {self._unit}"
         note = (f"memory budget {size(budget)}: nothing fits it and {asked}; this plan takes {compute:.2f}, the least "
@@ -177,8 +192,26 @@ class _Choice:
             log.warning("%s", note)
         return replace(found, notes=(*found.notes, note))
 
+    def _allow_others_as_much(self, search: Search, found: Plan) -> bool:
+        """Where local modules are to take more compute than usual, for their auxiliary networks, a plan that is closer
+        to exact gradients may, too. Whether that is so."""
+        compute = self._compute(found)
+        if search.most is not None or found.k == 1 or compute <= 1.005 * COMPUTE:
+            return False
+        search.most = compute
+        return True
+
     def _least(self, search: Search) -> int:
-        """The fewest bytes that a plan takes with no more compute than it may."""
+        """The fewest bytes that a plan takes with no more compute than it may; of one local module, with any."""
+        if self._given == 1 and search.most is None:
+            search.most = math.inf
+        budget = self._least_within(search)
+        found = search.within(budget)
+        if found is not None and self._allow_others_as_much(search, found):
+            budget = min(budget, self._least_within(search))
+        return budget
+
+    def _least_within(self, search: Search) -> int:
         budget = int(ALIKE * search.least())
         if search.within(budget) is None:  # more than was foretold
             most = max(self._simulate(search.smallest()).peak, int(_FAR * budget))
@@ -186,12 +219,13 @@ class _Choice:
                 budget = min(most, int(_STEP * budget))
         return budget
 
-    def _nothing_fits(self, search: Search, budget: int) -> BudgetError:
-        least = self._simulate(smallest := search.smallest())
+    def _nothing_fits(self, smallest: Plan, budget: int) -> BudgetError:
+        least = self._simulate(smallest)
         parts = ", ".join(f"{name} {size(part)}" for name, part in sorted(least.parts.items(), key=lambda x: -x[1]))
         return BudgetError(
-            f"no plan fits memory_budget {size(budget)}: the least found is {size(least.peak)} ({in_words(smallest)}), "
-            f"during {least.when}: {parts}. Use a smaller batch or smaller images, or give at least that budget.")
+            f"no plan fits memory_budget {size(budget)}: the least found is {size(least.peak, up=True)} "
+            f"({in_words(smallest)}), during {least.when}: {parts}. Use a smaller batch or smaller images, or "
+            "give at least that budget.")
 
     def _exactly(self, search: Search, found: Plan, limit: int) -> list[str]:
         """What backpropagation's own gradients would take, where the plan has others."""

@@ -69,6 +69,10 @@ def plan_from_state(state: Mapping[str, Any], kind: type[_P]) -> _P:
 def prefix_in(state: Mapping[str, Any]) -> str | None:
     """What stands in front of a compiled model's keys; None where there are no auxiliary networks. Raises LoadError
     for more than one compiled model."""
+    nested = [key for key, value in state.items() if isinstance(value, Mapping) and value and all(
+        isinstance(name, str) for name in value) and prefix_in(value) is not None]
+    if nested:
+        raise LoadError(f"this is a checkpoint that holds state dicts, not one: pass checkpoint[{nested[0]!r}]")
     found = [key[:-len(KEY)] for key in state if key == KEY or key.endswith(f".{KEY}")]
     if len(found) > 1:
         raise LoadError(f"there are {len(found)} compiled models in this state dict, under "

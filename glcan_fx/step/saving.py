@@ -51,20 +51,27 @@ def before_loading(module: "LocalModel", state: dict[str, Any], prefix: str, *_:
         state.update(own)
         return
     mine = own.get(prefix + KEY)
-    if mine is None:
+    if mine is None and prefix + KEY not in state:
         return
-    if any(key not in state or _shape(state[key]) != _shape(value) for key, value in own.items()
-           if key != prefix + KEY) and (other := _other_plan(state, prefix)) is not None:
+    other = _other_plan(state, prefix)
+    parts = {key: value for key, value in own.items() if key != prefix + KEY}
+    if other is not None and (mine is None or any(
+            key not in state or _shape(state[key]) != _shape(value) for key, value in parts.items())):
         raise LoadError(
-            f"this checkpoint was saved by another plan of {other.model} ({other.k} local modules, cut behind "
-            f"{', '.join(other.cuts)}; this one has {module.plan.k}, behind {', '.join(module.plan.cuts)}). Compile by "
-            "the plan of the checkpoint: transform(model, plan=Plan.from_state_dict(state), ...). Or load its weights "
-            "alone: local.load_state_dict(glcan_fx.plain_state_dict(state)).")
-    state[prefix + KEY] = mine
+            f"this checkpoint was saved by another plan of {other.model} ({_cut(other)}; this one has "
+            f"{_cut(module.plan)}). Compile by the plan of the checkpoint: transform(model, "
+            "plan=Plan.from_state_dict(state), ...). Or load its weights alone: "
+            "local.load_state_dict(glcan_fx.plain_state_dict(state)).")
+    if mine is not None:
+        state[prefix + KEY] = mine
 
 
 def _shape(value: Any) -> Any:
     return value.shape if isinstance(value, Tensor) else None
+
+
+def _cut(plan: Plan) -> str:
+    return f"{plan.k} local modules, cut behind {', '.join(plan.cuts)}" if plan.k > 1 else "1 local module"
 
 
 def _other_plan(state: dict[str, Any], prefix: str) -> Plan | None:
@@ -120,8 +127,18 @@ def read_plan(directory: str | Path) -> Plan:
     return Plan.from_json(path.read_text())
 
 
+def check_plan_of(local: "LocalModel", directory: str | Path) -> None:
+    """Raise LoadError where a folder's auxiliary networks are none, or of another plan."""
+    other = read_plan(directory)
+    if other.cuts != local.plan.cuts or other.method != local.plan.method:
+        raise LoadError(f"'{directory}' was saved by another plan of {other.model} ({_cut(other)}; this one has "
+                        f"{_cut(local.plan)}). Give the same k and method, or glcan_fx.Plan.from_json of its {PLAN} as "
+                        "plan=.")
+
+
 def load_auxiliary(local: "LocalModel", directory: str | Path) -> None:
     """Read the auxiliary networks that ``save_auxiliary`` wrote. Raises LoadError where they are another plan's."""
+    check_plan_of(local, directory)
     _read(local.aux, Path(directory) / AUXILIARY)
 
 

@@ -56,7 +56,7 @@ def _probe(local: LocalModel, structure: Structure, targets: Any, device: torch.
     """One training step on a copy. Its losses are the task's where targets are known, else any of the outputs."""
     specs = _specs(local.plan.inputs)
     batch = next((spec.shape[0] for spec in specs if len(spec.shape) > 1), 0)
-    task: Any = AnyLoss()
+    task: Any = _Away()
     if targets is None:
         targets = local.task.example_targets(
             local.original, tuple(specs), structure.trace.output.meta["value"])
@@ -83,7 +83,15 @@ def _probe(local: LocalModel, structure: Structure, targets: Any, device: torch.
         raise NotLearningError(
             f"{kind} '{name}' gets no gradient from its local loss: all of them are exactly zero on random inputs. "
             "Choose other split points, k or method, or freeze it with requires_grad_(False) if it is not to be "
-            "trained. If it learns from your data, pass verify=False: the first training steps look again.")
+            "trained. If it learns from your data, pass "
+            "options=glcan_fx.Options(verify=False): the first training steps look again.")
+
+
+class _Away(AnyLoss):
+    """A loss that has a gradient where outputs are zero, too: those of a head whose weights begin at zero."""
+
+    def loss(self, outputs: Any, targets: Any) -> torch.Tensor:
+        return super().loss(map_tensors(outputs, lambda t: t.float() + 1 if t.is_floating_point() else t), targets)
 
 
 def _trial(local: LocalModel, task: Any, hooks: bool) -> LocalModel:
@@ -124,7 +132,7 @@ def _run_both(local: LocalModel, forward: fx.Graph, device: torch.device, hooks:
             if extra:
                 return  # this model runs at one batch size only, which the trace's report says
             raise TraceError(f"{type(model).__name__} does not run on random values of the example's sizes: "
-                             f"{error}. If it runs on yours, pass verify=False.") from error
+                             f"{error}. If it runs on yours, pass options=glcan_fx.Options(verify=False).") from error
         torch.manual_seed(0)
         try:
             with kept_python_random():
@@ -219,5 +227,6 @@ def _compare(expected: list[Tensor], found: list[Tensor], what: str, batch: int)
             raise TraceError(
                 f"the training step does not compute what the model does: {what} {index} differ at batch {batch}: "
                 f"{' '.join(str(error).split())}. Something that the model does is not in the step. Move it into a "
-                "sub-module of its own, and please report the model; verify=False compiles it as it is."
+                "sub-module of its own, and please report the model; "
+                "options=glcan_fx.Options(verify=False) compiles it as it is."
             ) from error

@@ -307,6 +307,10 @@ class Segmentation(Task):
     name = "segmentation"
 
     def fits(self, outputs: Any) -> None:
+        if isinstance(outputs, dict) and "out" not in outputs and type(self).loss is Segmentation.loss:
+            raise PlanError(
+                "task 'segmentation' expects logits of pixels, or a dict with them as 'out', and the network returns a "
+                f"dict with {', '.join(map(repr, outputs))}: pass criterion=(outputs, targets) -> loss")
         _dimensions(self, Segmentation, outputs, (3, 4, 5), "logits of pixels (N, classes, H, W)")
 
     def example_targets(self, model: nn.Module, inputs: Any, outputs: Any) -> Any:

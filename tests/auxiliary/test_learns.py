@@ -447,6 +447,27 @@ def test_every_size_behind_a_head_that_resizes() -> None:
     takes_every_size(nn.Sequential(body, Tower()))
 
 
+@pytest.mark.parametrize("loss", [F.cross_entropy, lambda out, y: F.cross_entropy(out, y)], ids=["known", "own"])
+def test_a_classifier_that_begins_at_zero(loss: Any) -> None:
+    """A new head often does: its own weights learn in the first step, the blocks in front of it from the next on."""
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Conv2d(inputs, 8, 3, stride, 1), nn.BatchNorm2d(8), nn.ReLU())
+              for inputs, stride in ((3, 2), (8, 1), (8, 2))]
+    net = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    nn.init.zeros_(net[-1].weight)
+    nn.init.zeros_(net[-1].bias)
+    x, y = torch.randn(8, 3, 16, 16), torch.arange(8) % 4
+    local = glcan_fx.transform(net, k=3, criterion=loss, example_inputs=x).train()
+    optimizer = torch.optim.SGD(local.parameters(), lr=0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        local(x, y).loss.backward()
+        optimizer.step()
+    assert all(p.grad.abs().sum() > 0 for p in net.parameters() if p.dim() > 1)
+    with pytest.raises(TypeError, match=r"options=glcan_fx.Options\(verify=...\)"):
+        glcan_fx.transform(net, k=3, criterion=loss, example_inputs=x, verify=False)
+
+
 # ------------------------------------------------------------------------------------------ torchvision's networks
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import glcan_fx
 from glcan_fx.cli import main as cli
@@ -63,11 +64,32 @@ def test_of_two_state_dicts_one_is_chosen(local, tmp_path, capfd):
     assert torch.equal(torch.load(tmp_path / "model.pt")["head.bias"], local.state_dict()["head.bias"] + 1)
 
 
+def test_a_plain_models_state_dict_is_exported_too(tmp_path, capfd):
+    """So that a script may go over runs with any k."""
+    local = glcan_fx.transform(Net(), k=1, criterion=F.cross_entropy, example_inputs=torch.empty(4, 3, 32, 32))
+    torch.save({"model": local.state_dict(), "optimizer": torch.optim.SGD(local.parameters()).state_dict()},
+               tmp_path / "one.pt")
+    for entry in ([], ["--entry", "model"]):
+        assert cli.main(["export", str(tmp_path / "one.pt"), "-o", str(tmp_path / "model.pt"), *entry]) == 0
+        Net().load_state_dict(torch.load(tmp_path / "model.pt"))
+
+
+def test_an_average_is_exported_though_its_plan_is_gone(local, tmp_path, capfd):
+    averaged = AveragedModel(local, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    for _ in range(3):
+        averaged.update_parameters(local)
+    torch.save(averaged.state_dict(), tmp_path / "ema.pt")
+    assert cli.main(["export", str(tmp_path / "ema.pt"), "-o", str(tmp_path / "model.pt")]) == 0
+    assert "wrote" in capfd.readouterr().err
+    Net().load_state_dict(torch.load(tmp_path / "model.pt"))
+
+
 def test_what_cannot_be_exported(local, tmp_path, capfd):
-    torch.save(Net().state_dict(), tmp_path / "plain.pt")
     torch.save({"model": local.state_dict(), "object": Net()}, tmp_path / "objects.pt")
-    for file, output, code, said in [("plain.pt", "a.pt", 1, "no state dict of a compiled model"),
-                                     ("nowhere.pt", "a.pt", 2, "no such file"), ("plain.pt", "a.txt", 2, "ends in"),
+    torch.save({"epoch": 3}, tmp_path / "none.pt")
+    for file, output, code, said in [("none.pt", "a.pt", 1, "there is no state dict in it"),
+                                     (".", "a.pt", 2, "a folder"),
+                                     ("nowhere.pt", "a.pt", 2, "no such file"), ("none.pt", "a.txt", 2, "ends in"),
                                      ("objects.pt", "a.pt", 2, "--unsafe")]:
         assert cli.main(["export", str(tmp_path / file), "-o", str(tmp_path / output)]) == code
         assert said in capfd.readouterr().err

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -25,6 +26,7 @@ from glcan_fx.models import edsr, retinanet
 from glcan_fx.planner.costs import CostTable
 from glcan_fx.planner.partition import ModuleCost, carried, costs_of, merge
 from glcan_fx.structure.structure import multiply_adds
+from glcan_fx.units import in_bytes
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from train_classification import CifarResNet
@@ -316,3 +318,56 @@ def test_a_decoder_that_costs_more_than_recomputation_is_left_out() -> None:
         assert tight.method.head == head
     leanest = glcan_fx.plan(model, k="natural", compute_budget=1.0, **given)
     assert leanest.method.head == "lean" and leanest.memory.plan.flops <= leanest.memory.backpropagation.flops
+
+
+class Wide(nn.Module):
+    """Cheap blocks and a dense decoder with skips, so that an auxiliary network for every block costs much."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(nn.Sequential(
+            nn.Conv2d(i, o, 2, 2), *(nn.Sequential(nn.Conv2d(o, o, 3, 1, 1, groups=o), nn.BatchNorm2d(o), nn.ReLU())
+                                     for _ in range(3))) for i, o in ((3, 16), (16, 32), (32, 64)))
+        self.ups = nn.ModuleList(nn.ConvTranspose2d(i, o, 2, 2) for i, o in ((64, 32), (32, 16)))
+        self.fuse = nn.ModuleList(nn.Sequential(nn.Conv2d(2 * o, o, 3, 1, 1), nn.ReLU()) for o in (32, 16))
+        self.head = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        features = []
+        for stage in self.stages:
+            features.append(x := stage(x))
+        for up, fuse, skip in zip(self.ups, self.fuse, features[-2::-1], strict=True):
+            x = fuse(torch.cat([up(x), skip], 1))
+        return {"classes": self.head(x)}
+
+
+def wide(**given: Any) -> glcan_fx.PlannedModel:
+    return glcan_fx.plan(Wide(), criterion=lambda out, y: sum(value.square().mean() for value in out.values()),
+                         example_inputs=torch.empty(8, 3, 48, 48, device="meta"), **given)
+
+
+def test_a_compute_budget_that_one_module_per_block_does_not_keep() -> None:
+    """Fewer do, and where no auxiliary network is asked for, one always does."""
+    def compute(plan: glcan_fx.PlannedModel) -> float:
+        return plan.memory.plan.relative_to(plan.memory.backpropagation)
+
+    rich: dict[str, Any] = {"head": "full", "width": 1.0}
+    two = compute(wide(k=2, **rich))
+    assert compute(wide(k="natural", **rich)) > two + 0.2
+    plan = wide(compute_budget=two + 0.05, **rich)
+    assert plan.k > 1 and compute(plan) <= two + 0.055
+    assert compute(wide(compute_budget=1.0)) <= 1.005
+    with pytest.raises(BudgetError, match=r"with k=1 a step takes 1.000"):
+        wide(compute_budget=0.5)
+
+
+def test_the_least_is_no_more_than_what_is_named_as_such() -> None:
+    with pytest.raises(BudgetError, match=r"the least found is ([\d.]+ [KM]iB)") as refused:
+        wide(memory_budget="1MiB")
+    named = re.search(r"the least found is ([\d.]+ [KM]iB)", str(refused.value))
+    assert named is not None
+    assert wide(memory_budget=named[1]).memory.plan.peak <= in_bytes(named[1])  # rounded up
+    assert wide(memory_budget="least", compute_budget=3).memory.plan.peak <= 1.03 * in_bytes(named[1])
+    exact = wide(memory_budget="least", k=1)
+    assert exact.k == 1 and exact.memory.plan.peak <= 1.05 * wide(k=1, memory_budget="least",
+                                                                  compute_budget=3).memory.plan.peak

@@ -161,6 +161,26 @@ def test_a_closure_as_criterion_is_refused_by_pickle_with_what_to_do(tmp_path):
     assert len(train(again, torch.optim.SGD(again.parameters(), lr=0.1))) == len(again.state_dict())
 
 
+def test_a_whole_checkpoint_is_no_state_dict():
+    state = {"model": compiled(Net()).state_dict(), "epoch": 3}
+    for read in (glcan_fx.plain_state_dict, Plan.from_state_dict):
+        with pytest.raises(LoadError, match=r"pass checkpoint\['model'\]"):
+            read(state)
+
+
+def test_one_local_module_refuses_the_checkpoint_of_more():
+    with pytest.raises(LoadError, match=r"another plan of Net \(3 local modules.*this one has 1 local module"):
+        compiled(Net(), k=1).load_state_dict(compiled(Net()).state_dict())
+
+
+def test_a_folder_of_another_plan_says_so(tmp_path):
+    from glcan_fx.step.saving import load_auxiliary
+
+    compiled(Net(), k=2).save_pretrained(tmp_path)
+    with pytest.raises(LoadError, match=r"another plan of Net \(2 local modules.*Give the same k"):
+        load_auxiliary(compiled(Net()), tmp_path)
+
+
 def test_an_average_over_buffers_loads_and_says_that_its_plan_is_none():
     local = compiled(Net())
     averaged = AveragedModel(local, avg_fn=lambda old, new, _: old * 0.999 + new * 0.001, use_buffers=True)
