@@ -26,7 +26,7 @@ def plan_text(plan: Plan, memory: Memory | None = None, *, notes: bool = True) -
     """The plan as plain text: its table, what a step takes, its notes. Sizes are those of the example inputs."""
     text = StringIO()
     console = Console(file=text, width=_WIDTH, color_system=None)
-    console.width = max(_WIDTH, _least_width(console, plan, _table(plan, memory)))
+    console.width = max(_WIDTH, _least_width(console, _table(plan, memory)))
     print_plan(plan, memory, console)
     for note in plan.notes if notes else ():
         console.print(f"note: {note}", markup=False, emoji=False)
@@ -39,7 +39,7 @@ def print_plan(plan: Plan, memory: Memory | None, console: Console) -> None:
     for count in range(len(_DISPENSABLE) + 1):
         left_out = _DISPENSABLE[:count]
         table = _table(plan, memory, left_out)
-        least = _least_width(console, plan, table)
+        least = _least_width(console, table)
         if least <= console.width:
             break
     console.width = max(console.width, least)
@@ -113,23 +113,30 @@ def _table(plan: Plan, memory: Memory | None, left_out: Sequence[str] = ()) -> T
     longest = max(len(row[1]) for row in rows)
     for index in shown:
         whole = index in RIGHT or index == 1 and longest <= _NAME
+        cells = [*(row[index] for row in rows), totals[index]]
+        least = _read_width(plan) if index == len(columns) - 1 else max(map(len, cells)) if whole else None
         table.add_column(Text(columns[index]), Text(totals[index]), justify="right" if index in RIGHT else "left",
-                         overflow="fold", no_wrap=whole, max_width=_NAME if index == 1 else None)
+                         overflow="fold", no_wrap=whole, max_width=_NAME if index == 1 else None,
+                         min_width=least)
     for row in rows:
-        cells = [*map(Text, row)]
-        cells[2].stylize("bold magenta" if "▼" in row[2] else "")
+        texts = [*map(Text, row)]
+        texts[2].stylize("bold magenta" if "▼" in row[2] else "")
         for label, colour in _SOURCES.values():
-            cells[-1].highlight_regex(rf"\b{label} [^;]*", colour)
-        table.add_row(*(cells[index] for index in shown))
+            texts[-1].highlight_regex(rf"\b{label} [^;]*", colour)
+        table.add_row(*(texts[index] for index in shown))
     return table
 
 
-def _least_width(console: Console, plan: Plan, table: Table) -> int:
+def _least_width(console: Console, table: Table) -> int:
     """The width at which no number is cut off, and no name broken."""
+    return Measurement.get(console, console.options.update(width=10_000), table).minimum
+
+
+def _read_width(plan: Plan) -> int:
+    """At which no feature's name is broken, but for long ones."""
     prefix = common_prefix(plan)
     longest = 4 + max((len(f.tap.removeprefix(prefix)) for m in plan.modules for f in m.features), default=0)
-    least = Measurement.get(console, console.options.update(width=10_000), table).minimum
-    return least + max(_READ, min(longest, _NAME))
+    return max(_READ, min(longest, _NAME))
 
 
 def settings(plan: Plan) -> list[str]:
