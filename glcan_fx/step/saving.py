@@ -124,7 +124,7 @@ def read_plan(directory: str | Path) -> Plan:
     if not path.is_file():
         raise LoadError(f"'{path}' is not there: '{directory}' was not written by save_pretrained() of a compiled "
                         "model")
-    return Plan.from_json(path.read_text())
+    return Plan.from_json(path.read_text(encoding="utf-8"))
 
 
 def check_plan_of(local: "LocalModel", directory: str | Path) -> None:

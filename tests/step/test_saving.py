@@ -49,9 +49,10 @@ def train(local, optimizer, steps=2):
     return [value.clone() for value in local.state_dict().values()]
 
 
+@pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("kind", [Net, Tied])
-def test_a_saved_run_goes_on_with_the_same_numbers(kind, tmp_path):
-    local = compiled(kind())
+def test_a_saved_run_goes_on_with_the_same_numbers(kind, k, tmp_path):
+    local = compiled(kind(), k=k)
     train(local, torch.optim.SGD(local.parameters(), lr=0.1))
     local.save_pretrained(tmp_path / "saved")
     again = glcan_fx.load_pretrained(kind(), tmp_path / "saved", criterion=F.cross_entropy)
