@@ -278,14 +278,14 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     rates = [group["lr"] for group in groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps, pct_start=0.2)
     out.mkdir(parents=True, exist_ok=True)
-    state = _State(out, model, optimizer, schedule, identity)
+    state = _State(out, model, optimizer, schedule, identity, rank)
     trained = DistributedDataParallel(model, [device] if device.type == "cuda" else None) if processes > 1 else model
     if processes > 1:
         torch.manual_seed(args.seed + rank)
     if before is None:
-        state.begin(rank)
+        state.begin()
     else:
-        state.go_on(before, device, rank)
+        state.go_on(before, device)
         del before  # weights and optimizer state, a second time
     with torch.random.fork_rng():  # a resumed run has its state by now
         compute = compute_of(experiment, args.method, plan)
@@ -353,16 +353,16 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
                            if args.cosines and isinstance(model, glcan_fx.LocalModel) else {})
                 state.note({"step": state.step, "epoch": state.step / per_epoch, "peak_bytes": state.peak,
                             "loss": statistics.fmean(state.losses[-per_epoch:]), "seconds_a_step": state.seconds,
-                            **quality, **aligned}, rank)
+                            **quality, **aligned})
                 said = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
                 if rank == 0:
                     bar.write(f"epoch {state.step / per_epoch:g}: {said}", file=sys.stderr)
-                state.save(rank)
+                state.save()
             if stop() and state.step < steps:
                 bar.close()
                 if processes > 1:
                     raise KeyboardInterrupt
-                state.save(rank)
+                state.save()
                 again = [*sys.argv, *["--resume"] * (not args.resume)]
                 say(f"stopped at step {state.step} of {steps}, which is saved. Go on with:\n"
                     f"  python {shlex.join(word for word in again if word != '--overwrite')}")
@@ -390,57 +390,60 @@ def compute_of(experiment: Experiment, method: str, plan: glcan_fx.Plan | None) 
 
 
 class _State:
-    """What a run has reached, and where it is kept."""
+    """What a run has reached, and where it is kept: by the first of its processes."""
 
-    def __init__(self, out: Path, model: nn.Module, optimizer: Any, schedule: Any, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self, out: Path, model: nn.Module, optimizer: Any, schedule: Any, identity: Mapping[str, Any], rank: int = 0
+    ) -> None:
         self.out, self.model, self.optimizer, self.schedule, self.identity = out, model, optimizer, schedule, identity
+        self.rank = rank
         self.step, self.peak, self.seconds = 0, 0, 0.0
         self.losses: list[float] = []
         self.metrics: list[dict[str, Any]] = []
 
-    def begin(self, rank: int) -> None:
-        for name in ("metrics.jsonl", "checkpoint.pt", "record.json"):
-            if rank == 0:
-                (self.out / name).unlink(missing_ok=True)
+    def begin(self) -> None:
+        for name in ("metrics.jsonl", "checkpoint.pt", "record.json") if self.rank == 0 else ():
+            (self.out / name).unlink(missing_ok=True)
 
-    def note(self, metrics: dict[str, Any], rank: int = 0) -> None:
+    def note(self, metrics: dict[str, Any]) -> None:
         self.metrics.append(metrics)
         text = "".join(json.dumps(line) + "\n" for line in self.metrics)  # the whole: a resumed run rewrites its end
-        if rank == 0:
+        if self.rank == 0:
             write(self.out / "metrics.jsonl", text)
 
-    def save(self, rank: int = 0) -> None:
-        """Write it, from the first process; each has random states of its own."""
-        states = [(torch.get_rng_state(), random.getstate(), np.random.get_state())]
+    def save(self) -> None:
+        """Write it; each process has random states of its own."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+        own: Any = (torch.get_rng_state(), random.getstate(), np.random.get_state(), cuda)
+        states = [own]
         if dist.is_initialized():
-            states = [states[0]] * dist.get_world_size()
-            dist.all_gather_object(states, states[rank])
-        if rank:
+            states = [None] * dist.get_world_size()
+            dist.all_gather_object(states, own)
+        if self.rank == 0:
+            self._write(states)
+        if dist.is_initialized():
             dist.barrier()
-            return
+
+    def _write(self, states: list[Any]) -> None:
         content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                    "schedule": self.schedule.state_dict(), "step": self.step, "peak": self.peak, "losses": self.losses,
                    "metrics": self.metrics, "random": states, "identity": dict(self.identity)}
-        if torch.cuda.is_available():
-            content["cuda"] = torch.cuda.get_rng_state_all()
         with replacing(self.out / "checkpoint.pt") as file:
             torch.save(content, file)
-        if dist.is_initialized():
-            dist.barrier()
 
-    def go_on(self, content: Mapping[str, Any], device: torch.device, rank: int) -> None:
+    def go_on(self, content: Mapping[str, Any], device: torch.device) -> None:
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         reached = ("last_epoch", "_step_count", "_last_lr")  # the rest is of this run, which may be a longer one
         self.schedule.__dict__.update({key: content["schedule"][key] for key in reached})
         self.step, self.peak = content["step"], content["peak"]
         self.losses, self.metrics = content["losses"], content["metrics"]
-        state, python, numpy = content["random"][rank]
+        state, python, numpy, cuda = content["random"][self.rank]
         torch.set_rng_state(state.cpu())
         random.setstate(python)
         np.random.set_state(numpy)
-        if "cuda" in content and device.type == "cuda":
-            torch.cuda.set_rng_state_all([state.cpu() for state in content["cuda"]])
+        if cuda is not None and device.type == "cuda":
+            torch.cuda.set_rng_state_all([state.cpu() for state in cuda])
 
 
 def _before(out: Path, identity: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any] | None:

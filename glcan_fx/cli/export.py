@@ -106,13 +106,13 @@ def _state_dicts(content: Any, name: str = "") -> Iterator[tuple[str, Mapping[st
 
 def _write(path: Path, state: Mapping[str, Any]) -> None:
     import torch
-    from safetensors.torch import save
 
     from glcan_fx.files import replacing
+    from glcan_fx.step.saving import write_weights
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        write_weights(path, state)
+        return
     with replacing(path) as file:
-        if path.suffix == ".safetensors":  # which holds no tensor under two names
-            file.write(save({key: value.detach().clone().contiguous() for key, value in state.items()}))
-        else:
-            torch.save(dict(state), file)
+        torch.save(dict(state), file)

@@ -6,11 +6,20 @@ import os
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
+from typing import Any
 
 from glcan_fx import __version__
 from glcan_fx.cli import bench, check, demo, export
 from glcan_fx.cli import inspect as inspection
 from glcan_fx.errors import GlcanFxError, LoadError
+
+COMMANDS: dict[str, tuple[Any, str]] = {
+    "demo": (demo, "train a small detector by backpropagation and by glcan_fx, and compare"),
+    "inspect": (inspection, "show how a model would be cut, and what that costs"),
+    "bench": (bench, "compare memory and speed of training methods on your own model"),
+    "check": (check, "read a data set as the training programs do, and say what is in it"),
+    "export": (export, "write the plain model's weights, from a checkpoint of training"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,24 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"glcan-fx {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="log what the compiler decides")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    part = commands.add_parser("demo", help="train a small detector by backpropagation and by glcan_fx, and compare")
-    demo.add_arguments(part)
-    part.set_defaults(run=demo.run)
-    part = commands.add_parser("inspect", help="show how a model would be cut, and what that costs",
-                               formatter_class=argparse.RawDescriptionHelpFormatter, epilog=inspection.EPILOG)
-    inspection.add_arguments(part)
-    part.set_defaults(run=inspection.run)
-    part = commands.add_parser("bench", help="compare memory and speed of training methods on your own model",
-                               formatter_class=argparse.RawDescriptionHelpFormatter, epilog=bench.EPILOG)
-    bench.add_arguments(part)
-    part.set_defaults(run=bench.run)
-    part = commands.add_parser("check", help="read a data set as the training programs do, and say what is in it")
-    check.add_arguments(part)
-    part.set_defaults(run=check.run)
-    part = commands.add_parser("export", help="write the plain model's weights, from a checkpoint of training",
-                               formatter_class=argparse.RawDescriptionHelpFormatter, epilog=export.EPILOG)
-    export.add_arguments(part)
-    part.set_defaults(run=export.run)
+    for name, (module, said) in COMMANDS.items():
+        part = commands.add_parser(name, help=said, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                   epilog=getattr(module, "EPILOG", None))
+        module.add_arguments(part)
+        part.set_defaults(run=module.run)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot print a sign still shows the rest

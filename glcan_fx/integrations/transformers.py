@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import torch
 from transformers import Trainer
 
 from glcan_fx.api import transform
+from glcan_fx.capture.shadow import kept_python_random
 from glcan_fx.errors import UnsupportedError
-from glcan_fx.integrations.batches import first_batch
 from glcan_fx.step.local_model import LocalModel
 from glcan_fx.step.saving import check_plan_of, load_auxiliary, plain_state_dict, save_auxiliary
 
@@ -29,7 +30,8 @@ def trainer(base: type[Trainer] = Trainer, **options: Any) -> type[Trainer]:
                 raise UnsupportedError("model_init= makes models after the Trainer: pass model= instead")
             if self.train_dataset is None:
                 return  # to evaluate only
-            batch = self._prepare_inputs(first_batch(self.get_train_dataloader()))
+            with kept_python_random(), torch.random.fork_rng():  # the run's order and augmentation stay what they were
+                batch = self._prepare_inputs(next(iter(self.get_train_dataloader())))
             local = transform(self.model, example_inputs=dict(batch), **options)
             self.model: Any = local
             self.model_wrapped = local

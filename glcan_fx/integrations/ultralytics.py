@@ -9,6 +9,7 @@ from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer
 
 from glcan_fx.api import transform
+from glcan_fx.config import Options
 from glcan_fx.errors import UnsupportedError
 from glcan_fx.step.saving import load_auxiliary, read_plan, save_auxiliary
 
@@ -47,9 +48,10 @@ def trainer(base: type[BaseTrainer] = DetectionTrainer, **options: Any) -> type[
                 raise UnsupportedError(f"{', '.join(refused)} cannot train by local modules in this trainer")
             self.loss_of_local = _Loss(model)
             size = (self.batch_size, self.data["channels"], self.args.imgsz, self.args.imgsz)
-            decided = {"plan": read_plan(Path(self.args.model).parent), **{
-                key: value for key, value in options.items() if key == "options"}} if self.resume else {
-                    "example_inputs": torch.empty(size, device=self.device), **options}
+            decided = {"example_inputs": torch.empty(size, device=self.device), **options}
+            if self.resume:  # its plan decides all but how it is simulated and verified
+                plan = read_plan(Path(self.args.model).parent)
+                decided = {"plan": plan, "options": options.get("options", Options())}
             self.local = transform(model, criterion=self.loss_of_local, **decided)
             vars(model).pop("criterion", None)  # made anew: it holds class weights, which are not known yet
             return super().build_optimizer(self.local, *args, **kwargs)

@@ -94,7 +94,8 @@ class _Choice:
                             | self.together)
         self.units = [*(unit for unit in self.table.offered(request.method) if unit.name not in self.refused),
                       self.structure.units[-1]]
-        self.predictor = Predictor(self.table, self._simulate, kind_of_optimizer(request.options.optimizer)[1],
+        self._optimizer, states = kind_of_optimizer(request.options.optimizer)
+        self.predictor = Predictor(self.table, self._simulate, states,
                                    bool(sliced_tail(self.structure, captured.task)))
         self._candidates: dict[tuple[str, Method, float], Candidate | None] = {}
         self._given: K | None = None  # the local modules that the user asked for
@@ -205,19 +206,21 @@ class _Choice:
         """The fewest bytes that a plan takes with no more compute than it may; of one local module, with any."""
         if self._given == 1 and search.most is None:
             search.most = math.inf
-        budget = self._least_within(search)
-        found = search.within(budget)
+        budget, found = self._least_within(search)
         if found is not None and self._allow_others_as_much(search, found):
-            budget = min(budget, self._least_within(search))
+            budget = min(budget, self._least_within(search)[0])
         return budget
 
-    def _least_within(self, search: Search) -> int:
+    def _least_within(self, search: Search) -> tuple[int, Plan | None]:
+        """The same, of what may be taken now, and the plan where one was found."""
         budget = int(ALIKE * search.least())
-        if search.within(budget) is None:  # more than was foretold
+        found = search.within(budget)
+        if found is None:  # more than was foretold
             most = max(self._simulate(search.smallest()).peak, int(_FAR * budget))
-            while budget < most and search.within(budget) is None:
+            while found is None and budget < most:
                 budget = min(most, int(_STEP * budget))
-        return budget
+                found = search.within(budget)
+        return budget, found
 
     def _nothing_fits(self, smallest: Plan, budget: int) -> BudgetError:
         least = self._simulate(smallest)
@@ -396,7 +399,7 @@ class _Choice:
             fused_loss=savings.fused, slices=savings.slices,
             notes=(*self._notes(), *[candidate.note] * bool(candidate.note)),
             report=self.structure.trace.report, around=task.around if isinstance(task, Around) else None,
-            optimizer=kind_of_optimizer(self.request.options.optimizer)[0])
+            optimizer=self._optimizer)
 
     def _notes(self) -> tuple[str, ...]:
         refused = (f"no cut behind '{name}': {str(error)[:200]}" for name, error in self.refused.items())

@@ -1,14 +1,12 @@
 """What is saved of a compiled model: its state dict says which plan it is of, and holds the plain model's."""
 
-import os
 import pickle
-import secrets
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file, save_model
+import safetensors.torch as safetensors
 from torch import Tensor, nn
 
 from glcan_fx.errors import LoadError, PlanError
@@ -107,14 +105,14 @@ def save(local: "LocalModel", directory: str | Path, options: Mapping[str, Any])
         raise TypeError(f"{local.plan.model} has no save_pretrained() of its own, which would take "
                         f"{', '.join(options)}")
     else:
-        _write(local.original, folder / MODEL)
+        write_weights(folder / MODEL, local.original.state_dict())
     save_auxiliary(local, folder)
 
 
 def save_auxiliary(local: "LocalModel", directory: str | Path) -> None:
     """Write what is needed to go on training beside the plain model: auxiliary networks, and the plan to read."""
     folder = Path(directory)
-    _write(local.aux, folder / AUXILIARY)
+    write_weights(folder / AUXILIARY, local.aux.state_dict())
     write(folder / PLAN, local.plan.to_json())
 
 
@@ -147,26 +145,14 @@ def load_weights(model: nn.Module, directory: str | Path) -> None:
     _read(model, Path(directory) / MODEL)
 
 
-def _write(module: nn.Module, path: Path) -> None:
-    """Write a state dict as a whole or not at all; a tensor under two names once."""
-    part = path.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        save_model(module, str(part), metadata={"format": "pt"})
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+def write_weights(path: str | Path, state: Mapping[str, Tensor]) -> None:
+    """Write a state dict as safetensors, whole or not at all; a tensor under two names twice, as plain models want."""
+    alone = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
+    write(path, safetensors.save(alone, {"format": "pt"}))
 
 
 def _read(module: nn.Module, path: Path) -> None:
-    state = load_file(path)
-    own = module.state_dict()
-    places: dict[Any, list[str]] = {}
-    for name, value in own.items():
-        places.setdefault((value.data_ptr(), value.shape) if value.numel() else name, []).append(name)
-    for names in places.values():  # a tensor under two names was written once
-        kept = next((state[name] for name in names if name in state), None)
-        if kept is not None:
-            state.update({name: kept for name in names if name not in state})
+    state, own = safetensors.load_file(path), module.state_dict()
     wrong = sorted({*own} ^ {*state}) or [name for name in own if own[name].shape != state[name].shape]
     if wrong:
         raise LoadError(f"'{path}' holds other tensors than this {type(module).__name__}: {', '.join(wrong[:3])}"

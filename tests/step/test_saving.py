@@ -62,10 +62,11 @@ def test_a_saved_run_goes_on_with_the_same_numbers(kind, k, tmp_path):
         assert torch.equal(found, value)
 
 
-def test_the_saved_weights_are_the_plain_models(tmp_path):
-    local = compiled(Net())
+@pytest.mark.parametrize("kind", [Net, Tied])
+def test_the_saved_weights_are_the_plain_models(kind, tmp_path):
+    local = compiled(kind())
     local.save_pretrained(tmp_path)
-    plain = Net()
+    plain = kind()
     plain.load_state_dict(load_file(tmp_path / "model.safetensors"))
     assert torch.equal(plain.eval()(X), local.eval()(X))
     names = sorted(path.name for path in tmp_path.iterdir())
