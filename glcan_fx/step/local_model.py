@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -39,20 +39,13 @@ from glcan_fx.step.optimizer_in_forward import OptimizerInForward, refuse_distri
 from glcan_fx.step.output import LocalOutput, collect, parts_of_loss, reported, shape_of, total
 from glcan_fx.step.parts import ReadOnly, Recomputed, SizeCheck, Whole, WithAux
 from glcan_fx.step.sliced import SlicedHead
+from glcan_fx.step.stages import Stage, Step, uncompiled
 from glcan_fx.step.trained import backwards_of, called_by, layers_of, targets_of, targets_of_last, trained_alone
 from glcan_fx.tasks.base import LossHead, Spec
 
 if TYPE_CHECKING:
     from glcan_fx.plans.plan import Plan
     from glcan_fx.tasks import Task
-
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def _uncompiled(function: _F) -> _F:
-    """A frame that torch.compile leaves alone; what it calls is compiled."""
-    return torch.compiler.disable(function, recursive=False)
 
 
 class LocalModel(nn.Module):
@@ -121,7 +114,8 @@ class LocalModel(nn.Module):
     def recompile(self) -> None:
         """Run ``graph`` as it is now, after it was edited."""
         cls: Any = type(self)
-        cls._training_step = self._written(self.graph)
+        self.__dict__["_step"] = step = self._written(self.graph)
+        self.__dict__["_stages"] = [Stage(piece) for piece in step.pieces]
         self.__dict__["_steps"].clear()
 
         def forward(self: "LocalModel", *args: Any, **kwargs: Any) -> Any:
@@ -130,26 +124,43 @@ class LocalModel(nn.Module):
         forward.__signature__ = signature_of(self.original, self.task.takes_targets)  # type: ignore[attr-defined]
         cls.forward = forward
 
-    def _written(self, graph: fx.Graph) -> Any:
-        """The function that a graph describes."""
-        return function_of(graph, f"<training step of {type(self.original).__name__} {id(graph):x}>")
+    def _written(self, graph: fx.Graph) -> Step:
+        """The training step that a graph describes."""
+        return Step(graph, type(self.original).__name__)
+
+    def _own_stages(self) -> list[Stage]:
+        """The local modules as modules of their own, with what each trains now."""
+        stages: list[Stage] = self.__dict__["_stages"]
+        last = len(stages) - 1
+        for index, stage in enumerate(stages):
+            if index < last:
+                paths = [*targets_of(self.graph, index), f"aux.{index}"]
+            else:
+                left = {name for name, _ in self.named_buffers()} - {
+                    name for other in stages[:last] for name, _ in other.named_buffers()}
+                paths = [*targets_of_last(self.original, self.graph, self.__dict__["_parts"], len(stages)),
+                         *left, "aux.last", "aux.task"]
+            stage.register_parts(self, paths)
+        return stages
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _step_for(self, given: dict[str, Any]) -> Any:
+    def _step_for(self, given: dict[str, Any]) -> Step:
         """The step for arguments of these sizes, where the answers to the model's questions about sizes decide."""
         if any(part.watch.on for part in self.trained()):
             self.__dict__["_draws"].moved(random_state(list(given.values())))
+        written: Step = self.__dict__["_step"]
         if not self.__dict__["_asks"]:
-            return self._training_step
+            return written
         key = tuple((tuple(t.shape[1:]), t.dtype) for name in self.inputs()
                     for t in tensors_in(given.get(name)))
         steps = self.__dict__["_steps"]
         if key not in steps:
             made = None if key == self._example_key() else type(self)._written_for(self, given)
-            steps[key] = self._training_step if made is None else partial(self._written(made.graph), self)
+            steps[key] = written if made is None else self._written(made.graph)
             if made is not None:
                 self._train_also(made.graph)
-        return steps[key]
+        found: Step = steps[key]
+        return found
 
     def _example_key(self) -> tuple[Any, ...]:
         """The sizes that the step was written for."""
@@ -186,7 +197,7 @@ class LocalModel(nn.Module):
         """Of the arguments of a training step, the model's."""
         return [name for name in self.names() if name != "targets" or not self.task.takes_targets]
 
-    @_uncompiled
+    @uncompiled
     def _train_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = self._before_step(args, kwargs)
         if given is None:
@@ -245,7 +256,7 @@ class LocalModel(nn.Module):
         parts: list[LocalBackward] = self.__dict__["_parts_that_train"]
         return parts
 
-    @_uncompiled
+    @uncompiled
     def run_step(self, given: dict[str, Any]) -> Any:
         """Run the step's graph on arguments by name, unchecked and without the hooks on the model itself."""
         step = self._step_for(given)
@@ -256,7 +267,10 @@ class LocalModel(nn.Module):
             with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext(), \
                     private_graph() if self.plan.k > 1 else nullcontext(), \
                     optimizer.forward(backwards_of(self.aux, self.plan.k)) if stepping else nullcontext():
-                result = step(**given)
+                values = step.values(given)
+                for index, stage in enumerate(self.__dict__["_stages"]):
+                    step.run(self, stage, values, index)
+                result = step.result(self, values)
                 if stepping:
                     optimizer.refuse_used_again(list(tensors_in(result)))
         except BaseException:
@@ -366,6 +380,8 @@ class LocalModel(nn.Module):
         except AttributeError:
             if model is None or name.startswith("__"):
                 raise
+            if name == "stages" and not hasattr(model, name):
+                return self._own_stages()
             return getattr(model, name)  # the model's own methods and attributes
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -517,7 +533,7 @@ def _check_sizes(local: "weakref.ref[LocalModel]", values: tuple[Any, ...]) -> N
     type(made)._check_new_sizes(made, values)
 
 
-@_uncompiled
+@uncompiled
 def _within_hooks(local: LocalModel, given: dict[str, Any]) -> Any:
     """A step, and around it the hooks on the model itself, whose forward is written out."""
     model = local.original

@@ -472,8 +472,9 @@ def test_a_classifier_that_begins_at_zero(loss: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("k", ["natural", None])
 @pytest.mark.parametrize("name", [name for name in names() if kind_of(name) == "classification"])
-def test_every_local_module_of_torchvisions_classifiers_learns(name: str) -> None:
+def test_every_local_module_of_torchvisions_classifiers_learns(name: str, k: Any) -> None:
     """In one step, also where the last norm of each block begins at zero."""
     torch.manual_seed(0)
     zero = family(name) == "resnet"
@@ -482,11 +483,12 @@ def test_every_local_module_of_torchvisions_classifiers_learns(name: str) -> Non
         if isinstance(part, StochasticDepth):
             part.p = 0.0  # both images of a batch may skip a local module
     (x,), y = registry_batch(name)
-    plan = glcan_fx.plan(model, k="natural", task="classification", example_inputs=x)
+    chosen = {} if k is None else {"k": k}
+    plan = glcan_fx.plan(model, task="classification", example_inputs=x, **chosen)
     if sum(part.parameters + part.aux_parameters for part in plan.modules) > LIMIT:
         pytest.skip("too large")
     local = glcan_fx.transform(model, plan=plan).train()
     local(x, y).loss.backward()
     silent = [group for group, own in learners(local).items()
               if not any(p.grad is not None and p.grad.abs().sum() > 0 for p in own)]
-    assert local.plan.k > 1 and silent == []
+    assert (k is None or local.plan.k > 1) and silent == []

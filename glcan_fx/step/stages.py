@@ -1,0 +1,166 @@
+"""Local modules as modules of their own: a training step is these, in order.
+
+A stage is one local module with its auxiliary network and loss. It registers what it trains under the names that the
+compiled model has for it, so that hooks, ``fully_shard`` and state dicts work on it, and can be run alone: on another
+device, or by another process.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import fx, nn
+
+from glcan_fx.fx_utils import function_of, with_headlines
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def uncompiled(function: _F) -> _F:
+    """A frame that torch.compile leaves alone; what it calls is compiled."""
+    return torch.compiler.disable(function, recursive=False)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a step's graph, as a graph of its own. reads: the values that it is given, makes: those that it
+    returns and that are read behind it; by their names in the whole graph."""
+
+    graph: fx.Graph
+    reads: tuple[str, ...]
+    makes: tuple[str, ...]
+
+
+def pieces_of(graph: fx.Graph) -> list[Piece]:
+    """Of every local module its part of a step, and last what puts the result together."""
+    groups: list[list[fx.Node]] = [[]]
+    begun = False
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            continue
+        if node.op == "output":
+            result = node.args[0]
+        elif "headline" in node.meta and begun:
+            groups.append([node])
+        else:
+            groups[-1].append(node)
+        begun = begun or "headline" in node.meta
+    if isinstance(result, fx.Node) and groups[-1][-1:] == [result]:
+        groups.append([groups[-1].pop()])
+    else:
+        groups.append([])
+    return [_piece(group, result if group is groups[-1] else None) for group in groups]
+
+
+def _piece(nodes: Sequence[fx.Node], result: Any) -> Piece:
+    """Some nodes, with all that others read of them; or with a ``result`` of their own."""
+    inside = set(nodes)
+    reads = dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in inside)
+    if result is not None:
+        fx.map_arg(result, lambda node: None if node in inside else reads.setdefault(node))
+    makes = [node for node in nodes if not inside.issuperset(node.users)] if result is None else []
+    graph = fx.Graph()
+    made = {node: graph.placeholder(node.name) for node in reads}
+    for node in nodes:
+        made[node] = graph.node_copy(node, made.__getitem__)
+    graph.output(tuple(made[node] for node in makes) if result is None else fx.map_arg(result, made.__getitem__))
+    with_headlines(graph)
+    return Piece(graph, tuple(node.name for node in reads), tuple(node.name for node in makes))
+
+
+class Step:
+    """A training step of a compiled model: its local modules in order, and its result of what they make."""
+
+    def __init__(self, graph: fx.Graph, name: str) -> None:
+        *pieces, end = pieces_of(graph)
+        self.pieces = pieces
+        self.runs = [function_of(piece.graph, f"<local module {index} of {name} {id(graph):x}>")
+                     for index, piece in enumerate(pieces)]
+        self._end, self._result = end, function_of(end.graph, f"<result of {name} {id(graph):x}>")
+        self.defaults = {node.name: node.args[0] for node in graph.nodes if node.op == "placeholder" and node.args}
+        self.inputs = {str(node.target): node.name for node in graph.nodes if node.op == "placeholder"}
+        readers = [*pieces, end]
+        last = {name: index for index, piece in enumerate(readers) for name in piece.reads}
+        self._freed = [{name for name in piece.reads if last[name] == index} for index, piece in enumerate(readers)]
+
+    def values(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What a step begins with: its arguments. Raises TypeError for one that is missing, or is none."""
+        if unknown := [name for name in given if name not in self.inputs]:
+            raise TypeError(f"a training step has no argument '{unknown[0]}': it takes {', '.join(self.inputs)}")
+        values = {**self.defaults, **{self.inputs[name]: value for name, value in given.items()}}
+        if missing := [name for name, inner in self.inputs.items() if inner not in values]:
+            raise TypeError(f"a training step takes {', '.join(self.inputs)}; '{missing[0]}' is missing")
+        return values
+
+    @uncompiled
+    def run(self, local: nn.Module, stage: "Stage", values: dict[str, Any], index: int) -> None:
+        """Run a local module on the values of the step so far, and add what it makes; what nobody reads any more is
+        dropped."""
+        stage.__dict__["forward"] = partial(self.runs[index], local)
+        values.update(zip(self.pieces[index].makes, stage(*self._taken(values, index)), strict=True))
+
+    @uncompiled
+    def result(self, local: nn.Module, values: dict[str, Any]) -> Any:
+        """What the step returns."""
+        return self._result(local, *self._taken(values, len(self.pieces)))
+
+    def _taken(self, values: dict[str, Any], index: int) -> Iterable[Any]:
+        reads = (*self.pieces, self._end)[index].reads
+        return [values.pop(name) if name in self._freed[index] else values[name] for name in reads]
+
+
+class Part(nn.Module):
+    """A module of the model that several local modules divide, with what one of them trains."""
+
+
+class Stage(nn.Module):
+    """A local module: ``stage(*values)`` runs it with its auxiliary network and loss, whose backward pass is part of
+    the call.
+
+    reads: the names of the values that it is given (arguments of the model, targets, what earlier stages made), makes:
+    of those that it returns: what later stages read, and its loss, a scalar that hands the gradients over when it is
+    differentiated. Its parameters are those that it trains, under the compiled model's own names.
+    """
+
+    reads: tuple[str, ...]
+    makes: tuple[str, ...]
+
+    def __init__(self, piece: Piece) -> None:
+        super().__init__()
+        self.__dict__.update(reads=piece.reads, makes=piece.makes)
+
+    def extra_repr(self) -> str:
+        return f"{', '.join(self.reads)} -> {', '.join(self.makes)}"
+
+    def register_parts(self, root: nn.Module, paths: Iterable[str]) -> None:
+        """Register modules and parameters of ``root`` under the same names, in place of those before."""
+        self._modules.clear()
+        whole: set[str] = set()
+        direct: dict[str, set[str]] = {}
+        for path in sorted(set(paths), key=lambda path: path.count(".")):
+            *above, name = path.split(".")
+            if any(".".join(above[:depth + 1]) in whole for depth in range(len(above))):
+                continue
+            owner = root.get_submodule(".".join(above))
+            if owner._modules.get(name) is not None:
+                whole.add(path)
+                self._part(above)._modules[name] = owner._modules[name]
+            elif name in owner._parameters or name in owner._buffers:
+                direct.setdefault(".".join(above), set()).add(name)
+        for path, names in direct.items():
+            owner, made = root.get_submodule(path), self._part(path.split(".") if path else [])
+            for kind in ("_parameters", "_buffers"):
+                held = {name for name, value in owner.__dict__[kind].items() if value is not None}
+                # the same dict where it has nothing else: what is replaced in one (sharded, moved) the other sees
+                made.__dict__[kind] = owner.__dict__[kind] if held <= names else {
+                    name: owner.__dict__[kind][name] for name in held & names}
+
+    def _part(self, names: Sequence[str]) -> nn.Module:
+        part: nn.Module = self
+        for name in names:
+            if name not in part._modules:
+                part._modules[name] = Part()
+            part = part._modules[name]  # type: ignore[assignment]
+        return part
