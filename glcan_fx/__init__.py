@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from glcan_fx import methods
+    from glcan_fx import distributed, methods
     from glcan_fx.api import estimate_memory, load_pretrained, plan, transform
     from glcan_fx.capture.trace import Report
     from glcan_fx.config import Options
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         ModelChangedWarning,
         NotLearningError,
         PlanError,
+        RankError,
         SmallExampleWarning,
         StatefulCriterionWarning,
         TargetError,
@@ -48,7 +49,7 @@ _NAMES = {
     "glcan_fx.devices": "DEVICES Device Work",
     "glcan_fx.errors": (
         "BudgetError CriterionError GlcanFxError LoadError ModelChangedError ModelChangedWarning "
-        "NotLearningError PlanError SmallExampleWarning StatefulCriterionWarning TargetError TraceError "
+        "NotLearningError PlanError RankError SmallExampleWarning StatefulCriterionWarning TargetError TraceError "
         "UnsupportedError UnusedGradientsWarning"),
     "glcan_fx.methods": "Feature FeatureInfo Rules",
     "glcan_fx.planned": "PlannedModel",
@@ -66,9 +67,9 @@ __all__ = [
     "DEVICES", "Block", "BudgetError", "Classification", "CriterionError", "CriterionTask", "Detection", "Device",
     "Estimate", "Feature", "FeatureInfo", "GlcanFxError", "LoadError", "LocalModel", "LocalModule", "LocalOutput",
     "Memory", "ModelChangedError", "ModelChangedWarning", "NotLearningError", "Options", "OwnLoss", "Phase", "Plan",
-    "PlanError", "PlannedModel", "Point", "Report", "Rules", "Run", "Segmentation", "SmallExampleWarning",
+    "PlanError", "PlannedModel", "Point", "RankError", "Report", "Rules", "Run", "Segmentation", "SmallExampleWarning",
     "StatefulCriterionWarning", "SuperResolution", "TargetError", "Task", "TraceError", "UnsupportedError",
-    "UnusedGradientsWarning", "Work", "estimate_memory", "load_pretrained", "methods", "plain_state_dict", "plan",
+    "UnusedGradientsWarning", "Work", "distributed", "estimate_memory", "load_pretrained", "methods", "plain_state_dict", "plan",
     "transform",
 ]
 

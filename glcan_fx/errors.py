@@ -53,6 +53,10 @@ class ModelChangedError(GlcanFxError):
     """Something that the compiled training step took for granted has changed since the model was compiled."""
 
 
+class RankError(GlcanFxError):
+    """Another process of a distributed run has ended, or does not answer."""
+
+
 class NotLearningError(GlcanFxError):
     """A local module, or its auxiliary network, gets no gradients, or none that are finite."""
 

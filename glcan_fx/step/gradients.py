@@ -76,6 +76,14 @@ class Stepping(Protocol):
     def arrived(self, part: "LocalBackward", gradient: Tensor) -> None: ...
 
 
+class Reducing(Protocol):
+    """Averages gradients over the ranks of a distributed run while the forward pass goes on."""
+
+    def start(
+        self, parameters: Sequence[Tensor], stash: list[Tensor | None]
+    ) -> Callable[[Tensor], None] | None: ...
+
+
 class HandOver(torch.autograd.Function):
     """A scalar whose backward hands over gradients that already exist."""
 
@@ -185,6 +193,7 @@ class LocalBackward(nn.Module):
         self.delivered: list[bool] = []  # of the last step: [False], [True] after its backward, [] when there was none
         self.__dict__["scaler"] = scale  # registered once, beside the local modules
         self.optimizer: Stepping | None = None  # during a forward pass that steps
+        self.__dict__["reducer"] = None  # a Reducing, where gradients are sent to other ranks at once
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # differentiating is eager: compiled graphs end here
     def forward(self, loss: Any, *inputs: Any, through: Passed = (), sides: Sides = (None, None)) -> Tensor:
@@ -208,7 +217,8 @@ class LocalBackward(nn.Module):
         if self.watch.on:
             self.watch.look(scalar, self._groups(parameters), dict(zip(map(id, parameters), stash, strict=True)))
         self.delivered = [False]
-        arrived = None
+        reducer: Reducing | None = self.__dict__["reducer"]
+        arrived = None if reducer is None else reducer.start(parameters, stash)
         if self.optimizer is not None:
             own = self.optimizer.take(self, parameters, stash)
             if any(own):  # the rest waits as always, and a number, so that backward passes here in any case

@@ -128,23 +128,29 @@ class LocalModel(nn.Module):
         """The training step that a graph describes."""
         return Step(graph, type(self.original).__name__)
 
-    def _own_stages(self) -> list[Stage]:
-        """The local modules as modules of their own, with what each trains now."""
+    def own_stages(self) -> list[Stage]:
+        """The local modules as modules of their own, with what each trains now: ``stages``, where the model itself has
+        nothing of that name."""
         stages: list[Stage] = self.__dict__["_stages"]
-        last = len(stages) - 1
-        for index, stage in enumerate(stages):
-            if index < last:
-                paths = [*targets_of(self.graph, index), f"aux.{index}"]
-            else:
-                left = {name for name, _ in self.named_buffers()} - {
-                    name for other in stages[:last] for name, _ in other.named_buffers()}
-                paths = [*targets_of_last(self.original, self.graph, self.__dict__["_parts"], len(stages)),
-                         *left, "aux.last", "aux.task"]
-            stage.register_parts(self, paths)
+        for stage, paths in zip(stages, self.paths_by_stage(), strict=True):
+            stage.hold(self, paths)
         return stages
 
+    def paths_by_stage(self) -> list[list[str]]:
+        """Of every local module the modules, parameters and buffers that belong to it; the last one has what no other
+        has."""
+        last = self.plan.k - 1
+        paths = [[*targets_of(self.graph, index), f"aux.{index}"] for index in range(last)]
+        taken = {id(b) for path in sum(paths, []) for b in _buffers_at(self, path)}
+        left = [name for name, buffer in self.named_buffers() if id(buffer) not in taken]
+        tail = targets_of_last(self.original, self.graph, self.__dict__["_parts"], last + 1)
+        constants = [[path for path in called_by(piece.graph.nodes) if path.startswith("aux.constants.")]
+                     for piece in self.__dict__["_step"].pieces]
+        return [[*own, *more] for own, more in zip(
+            [*paths, [*tail, *left, "aux.last", "aux.task"]], constants, strict=True)]
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _step_for(self, given: dict[str, Any]) -> Step:
+    def step_for(self, given: dict[str, Any]) -> Step:
         """The step for arguments of these sizes, where the answers to the model's questions about sizes decide."""
         if any(part.watch.on for part in self.trained()):
             self.__dict__["_draws"].moved(random_state(list(given.values())))
@@ -210,20 +216,19 @@ class LocalModel(nn.Module):
     def _before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """The arguments of a training step by name; None where nothing is to be trained. Raises where the step cannot
         be trusted."""
-        given = self._given(args, kwargs)
+        given = self.arguments(args, kwargs)
         if given.get("targets") is None and not torch.is_grad_enabled():
             return None
         self.task.check(next(iter(given.values()), None), given.get("targets"))
         _refuse_sharded(self)
-        self._sync()
-        self.__dict__["_guards"].check()
+        self.check_guards()
         self._warn_of_unused()
         if not self.__dict__["_compared"]:
             self.__dict__["_compared"] = True
             self._compare_sizes(next(iter(given.values()), None))
         return given
 
-    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a training step by name. Raises ModelChangedError for those that the step was not written
         for."""
         names = self.names()
@@ -251,6 +256,11 @@ class LocalModel(nn.Module):
                     f"was written for, and is {what[1]} now. Compile again with such an example.")
         return given
 
+    def check_guards(self) -> None:
+        """Raise ModelChangedError where the model is no longer what the training step was written for."""
+        self._sync()
+        self.__dict__["_guards"].check()
+
     def trained(self) -> list[LocalBackward]:
         """What differentiates the local losses."""
         parts: list[LocalBackward] = self.__dict__["_parts_that_train"]
@@ -259,17 +269,13 @@ class LocalModel(nn.Module):
     @uncompiled
     def run_step(self, given: dict[str, Any]) -> Any:
         """Run the step's graph on arguments by name, unchecked and without the hooks on the model itself."""
-        step = self._step_for(given)
+        step = self.step_for(given)
         optimizer = self.__dict__["_optimizer"]()
         stepping = optimizer is not None and torch.is_grad_enabled()
         try:
-            twice = self.plan.method.agreement and self.plan.k > 1  # fast attention has no second derivative
-            with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext(), \
-                    private_graph() if self.plan.k > 1 else nullcontext(), \
-                    optimizer.forward(backwards_of(self.aux, self.plan.k)) if stepping else nullcontext():
-                values = step.values(given)
-                for index, stage in enumerate(self.__dict__["_stages"]):
-                    step.run(self, stage, values, index)
+            values = step.values(given)
+            with optimizer.forward(backwards_of(self.aux, self.plan.k)) if stepping else nullcontext():
+                self.run_stages(step, values, range(len(step.pieces)))
                 result = step.result(self, values)
                 if stepping:
                     optimizer.refuse_used_again(list(tensors_in(result)))
@@ -278,6 +284,19 @@ class LocalModel(nn.Module):
             raise
         self._after_step(result)
         return result
+
+    @uncompiled
+    def run_stages(
+        self, step: Step, values: dict[str, Any], which: range, behind: Callable[[int], None] | None = None
+    ) -> None:
+        """Run some local modules on the values of the step so far, in place; ``behind`` is called after each."""
+        several = self.plan.k > 1
+        twice = several and self.plan.method.agreement  # fast attention has no second derivative
+        with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext(), private_graph() if several else nullcontext():
+            for index in which:
+                step.run(self, self.__dict__["_stages"][index], values, index)
+                if behind is not None:
+                    behind(index)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_step(self, result: Any) -> None:
@@ -381,7 +400,7 @@ class LocalModel(nn.Module):
             if model is None or name.startswith("__"):
                 raise
             if name == "stages" and not hasattr(model, name):
-                return self._own_stages()
+                return self.own_stages()
             return getattr(model, name)  # the model's own methods and attributes
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -491,11 +510,12 @@ class LocalModel(nn.Module):
             raise UnsupportedError("LBFGS evaluates the loss of all parameters together, several times a step: local "
                                    "modules cannot be stepped one by one. Use another optimizer.")
         names = {id(parameter): name for name, parameter in self.named_parameters()}
-        optimizer = OptimizerInForward(inner, self._trained_alone, names, max_norm)
+        optimizer = OptimizerInForward(inner, self.trained_alone, names, max_norm)
         self.__dict__["_optimizer"] = weakref.ref(optimizer)
         return optimizer
 
-    def _trained_alone(self) -> dict[str, list[Tensor]]:
+    def trained_alone(self) -> dict[str, list[Tensor]]:
+        """Of every local module but the last, the parameters that no other part of a step uses."""
         return trained_alone(self.original, self.aux, self.graph, self.plan, self.__dict__["_parts"])
 
     def original_state_dict(self) -> dict[str, Any]:
@@ -525,6 +545,14 @@ class LocalModel(nn.Module):
         parts = {name: pack(part) for name, part in self.__dict__["_parts"].items()}
         return _rebuild, (self.original, self.aux, pack(self.graph), self.plan, self.task, _modes(self), parts,
                           dict(self.__dict__["_opened"]))
+
+
+def _buffers_at(root: nn.Module, path: str) -> list[Tensor]:
+    """The buffers of a module, or the one, at a path."""
+    owner, _, name = path.rpartition(".")
+    found: Any = root.get_submodule(owner)
+    part = found._modules.get(name)
+    return list(part.buffers()) if part is not None else [b for b in [found._buffers.get(name)] if b is not None]
 
 
 def _check_sizes(local: "weakref.ref[LocalModel]", values: tuple[Any, ...]) -> None:

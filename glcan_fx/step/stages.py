@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from glcan_fx.fx_utils import function_of, with_headlines
+from glcan_fx.step import output as passing
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -70,6 +71,17 @@ def _piece(nodes: Sequence[fx.Node], result: Any) -> Piece:
     return Piece(graph, tuple(node.name for node in reads), tuple(node.name for node in makes))
 
 
+def _ends(graph: fx.Graph) -> tuple[tuple[str, ...], Any]:
+    """The values that are the local losses, in order, and that which is the model's output: a nested structure."""
+    result = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
+    if not isinstance(result, fx.Node) or result.target not in (passing.collect, passing.merge):
+        return (), None
+    losses, last = result.args  # type: ignore[misc]
+    if result.target is passing.merge:
+        return tuple(node.name for node in [*losses, last]), None  # type: ignore[union-attr, misc]
+    return tuple(node.name for node in losses), last  # type: ignore[union-attr]
+
+
 class Step:
     """A training step of a compiled model: its local modules in order, and its result of what they make."""
 
@@ -79,6 +91,7 @@ class Step:
         self.runs = [function_of(piece.graph, f"<local module {index} of {name} {id(graph):x}>")
                      for index, piece in enumerate(pieces)]
         self._end, self._result = end, function_of(end.graph, f"<result of {name} {id(graph):x}>")
+        self.losses, self.output = _ends(graph)
         self.defaults = {node.name: node.args[0] for node in graph.nodes if node.op == "placeholder" and node.args}
         self.inputs = {str(node.target): node.name for node in graph.nodes if node.op == "placeholder"}
         readers = [*pieces, end]
@@ -106,16 +119,61 @@ class Step:
         """What the step returns."""
         return self._result(local, *self._taken(values, len(self.pieces)))
 
+    def outputs(self, values: Mapping[str, Any]) -> Any:
+        """The model's own output, of what the last local module made; None for a detector, which has losses only."""
+        return passing.detach(fx.map_arg(self.output, lambda node: values[node.name]))
+
+    def passed_on(self, index: int) -> list[str]:
+        """The values, arguments included, that local module ``index`` and those behind it read of what is in front."""
+        made = {name for piece in self.pieces[index:] for name in piece.makes}
+        return list(dict.fromkeys(name for piece in self.pieces[index:] for name in piece.reads if name not in made))
+
     def _taken(self, values: dict[str, Any], index: int) -> Iterable[Any]:
         reads = (*self.pieces, self._end)[index].reads
         return [values.pop(name) if name in self._freed[index] else values[name] for name in reads]
 
 
 class Part(nn.Module):
-    """A module of the model that several local modules divide, with what one of them trains."""
+    """A module of the model that several local modules divide, with what one of them has of it."""
 
 
-class Stage(nn.Module):
+class Share(nn.Module):
+    """Some of a compiled model's modules, parameters and buffers, under the names that they have there."""
+
+    def hold(self, root: nn.Module, paths: Iterable[str]) -> None:
+        """Register these of ``root``, in place of those before."""
+        self._modules.clear()
+        whole: set[str] = set()
+        direct: dict[str, set[str]] = {}
+        for path in sorted(set(paths), key=lambda path: path.count(".")):
+            *above, name = path.split(".")
+            if any(".".join(above[:depth + 1]) in whole for depth in range(len(above))):
+                continue
+            owner = root.get_submodule(".".join(above))
+            if owner._modules.get(name) is not None:
+                whole.add(path)
+                self._part(above)._modules[name] = owner._modules[name]
+            elif name in owner._parameters or name in owner._buffers:
+                direct.setdefault(".".join(above), set()).add(name)
+        for path, names in direct.items():
+            owner, made = root.get_submodule(path), self._part(path.split(".") if path else [])
+            made.__dict__["_non_persistent_buffers_set"] = owner._non_persistent_buffers_set
+            for kind in ("_parameters", "_buffers"):
+                held = {name for name, value in owner.__dict__[kind].items() if value is not None}
+                # the same dict where it has nothing else: what is replaced in one (sharded, moved) the other sees
+                made.__dict__[kind] = owner.__dict__[kind] if held <= names else {
+                    name: owner.__dict__[kind][name] for name in held & names}
+
+    def _part(self, names: Sequence[str]) -> nn.Module:
+        part: nn.Module = self
+        for name in names:
+            if part._modules.get(name) is None:
+                part._modules[name] = Part()
+            part = part._modules[name]  # type: ignore[assignment]
+        return part
+
+
+class Stage(Share):
     """A local module: ``stage(*values)`` runs it with its auxiliary network and loss, whose backward pass is part of
     the call.
 
@@ -133,34 +191,3 @@ class Stage(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{', '.join(self.reads)} -> {', '.join(self.makes)}"
-
-    def register_parts(self, root: nn.Module, paths: Iterable[str]) -> None:
-        """Register modules and parameters of ``root`` under the same names, in place of those before."""
-        self._modules.clear()
-        whole: set[str] = set()
-        direct: dict[str, set[str]] = {}
-        for path in sorted(set(paths), key=lambda path: path.count(".")):
-            *above, name = path.split(".")
-            if any(".".join(above[:depth + 1]) in whole for depth in range(len(above))):
-                continue
-            owner = root.get_submodule(".".join(above))
-            if owner._modules.get(name) is not None:
-                whole.add(path)
-                self._part(above)._modules[name] = owner._modules[name]
-            elif name in owner._parameters or name in owner._buffers:
-                direct.setdefault(".".join(above), set()).add(name)
-        for path, names in direct.items():
-            owner, made = root.get_submodule(path), self._part(path.split(".") if path else [])
-            for kind in ("_parameters", "_buffers"):
-                held = {name for name, value in owner.__dict__[kind].items() if value is not None}
-                # the same dict where it has nothing else: what is replaced in one (sharded, moved) the other sees
-                made.__dict__[kind] = owner.__dict__[kind] if held <= names else {
-                    name: owner.__dict__[kind][name] for name in held & names}
-
-    def _part(self, names: Sequence[str]) -> nn.Module:
-        part: nn.Module = self
-        for name in names:
-            if name not in part._modules:
-                part._modules[name] = Part()
-            part = part._modules[name]  # type: ignore[assignment]
-        return part

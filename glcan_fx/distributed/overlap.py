@@ -1,0 +1,113 @@
+"""DistributedDataParallel that averages a local module's gradients while the next module computes.
+
+A local loss is differentiated in the forward pass, so its gradients exist long before ``loss.backward()``, which is
+when DistributedDataParallel begins to send. Here they are sent at once; in backward, its buckets find them averaged.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from glcan_fx.errors import UnsupportedError
+from glcan_fx.step.local_model import LocalModel
+
+
+def overlap(parallel: DistributedDataParallel) -> DistributedDataParallel:
+    """Let a wrapped compiled model send each local module's gradients as soon as they exist. Returns ``parallel``.
+
+        parallel = glcan_fx.distributed.overlap(DistributedDataParallel(local))
+
+    The loop stays as it is, and so do the gradients, but for rounding where they are sums over micro-batches
+    (``no_sync()``). It takes the place of DistributedDataParallel's communication hook. Parameters that more than one
+    local module trains, and the last module's, are averaged in backward, as always, and so are all of them in
+    ``parallel.join()``.
+
+    Raises UnsupportedError for what is not a compiled model in DistributedDataParallel.
+    """
+    if not isinstance(parallel, DistributedDataParallel) or not isinstance(parallel.module, LocalModel):
+        raise UnsupportedError("overlap() takes a compiled model in DistributedDataParallel: "
+                               "overlap(DistributedDataParallel(glcan_fx.transform(model, ...)))")
+    local = parallel.module
+    reducer = _Reducer(parallel)
+    for part in local.trained():
+        part.__dict__["reducer"] = reducer
+    parallel.register_comm_hook(reducer, _average_the_rest)
+    return parallel
+
+
+class _Reducer:
+    """Averages gradients over the ranks while the forward pass goes on. done: the parameters whose gradients are
+    averaged when they arrive in this step; waiting: those that have gradients of steps that were not synchronised."""
+
+    def __init__(self, parallel: DistributedDataParallel) -> None:
+        self.parallel, self.group = parallel, parallel.process_group
+        self.ranks = dist.get_world_size(self.group)
+        local: Any = parallel.module
+        self.alone = {id(p) for own in local.trained_alone().values() for p in own}
+        self.done: set[int] = set()
+        self.waiting: set[int] = set()
+
+    def start(self, parameters: Sequence[Tensor], stash: list[Tensor | None]) -> Callable[[Tensor], None] | None:
+        """Begin to average some gradients, in place; what is returned waits for them."""
+        own = [(index, p) for index, p in enumerate(parameters) if id(p) in self.alone and _is_dense(stash[index])]
+        keys = {id(p) for _, p in own}
+        joining = self.parallel._join_config.enable
+        if not self.parallel.require_backward_grad_sync or joining:
+            self.done -= keys
+            self.waiting |= keys
+            return None
+        before = [p.grad for _, p in own if id(p) in self.waiting and p.grad is not None]
+        self.waiting -= keys
+        self.done |= keys
+        works = []
+        order = sorted([*((stash[index], index) for index, _ in own), *((grad, -1) for grad in before)],
+                       key=lambda pair: str((pair[0].dtype, pair[0].device)))  # type: ignore[union-attr]
+        for _, group in groupby(order, key=lambda pair: (pair[0].dtype, pair[0].device)):  # type: ignore[union-attr]
+            pairs: list[Any] = list(group)
+            flat = torch.cat([grad.reshape(-1) for grad, _ in pairs]).div_(self.ranks)
+            works.append((dist.all_reduce(flat, group=self.group, async_op=True), flat, []))
+            for (grad, index), part in zip(pairs, flat.split([grad.numel() for grad, _ in pairs]), strict=True):
+                if index >= 0:
+                    stash[index] = part.view_as(grad)
+                else:
+                    works[-1][2].append((grad, part.view_as(grad)))
+        return partial(_wait, works)
+
+
+def _is_dense(grad: Tensor | None) -> bool:
+    return grad is not None and grad.layout is torch.strided
+
+
+def _wait(works: list[Any], _: Tensor) -> None:
+    for work, _flat, earlier in works:
+        work.wait()
+        for grad, averaged in earlier:
+            grad.copy_(averaged)
+    works.clear()
+
+
+def _average_the_rest(reducer: _Reducer, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DistributedDataParallel's communication hook: averages what of a bucket is not averaged yet."""
+    buffer = bucket.buffer()
+    left = [grad for p, grad in zip(bucket.parameters(), bucket.gradients(), strict=True) if id(p) not in reducer.done]
+    if not left:
+        made: torch.futures.Future[Tensor] = torch.futures.Future()
+        made.set_result(buffer)
+        return made
+    whole = len(left) == len(bucket.parameters())
+    flat = (buffer if whole else torch.cat([grad.reshape(-1) for grad in left])).div_(reducer.ranks)
+
+    def finished(future: Any) -> Tensor:
+        if not whole:
+            for grad, part in zip(left, flat.split([grad.numel() for grad in left]), strict=True):
+                grad.copy_(part.view_as(grad))
+        return buffer
+
+    work: Any = dist.all_reduce(flat, group=reducer.group, async_op=True)
+    return work.get_future().then(finished)
