@@ -69,8 +69,8 @@ __all__ = [
     "Memory", "ModelChangedError", "ModelChangedWarning", "NotLearningError", "Options", "OwnLoss", "Phase", "Plan",
     "PlanError", "PlannedModel", "Point", "RankError", "Report", "Rules", "Run", "Segmentation", "SmallExampleWarning",
     "StatefulCriterionWarning", "SuperResolution", "TargetError", "Task", "TraceError", "UnsupportedError",
-    "UnusedGradientsWarning", "Work", "distributed", "estimate_memory", "load_pretrained", "methods", "plain_state_dict", "plan",
-    "transform",
+    "UnusedGradientsWarning", "Work", "distributed", "estimate_memory", "load_pretrained", "methods",
+    "plain_state_dict", "plan", "transform",
 ]
 
 

@@ -5,6 +5,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -75,6 +76,7 @@ def plan(
     compute_budget: float | None = None,
     method: str | Method = "glcan",
     plan: Plan | PlannedModel | None = None,
+    devices: int = 1,
     options: Options = Options(),
     **method_options: Any,
 ) -> PlannedModel:
@@ -111,6 +113,8 @@ def plan(
             method that is given by name may be passed as keywords: ``method="glcan", ahead=1, head="light"``.
         plan: a plan that was made before, to look at on this model; only ``task``, ``criterion`` and ``options`` may be
             given beside it (a ``PlannedModel`` brings its own task).
+        devices: ranks of a pipeline (``glcan_fx.distributed.pipeline``) that the local modules are divided among, of
+            which there are at least as many; ``memory_budget`` is that of one process that runs them all.
         options: how plans are simulated and verified, and savings that change no gradient.
 
     Raises TraceError where the model cannot be captured, PlanError for a request that is not possible (BudgetError
@@ -122,9 +126,10 @@ def plan(
             task = plan.task_object
         plan = plan.plan
     if plan is not None:
-        _check_alone(plan, k, example_inputs, memory_budget, compute_budget, method, *method_options)
+        _check_alone(plan, k, example_inputs, memory_budget, compute_budget, method, devices, *method_options)
         return _planned_before(model, plan, task, criterion, options)
-    request = request_for(model, k, method_of(method, **method_options), memory_budget, compute_budget, options)
+    request = request_for(model, k, method_of(method, **method_options), memory_budget, compute_budget, options,
+                          devices)
     made = make_task(task, criterion)
     made.begin(model)
     made.network(model)  # first: whether the task fits the model at all
@@ -147,6 +152,10 @@ def _planned_now(model: nn.Module, made: Task, inputs: Any, values: Any, request
     simulator = Simulator(captured, options.example_targets, options.device)
     try:
         chosen = choose(captured, request, simulator)
+        if chosen.k < request.devices and not isinstance(request.k, int):
+            chosen = choose(captured, replace(request, k=request.devices), simulator)
+        if request.devices > 1:
+            chosen = simulator.on_devices(chosen, request.devices, options.optimizer)
     except NothingToCut as error:
         if made.network(model):
             raise
@@ -168,6 +177,7 @@ def transform(
     compute_budget: float | None = None,
     method: str | Method = "glcan",
     plan: Plan | PlannedModel | None = None,
+    devices: int = 1,
     options: Options = Options(),
     **method_options: Any,
 ) -> LocalModel:
@@ -190,6 +200,7 @@ def transform(
         method: the local-learning method, by name or as an object of ``glcan_fx.methods``; options of a method that is
             given by name are keywords: ``method="glcan", width=0.5``.
         plan: build this plan, which decides all but ``task``, ``criterion`` and ``options``.
+        devices: ranks of a pipeline that the local modules are divided among.
         options: how plans are simulated and verified, and savings that change no gradient.
 
     ``glcan_fx.plan`` takes the same arguments, documents them in full, and shows the plan before anything is built.
@@ -199,7 +210,7 @@ def transform(
     """
     planned = _plan(model, k=k, task=task, criterion=criterion, example_inputs=example_inputs,
                     memory_budget=memory_budget, compute_budget=compute_budget, method=method, plan=plan,
-                    options=options, **method_options)
+                    devices=devices, options=options, **method_options)
     with _no_raw_error(model):
         local = planned.build()
     log.info("compiled %s; create the optimizer after this call, from its parameters()", planned.plan.model)
@@ -302,8 +313,8 @@ def _check_alone(plan: Any, *others: Any) -> None:
     """Raise PlanError where a given plan is not one, or decides what is given beside it."""
     if not isinstance(plan, Plan):
         raise PlanError(f"plan= must be a glcan_fx.Plan, not {type(plan).__name__}: Plan.from_json() reads text")
-    names = ("k", "example_inputs", "memory_budget", "compute_budget", "method", *others[5:])
-    usual = ("fewest", None, None, None, "glcan", *[None] * len(others[5:]))
+    names = ("k", "example_inputs", "memory_budget", "compute_budget", "method", "devices", *others[6:])
+    usual = ("fewest", None, None, None, "glcan", 1, *[None] * len(others[6:]))
     given = [name for name, value, default in zip(names, others, usual, strict=True)
              if not (value is default or isinstance(value, str) and value == default)]
     if given:

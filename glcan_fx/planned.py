@@ -19,6 +19,7 @@ from glcan_fx.report.dot import PICTURES, picture, plan_dot
 from glcan_fx.report.page import plan_fragment, plan_report
 from glcan_fx.report.table import plan_text
 from glcan_fx.simulate.estimate import Estimate, Memory
+from glcan_fx.simulate.ranks import Rank
 from glcan_fx.simulate.simulator import Simulator
 from glcan_fx.step.build import build
 from glcan_fx.step.local_model import LocalModel
@@ -110,6 +111,14 @@ class PlannedModel:
     def backpropagation(self, optimizer: OptimizerLike = "sgd", *, recompute: bool = False) -> Estimate:
         """A step of the model as it is; recompute: with activation checkpointing on every block."""
         return self.simulator.backpropagation(optimizer, recompute=recompute)
+
+    def on_ranks(self, micro_batches: int = 8, optimizer: OptimizerLike = "sgd") -> tuple[Rank, ...]:
+        """What each rank of a pipeline needs, for a plan with ``devices=``, by simulation: its local modules, its
+        memory with a batch in so many micro-batches, its part of the work, and what it sends. Raises PlanError for a
+        plan without, TargetError for a batch that cannot be cut into so many."""
+        if not self.plan.ranks:
+            raise PlanError("this plan is for one device: pass devices= to glcan_fx.plan()")
+        return self.simulator.ranks(self.plan, optimizer, micro_batches)
 
     @property
     def simulator(self) -> Simulator:

@@ -94,9 +94,10 @@ class Channel:
         try:
             yield
         except RuntimeError as error:  # of the backend: a closed connection, its time-out
+            cause = str(error).strip().splitlines()[0].partition(". ")[0]
             raise RankError(
-                f"rank {self.rank} has ended, or does not answer: {str(error).strip().splitlines()[0]}. Its own error, "
-                "if it had one, stands in its output. Start all ranks again, from the last checkpoint.") from error
+                f"rank {self.rank} has ended, or does not answer ({cause}). Its own error, if it had one, is in its "
+                "output. Start all ranks again, from the last checkpoint.") from error
 
 
 def _dense(tensor: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class _Reducer:
         before = [p.grad for _, p in own if id(p) in self.waiting and p.grad is not None]
         self.waiting -= keys
         self.done |= keys
-        works = []
+        works: list[tuple[Any, Tensor, list[tuple[Tensor, Tensor]]]] = []
         order = sorted([*((stash[index], index) for index, _ in own), *((grad, -1) for grad in before)],
                        key=lambda pair: str((pair[0].dtype, pair[0].device)))  # type: ignore[union-attr]
         for _, group in groupby(order, key=lambda pair: (pair[0].dtype, pair[0].device)):  # type: ignore[union-attr]
@@ -92,8 +92,8 @@ def _wait(works: list[Any], _: Tensor) -> None:
     works.clear()
 
 
-def _average_the_rest(reducer: _Reducer, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """DistributedDataParallel's communication hook: averages what of a bucket is not averaged yet."""
+def _average_the_rest(reducer: _Reducer, bucket: Any) -> torch.futures.Future[Tensor]:
+    """DistributedDataParallel's communication hook: averages what of a ``GradBucket`` is not averaged yet."""
     buffer = bucket.buffer()
     left = [grad for p, grad in zip(bucket.parameters(), bucket.gradients(), strict=True) if id(p) not in reducer.done]
     if not left:

@@ -2,19 +2,21 @@
 forward, differentiates its own losses, and goes on: nothing comes back, and nobody waits after the first fill.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from glcan_fx.distributed.channel import Channel, check_backend
-from glcan_fx.errors import TargetError, UnsupportedError
-from glcan_fx.simulate.ranks import balanced, costs_of, divisible
+from glcan_fx.errors import UnsupportedError
+from glcan_fx.pytree import map_tensors
+from glcan_fx.simulate.ranks import Load, balanced, divisible, loads_of, parts_of_batch
 from glcan_fx.step.local_model import LocalModel
-from glcan_fx.step.output import total
 from glcan_fx.step.stages import Share, Step
 
 
@@ -32,6 +34,7 @@ class PipelineOutput(NamedTuple):
 def pipeline(
     local: LocalModel, *, micro_batches: int = 8, stages: Sequence[int] | None = None,
     device: str | torch.device | None = None, group: dist.ProcessGroup | None = None,
+    data_group: dist.ProcessGroup | None = None,
 ) -> "Pipeline":
     """This rank's local modules of a compiled model, to be trained with those of the other ranks.
 
@@ -49,23 +52,36 @@ def pipeline(
         local: the compiled model, with at least as many local modules as ranks.
         micro_batches: how many parts a batch is cut into; ranks work on different parts. Batch norm has the statistics
             of a part, as in any pipeline.
-        stages: how many local modules each rank runs, in order. None: balanced by operations, then by memory.
+        stages: how many local modules each rank runs, in order. None: as the plan says (``devices=``), else balanced
+            by operations, then by memory.
         device: this rank's; its own parts move there. None: where the model is.
         group: the ranks; None: all.
+        data_group: the ranks that run the same local modules on other batches, with which gradients are averaged:
+            ``mesh["data"].get_group()`` beside ``group=mesh["pipeline"].get_group()``.
 
     Raises UnsupportedError where the local modules cannot be divided so.
     """
     check_backend(group)
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     links = divisible(local, ranks)
-    sizes = tuple(balanced(costs_of(local), links, ranks) if stages is None else stages)
+    if stages is None:
+        stages = local.plan.ranks if len(local.plan.ranks) == ranks else balanced(_loads(local), links, ranks)
+    sizes = tuple(stages)
     _check_sizes(local, sizes, ranks, links)
-    return Pipeline(local, sizes, rank, micro_batches, device, group)
+    pipe = Pipeline(local, sizes, rank, micro_batches, device, group)
+    if data_group is not None:
+        pipe.average_over(data_group)
+    return pipe
 
 
 class Pipeline(Share):
     """One rank's local modules; ``pipeline()`` makes it. Its parameters, buffers and state dict are theirs, under the
     plain model's names, so that distributed checkpoints of all ranks together hold one model."""
+
+    local: LocalModel
+    sizes: tuple[int, ...]
+    rank: int
+    group: dist.ProcessGroup | None
 
     def __init__(
         self, local: LocalModel, sizes: tuple[int, ...], rank: int, micro_batches: int,
@@ -82,6 +98,7 @@ class Pipeline(Share):
         self.micro_batches = micro_batches
         if device is not None:
             self.to(device)
+        self._data_group: dist.ProcessGroup | None = None
         at = next((t.device for t in [*self.parameters(), *self.buffers()]), torch.device("cpu"))
         self._before = Channel(rank - 1, group, at) if rank else None
         self._behind = Channel(rank + 1, group, at) if rank + 1 < len(sizes) else None
@@ -101,6 +118,15 @@ class Pipeline(Share):
         names = [self.local.plan.modules[index].name for index in self._which]
         return f"rank {self.rank} of {len(self.sizes)}: {', '.join(names)}"
 
+    def average_over(self, group: dist.ProcessGroup) -> None:
+        """Average gradients with the ranks that run the same local modules, which begin with the first one's weights.
+        """
+        self._data_group = group
+        source = dist.get_global_rank(group, 0)
+        with torch.no_grad():
+            for tensor in [*self.parameters(), *self.buffers()]:
+                dist.broadcast(tensor, source, group)
+
     def step(self, *args: Any, **kwargs: Any) -> PipelineOutput:
         """One batch: forward and backward through this rank's local modules; then call ``optimizer.step()``.
 
@@ -115,21 +141,38 @@ class Pipeline(Share):
         parts = self._parts(step, args, kwargs) if self._before is None else None
         losses: dict[str, Tensor] = {}
         outputs = []
+        sent: list[Any] = []
         for index in range(self.micro_batches):
+            last = index == self.micro_batches - 1
             weight, values = self._before.receive() if parts is None else next(parts)  # type: ignore[union-attr]
-            run_and_differentiate(local, step, values, self._which, weight, losses)
+            local.differentiate_stages(step, values, self._which, weight, losses,
+                                       partial(self._send_gradients, sent) if last else None)
             if self._behind is not None:
                 read = step.passed_on(self._which.stop)
                 self._behind.send((weight, {name: values[name] for name in read}))
             else:
                 outputs.append(step.outputs(values))
-            del values, index
+            del values
         if self._behind is not None:
             self._behind.flush()
+        for work, flat, grads in sent:
+            work.wait()
+            for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+                grad.copy_(part.view_as(grad))
         local.aux.get_submodule("scale").update()  # type: ignore[operator]
         names = [module.name for module in local.plan.modules]
         return PipelineOutput({names[step.losses.index(name)]: loss for name, loss in losses.items()},
                               _joined(outputs) if self.is_last else None)
+
+    def _send_gradients(self, sent: list[Any], index: int) -> None:
+        """Begin to average the gradients of a local module whose last micro-batch is done."""
+        if self._data_group is None:
+            return
+        grads = [p.grad for p in self.local.own_stages()[index].parameters() if p.grad is not None]
+        for _, same in groupby(sorted(grads, key=lambda g: str(g.dtype)), key=lambda g: g.dtype):
+            of_type = list(same)
+            flat = torch.cat([grad.reshape(-1) for grad in of_type]).div_(dist.get_world_size(self._data_group))
+            sent.append((dist.all_reduce(flat, group=self._data_group, async_op=True), flat, of_type))
 
     def gather(self) -> LocalModel:
         """Bring the weights and buffers of all ranks to every rank, and return the compiled model: to evaluate, to
@@ -158,48 +201,32 @@ class Pipeline(Share):
         step: Step = local.__dict__["_step"]
         return step
 
-    def _parts(self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The batch's parts, each with its weight in the mean."""
+    def _parts(self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[float, Any]]:
+        """The batch's parts, each with its weight in the mean, and what a step begins with."""
         local = self.local
         given = local.arguments(args, kwargs)
+        local.task.check(next(iter(given.values()), None), given.get("targets"))
         if local.step_for(given) is not step:
             raise UnsupportedError(
                 f"{local.plan.model} asks about sizes, and takes another way for these than for example_inputs=: only "
                 "the first rank would notice. Train on sizes that go the same way, or in one process.")
-        first = next(iter(given.values()))
-        first = next((leaf for leaf in tree_leaves(first) if isinstance(leaf, Tensor)), first) if not isinstance(
-            first, list) else first
-        images = len(first)
-        if images < self.micro_batches:
-            raise TargetError(f"a batch of {images} cannot be cut into micro_batches={self.micro_batches} parts: pass "
-                              "fewer, or drop the last batch of an epoch (DataLoader(drop_last=True))")
-        ends = [round(index * images / self.micro_batches) for index in range(self.micro_batches + 1)]
-        for start, stop in zip(ends, ends[1:], strict=False):
-            part = local.task.part({name: given[name] for name in given}, start, stop, images)
-            yield (stop - start) / images, step.values(
-                tree_map(lambda t: t.to(self._device) if isinstance(t, Tensor) else t, part))
-
-
-def run_and_differentiate(
-    local: LocalModel, step: Step, values: dict[str, Any], which: range, weight: float, losses: dict[str, Tensor]
-) -> None:
-    """Run some local modules on values, in place; differentiate each loss, times ``weight``, as soon as it exists, and
-    add it to ``losses``, by the name of its value."""
-    def behind(index: int) -> None:
-        for name in set(step.pieces[index].makes) & set(step.losses):
-            loss = values.pop(name)
-            scalar = total(loss[0] if isinstance(loss, tuple) else loss) * weight
-            if scalar.requires_grad:
-                scalar.backward()
-            losses[name] = losses.get(name, 0) + scalar.detach()
-
-    local.run_stages(step, values, which, behind)
+        for weight, part in parts_of_batch(local.task, given, self.micro_batches):
+            yield weight, step.values(map_tensors(part, lambda tensor: tensor.to(self._device)))
 
 
 def _joined(outputs: list[Any]) -> Any:
     """The outputs of a batch's parts as those of the batch: tensors one behind the other."""
     return tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) and parts[0].dim() else parts[0],
                     *outputs)
+
+
+def _loads(local: LocalModel) -> list[Load]:
+    """What the local modules cost, by simulation. Raises UnsupportedError where that is not known."""
+    simulate = getattr(local.plan, "simulate", None)
+    if simulate is None:
+        raise UnsupportedError("this compiled model was copied or loaded from a file, and no longer knows its costs: "
+                               "say how many local modules each rank runs, stages=(...)")
+    return loads_of(simulate())
 
 
 def _check_sizes(local: LocalModel, sizes: tuple[int, ...], ranks: int, links: Sequence[tuple[int, int, str]]) -> None:

@@ -24,6 +24,7 @@ class Request:
     memory_budget: int | Literal["least"] | None
     compute_budget: float | None
     options: Options
+    devices: int = 1
 
     @property
     def wants_auxiliary(self) -> bool:
@@ -42,7 +43,7 @@ class Request:
 
 def request_for(
     model: nn.Module, k: K, method: Method, memory_budget: int | str | None, compute_budget: float | None,
-    options: Options,
+    options: Options, devices: int = 1,
 ) -> Request:
     """The request, with the memory budget in bytes: the user's, or the GPU's with k="auto". Raises PlanError for what
     is not possible."""
@@ -58,4 +59,6 @@ def request_for(
             raise PlanError("k='auto' takes the fewest local modules that fit: pass memory_budget=, or move the model "
                             "to the GPU first")
         budget = int(_OF_GPU * torch.cuda.get_device_properties(device).total_memory)
-    return Request(k, method, budget, compute_budget, options)
+    if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
+        raise PlanError(f"devices={devices!r}: a number, 1 or more")
+    return Request(k, method, budget, compute_budget, options, devices)

@@ -118,6 +118,7 @@ class Plan:
     open. fused_loss: whether the last module computes dense losses from class ids; slices: how many slices of the batch
     its end runs in. report: how the model was captured. around: what runs as Python around the compiled part, where the
     whole model could not be captured. optimizer: that memory was simulated with, "sgd", "adam" or a class's name.
+    ranks: how many local modules each rank of a pipeline runs; empty for one device.
     """
 
     model: str
@@ -133,6 +134,7 @@ class Plan:
     report: Report = Report()
     around: Surroundings | Segments | None = None
     optimizer: str | None = "sgd"
+    ranks: tuple[int, ...] = ()
     reads: tuple[tuple[str | None, ...], ...] = field(default=(), compare=False, repr=False)
 
     @property
@@ -151,6 +153,11 @@ class Plan:
         place = {block.name: index for index, module in enumerate(self.modules) for block in module.blocks}
         return reaches_of(self.method.window, [place[module.ahead[-1]] if module.ahead else index
                                                for index, module in enumerate(self.modules[:-1])])
+
+    @property
+    def rank_of(self) -> tuple[int, ...]:
+        """The rank that runs each local module; empty for one device."""
+        return tuple(rank for rank, size in enumerate(self.ranks) for _ in range(size))
 
     def __str__(self) -> str:
         lines = [module.headline(index) for index, module in enumerate(self.modules)]

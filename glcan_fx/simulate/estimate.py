@@ -134,14 +134,7 @@ def _simulate(
 ) -> Estimate:
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    make = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
-    made = [make(parameters)] if make is not None and parameters else []
-    with PeakMemory():  # on fake tensors, it is also the fastest
-        for parameter in parameters:
-            parameter.grad = torch.empty_like(parameter)
-        for one in made:
-            one.step()
-            one.zero_grad()
+    made = optimizers_of(optimizer, parameters)
     model.zero_grad()
     memory = PeakMemory(model, *made, *tensors_in(inputs))
     with torch.random.fork_rng(devices=[]), kept_python_random(), quiet(), torch.enable_grad(), memory:
@@ -156,6 +149,21 @@ def _simulate(
         del loss
         model.zero_grad()
     return _account(memory, names)
+
+
+def optimizers_of(optimizer: OptimizerLike, parameters: Sequence[nn.Parameter]) -> list[torch.optim.Optimizer]:
+    """The optimizer, if there is one, as it is after a step; gradients are None."""
+    make = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
+    made = [make(parameters)] if make is not None and parameters else []
+    with PeakMemory():  # on fake tensors, it is also the fastest
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
+        for one in made:
+            one.step()
+            one.zero_grad()
+    for parameter in parameters:
+        parameter.grad = None
+    return made
 
 
 def simulate_local(

@@ -1,20 +1,38 @@
 """Local modules on several ranks: which may be apart, how they balance, and what each rank needs."""
 
 import math
-from collections.abc import Sequence
-from itertools import combinations
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations, pairwise
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
 
-from glcan_fx.errors import UnsupportedError
-from glcan_fx.step.averages import Averages
+from glcan_fx.capture.shadow import kept_python_random
+from glcan_fx.capture.trace import quiet
+from glcan_fx.config import OptimizerLike
+from glcan_fx.errors import TargetError, UnsupportedError
+from glcan_fx.peak_memory import PeakMemory
+from glcan_fx.pytree import tensors_in
+from glcan_fx.simulate.estimate import Estimate, optimizers_of
 from glcan_fx.step.local_model import LocalModel
-from glcan_fx.step.parts import ReadOnly
-from glcan_fx.step.stages import Share
+from glcan_fx.step.sharing import Link, links_of
+from glcan_fx.step.stages import Share, Step
+from glcan_fx.tasks import Task
 
-Link = tuple[int, int, str]
-"""Two local modules that cannot be on different ranks, and why."""
+
+class Rank(NamedTuple):
+    """What one rank of a pipeline needs: the local modules that it runs, bytes of live tensors at most, its part of the
+    step's operations, from 0 to 1, and the bytes that it sends to the next rank for every batch."""
+
+    modules: range
+    peak: int
+    share: float
+    sent: int
+
+
+def bubble(ranks: Sequence[Rank]) -> float:
+    """The part of the time that ranks wait for the busiest one, once every rank has work; from 0 to 1."""
+    return 1 - 1 / (len(ranks) * max(rank.share for rank in ranks))
 
 
 class Load(NamedTuple):
@@ -22,6 +40,54 @@ class Load(NamedTuple):
 
     flops: float
     peak: float
+
+
+def simulate_ranks(
+    local: LocalModel, sizes: Sequence[int], inputs: Sequence[Any], targets: Any, optimizer: OptimizerLike,
+    micro_batches: int,
+) -> tuple[Rank, ...]:
+    """Run what each rank of a pipeline runs, on fake tensors: two micro-batches, the second one while the first is
+    still being sent, and a step of the optimizer."""
+    step: Step = local.__dict__["_step"]
+    given = local.arguments((*inputs, targets) if local.task.takes_targets else tuple(inputs), {})
+    local.train()
+    _, part = next(parts_of_batch(local.task, given, micro_batches))
+    values, paths, start = step.values(part), local.paths_by_stage(), 0
+    found: list[Rank] = []
+    for size in sizes:
+        which, start = range(start, start + size), start + size
+        share = Share()
+        share.hold(local, [path for index in which for path in paths[index]])
+        parameters = [p for p in share.parameters() if p.requires_grad]
+        made = optimizers_of(optimizer, parameters)
+        memory = PeakMemory(share, *made, *tensors_in(values))
+        begun = values
+        sent: dict[str, Any] = {}
+        with torch.random.fork_rng(devices=[]), kept_python_random(), quiet(), torch.enable_grad(), memory:
+            for _ in range(2):
+                values = dict(begun)
+                local.differentiate_stages(step, values, which, 1 / micro_batches, {})
+                sent = values = {name: values[name] for name in step.passed_on(which.stop)}
+            for one in made:
+                one.step()
+        local.zero_grad()
+        size_of = {id(t): t.numel() * t.element_size() for t in tensors_in(values)}
+        found.append(Rank(which, memory.bytes, memory.flops, micro_batches * sum(size_of.values())))
+    whole = max(1, sum(rank.share for rank in found))
+    return tuple(rank._replace(share=rank.share / whole) for rank in found)
+
+
+def parts_of_batch(task: Task, given: Mapping[str, Any], count: int) -> Iterator[tuple[float, dict[str, Any]]]:
+    """A batch's arguments in so many parts, each with its weight in the mean over the batch. Raises TargetError for a
+    batch that is too small."""
+    first = next(iter(given.values()))
+    images = len(first if isinstance(first, list) else next(tensors_in(first)))
+    if images < count:
+        raise TargetError(f"a batch of {images} cannot be cut into micro_batches={count} parts: pass fewer, or drop "
+                          "the last batch of an epoch (DataLoader(drop_last=True))")
+    ends = [round(index * images / count) for index in range(count + 1)]
+    for start, stop in pairwise(ends):
+        yield (stop - start) / images, task.part(dict(given), start, stop, images)
 
 
 def divisible(local: LocalModel, ranks: int) -> list[Link]:
@@ -36,57 +102,12 @@ def divisible(local: LocalModel, ranks: int) -> list[Link]:
     return links
 
 
-def links_of(local: LocalModel) -> list[Link]:
-    """Local modules that share something: a loss that trains several, a parameter, weights that are read."""
-    plan, found = local.plan, []
-    for index, reach in enumerate(plan.reaches):
-        if reach.first < reach.until:
-            found.append((reach.first, reach.until, f"with method='{plan.method.name}' the loss of "
-                          f"'{plan.modules[index].name}' passes through several local modules"))
-    if plan.method.agreement and plan.k > 1:
-        found.append((0, plan.k - 1, f"method='{plan.method.name}' compares gradients on both sides of a cut"))
-    owner: dict[int, int] = {}
-    shares = []
-    for index, paths in enumerate(local.paths_by_stage()):
-        share = Share()
-        share.hold(local, paths)
-        shares.append(share)
-        for name, parameter in share.named_parameters():
-            first = owner.setdefault(id(parameter), index)
-            if first != index:
-                found.append((first, index, f"both train the parameter '{name}'"))
-    if "task" in local.aux._modules and plan.k > 1:
-        found.append((0, plan.k - 1, "the criterion has parameters, which every local loss trains"))
-    for index, share in enumerate(shares):
-        for part in share.modules():
-            for path in _read_by(part):
-                first, last = sorted((index, owner.get(id(local.original.get_parameter(path)), index)))
-                if first != last:
-                    found.append((first, last, f"an auxiliary network reads the weights of '{path}'"))
-    return found
-
-
-def _read_by(part: nn.Module) -> list[str]:
-    """Paths of the model's parameters that a part of an auxiliary network reads."""
-    if isinstance(part, Averages):
-        return list(part.__dict__["follows"].values())
-    if isinstance(part, ReadOnly) and part.__dict__["model"] is not None:
-        path = part.__dict__["path"]
-        layer = part.__dict__["model"].get_submodule(path)
-        return [f"{path}.{name}" for name, _ in layer.named_parameters()]
-    return []
-
-
-def costs_of(local: LocalModel) -> list[Load]:
-    """What each local module costs, by simulation. Raises UnsupportedError where that is not known."""
-    simulate = getattr(local.plan, "simulate", None)
-    if simulate is None:
-        raise UnsupportedError("this compiled model was copied or loaded from a file, and no longer knows its costs: "
-                               "say how many local modules each rank runs, stages=(...)")
-    estimate = simulate()
+def loads_of(estimate: Estimate) -> list[Load]:
+    """What each local module costs in a simulated step."""
+    k = 1 + max(phase.module or 0 for phase in estimate.timeline)
     return [Load(sum(phase.flops for phase in estimate.timeline if phase.module == index),
                  max((phase.peak for phase in estimate.timeline if phase.module == index), default=0))
-            for index in range(local.plan.k)]
+            for index in range(k)]
 
 
 def balanced(loads: Sequence[Load], links: Sequence[Link], ranks: int) -> tuple[int, ...]:
@@ -100,7 +121,7 @@ def balanced(loads: Sequence[Load], links: Sequence[Link], ranks: int) -> tuple[
 
     def worst(inner: tuple[int, ...]) -> tuple[float, float]:
         ends = [0, *inner, k]
-        spans = list(zip(ends, ends[1:], strict=False))
+        spans = list(pairwise(ends))
         return (max(work[stop] - work[start] for start, stop in spans),
                 max(sum(load.peak for load in loads[start:stop]) for start, stop in spans))
 

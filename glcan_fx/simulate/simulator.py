@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -13,10 +14,11 @@ from glcan_fx.capture.shadow import fake_copy, replicate
 from glcan_fx.capture.trace import hasattr_path, within
 from glcan_fx.config import OptimizerLike
 from glcan_fx.devices import Device, device_of
-from glcan_fx.errors import PlanError
+from glcan_fx.errors import PlanError, UnsupportedError
 from glcan_fx.plans.plan import Plan
 from glcan_fx.pytree import map_tensors
 from glcan_fx.simulate.estimate import Estimate, Memory, backpropagated, simulate_local, simulate_plain
+from glcan_fx.simulate.ranks import Rank, balanced, divisible, loads_of, simulate_ranks
 from glcan_fx.step.build import build_fake
 from glcan_fx.step.local_model import LocalModel
 from glcan_fx.structure.structure import Unit
@@ -70,6 +72,21 @@ class Simulator:
             log.info("simulated a step, k=%d: %s", plan.k, size(found.peak))
             self._steps[key] = found
         return self._steps[key]
+
+    def ranks(self, plan: Plan, optimizer: OptimizerLike, micro_batches: int) -> tuple[Rank, ...]:
+        """What each rank of a pipeline needs for the plan."""
+        try:
+            return simulate_ranks(self.local(plan), plan.ranks, self.inputs, self.targets, optimizer, micro_batches)
+        finally:
+            self.structure.trace.clear_caches()
+
+    def on_devices(self, plan: Plan, devices: int, optimizer: OptimizerLike) -> Plan:
+        """The plan, with its local modules divided among so many ranks. Raises PlanError where that is not possible."""
+        try:
+            links = divisible(self.local(plan), devices)
+        except UnsupportedError as error:
+            raise PlanError(f"devices={devices}: {error}") from error
+        return replace(plan, ranks=balanced(loads_of(self.simulate(plan, optimizer)), links, devices))
 
     def local(self, plan: Plan) -> LocalModel:
         """What the plan says, compiled on fake tensors."""

@@ -195,6 +195,9 @@ class LocalBackward(nn.Module):
         self.optimizer: Stepping | None = None  # during a forward pass that steps
         self.__dict__["reducer"] = None  # a Reducing, where gradients are sent to other ranks at once
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "reducer": None}  # a copy is not the one that is wrapped
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # differentiating is eager: compiled graphs end here
     def forward(self, loss: Any, *inputs: Any, through: Passed = (), sides: Sides = (None, None)) -> Tensor:
         """``inputs``: of the first module, whose loss also gives them their gradients (a stem before the model)."""

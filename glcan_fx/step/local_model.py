@@ -3,7 +3,6 @@
 import copy
 import inspect
 import math
-import sys
 import warnings
 import weakref
 from collections.abc import Callable
@@ -38,6 +37,7 @@ from glcan_fx.step.local_loss import Draws, LocalLoss, random_state
 from glcan_fx.step.optimizer_in_forward import OptimizerInForward, refuse_distributed
 from glcan_fx.step.output import LocalOutput, collect, parts_of_loss, reported, shape_of, total
 from glcan_fx.step.parts import ReadOnly, Recomputed, SizeCheck, Whole, WithAux
+from glcan_fx.step.sharing import refuse_sharded
 from glcan_fx.step.sliced import SlicedHead
 from glcan_fx.step.stages import Stage, Step, uncompiled
 from glcan_fx.step.trained import backwards_of, called_by, layers_of, targets_of, targets_of_last, trained_alone
@@ -220,7 +220,7 @@ class LocalModel(nn.Module):
         if given.get("targets") is None and not torch.is_grad_enabled():
             return None
         self.task.check(next(iter(given.values()), None), given.get("targets"))
-        _refuse_sharded(self)
+        refuse_sharded(self)
         self.check_guards()
         self._warn_of_unused()
         if not self.__dict__["_compared"]:
@@ -297,6 +297,24 @@ class LocalModel(nn.Module):
                 step.run(self, self.__dict__["_stages"][index], values, index)
                 if behind is not None:
                     behind(index)
+
+    def differentiate_stages(
+        self, step: Step, values: dict[str, Any], which: range, weight: float, losses: dict[str, Tensor],
+        behind: Callable[[int], None] | None = None,
+    ) -> None:
+        """Run some local modules on values, in place; differentiate each loss, times ``weight``, as soon as it exists,
+        and add it to ``losses``, by the name of its value. ``behind`` is called after each module."""
+        def differentiate(index: int) -> None:
+            for name in [name for name in step.pieces[index].makes if name in step.losses]:
+                loss = values.pop(name)
+                scalar = total(loss[0] if isinstance(loss, tuple) else loss) * weight
+                if scalar.requires_grad:
+                    scalar.backward()
+                losses[name] = losses.get(name, 0) + scalar.detach()
+            if behind is not None:
+                behind(index)
+
+        self.run_stages(step, values, which, differentiate)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_step(self, result: Any) -> None:
@@ -683,26 +701,6 @@ def _with_modes(local: LocalModel, modes: dict[str, bool]) -> LocalModel:
         part.__dict__["training"] = modes.get(name, local.training)
     local.original.__dict__["training"] = local.training
     return local
-
-
-def _refuse_sharded(local: LocalModel) -> None:
-    """FSDP2 on sub-modules hooks their forward, which the training graph does not call: gradients would be wrong."""
-    if "torch.distributed.tensor" not in sys.modules:
-        return
-    from torch.distributed.tensor import DTensor
-
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None and isinstance(local, fsdp.FSDPModule) and any(
-            isinstance(part, Averages) for part in local.aux.modules()):
-        raise UnsupportedError(
-            f"method='{local.plan.method.name}' has averages that follow the model's weights after each step of the "
-            "optimizer, which a sharded model does not show. Use DistributedDataParallel, or another method.")
-    for name, parameter in local.named_parameters():
-        if isinstance(parameter, DTensor):
-            raise UnsupportedError(
-                f"parameter '{name}' is sharded by fully_shard() on a sub-module, whose hooks the compiled training "
-                "step does not run. Shard the whole compiled module instead: fully_shard(local), and nothing inside."
-            )
 
 
 def is_compiled(model: nn.Module) -> bool:

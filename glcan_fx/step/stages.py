@@ -73,13 +73,36 @@ def _piece(nodes: Sequence[fx.Node], result: Any) -> Piece:
 
 def _ends(graph: fx.Graph) -> tuple[tuple[str, ...], Any]:
     """The values that are the local losses, in order, and that which is the model's output: a nested structure."""
-    result = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
+    result: Any = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
     if not isinstance(result, fx.Node) or result.target not in (passing.collect, passing.merge):
         return (), None
-    losses, last = result.args  # type: ignore[misc]
-    if result.target is passing.merge:
-        return tuple(node.name for node in [*losses, last]), None  # type: ignore[union-attr, misc]
-    return tuple(node.name for node in losses), last  # type: ignore[union-attr]
+    losses: Any
+    losses, last = result.args
+    if result.target is passing.merge:  # a detector's own losses are the last local module's
+        losses, last = [*losses, last], None
+    return tuple(node.name for node in losses), last
+
+
+def _features(graph: fx.Graph) -> set[str]:
+    """Inputs, and what the compiled part computes of them; detached, or in the cache."""
+    found: set[str] = set()
+    for node in graph.nodes:
+        passed = node.target in ("detach", passing.leaf, passing.cache_write, passing.cache_read, passing.copied)
+        if node.op == "placeholder" and node.target != "targets" or "local_module" in node.meta or (
+                passed and node.args[0].name in found):
+            found.add(node.name)
+    return found
+
+
+class Hidden:
+    """A value that is no tree of tensors."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _shown(run: Callable[..., Any], *values: Any) -> Any:
+    return run(*(value.value if isinstance(value, Hidden) else value for value in values))
 
 
 class Step:
@@ -92,6 +115,7 @@ class Step:
                      for index, piece in enumerate(pieces)]
         self._end, self._result = end, function_of(end.graph, f"<result of {name} {id(graph):x}>")
         self.losses, self.output = _ends(graph)
+        self.features = _features(graph)
         self.defaults = {node.name: node.args[0] for node in graph.nodes if node.op == "placeholder" and node.args}
         self.inputs = {str(node.target): node.name for node in graph.nodes if node.op == "placeholder"}
         readers = [*pieces, end]
@@ -111,8 +135,18 @@ class Step:
     def run(self, local: nn.Module, stage: "Stage", values: dict[str, Any], index: int) -> None:
         """Run a local module on the values of the step so far, and add what it makes; what nobody reads any more is
         dropped."""
-        stage.__dict__["forward"] = partial(self.runs[index], local)
+        stage.__dict__["forward"] = run = partial(self.runs[index], local)
+        if type(stage) is not Stage:  # FSDP2 made it a class of its own, and casts what it is given
+            stage.__dict__["forward"] = partial(_shown, run)
+            values.update(zip(self.pieces[index].makes, stage(*self._hidden(values, index)), strict=True))
+            return
         values.update(zip(self.pieces[index].makes, stage(*self._taken(values, index)), strict=True))
+
+    def _hidden(self, values: dict[str, Any], index: int) -> Iterable[Any]:
+        """What a local module reads, with all that is neither an input of the model nor a feature in a box of its own:
+        targets keep their precision."""
+        return [value if name in self.features else Hidden(value) for name, value in zip(
+            self.pieces[index].reads, self._taken(values, index), strict=True)]
 
     @uncompiled
     def result(self, local: nn.Module, values: dict[str, Any]) -> Any:
@@ -145,7 +179,7 @@ class Share(nn.Module):
         self._modules.clear()
         whole: set[str] = set()
         direct: dict[str, set[str]] = {}
-        for path in sorted(set(paths), key=lambda path: path.count(".")):
+        for path in sorted(dict.fromkeys(paths), key=lambda path: path.count(".")):  # in one order on all ranks
             *above, name = path.split(".")
             if any(".".join(above[:depth + 1]) in whole for depth in range(len(above))):
                 continue

@@ -3,21 +3,31 @@
 Run as a script, ``ranks.py WHAT RANK RANKS FOLDER`` is one process; it leaves what it saw in ``FOLDER/WHAT<RANK>.pt``.
 """
 
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import glcan_fx
 from glcan_fx.models import edsr, retinanet
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # each rank's under its parameters' names
 
 
 class UNet(nn.Module):
@@ -38,7 +48,11 @@ class UNet(nn.Module):
         return self.head(self.up1(torch.cat([F.interpolate(d, scale_factor=2.0), a], 1)))
 
 
-def resnet(norm: Callable[[int], nn.Module] = partial(nn.GroupNorm, 4)) -> nn.Module:
+SINGLE = ("resnet", "unet", "retinanet", "edsr")  # that train on a single image
+GROUPS = partial(nn.GroupNorm, 4)
+
+
+def resnet(norm: Callable[[int], nn.Module] = GROUPS) -> nn.Module:
     net = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5, norm_layer=norm)
     net.conv1 = nn.Conv2d(3, 64, 3, 2, 1, bias=False)
     return net
@@ -79,6 +93,26 @@ def build(name: str, k: int = 3, **options: Any) -> glcan_fx.LocalModel:
     model, task = NETWORKS[name][0](), NETWORKS[name][1]
     inputs = [torch.rand(3, 64, 64)] * 2 if task == "detection" else batch_of(name, 0)[0]
     return glcan_fx.transform(model, k=k, task=task, example_inputs=inputs, **options).train()
+
+
+SEEN: list[torch.dtype] = []
+
+
+def regression() -> glcan_fx.LocalModel:
+    """A U-Net with a criterion that notes what type targets are of."""
+    def criterion(outputs: Tensor, targets: Tensor) -> Tensor:
+        SEEN.append(targets.dtype)
+        return F.mse_loss(outputs.float(), targets)
+
+    torch.manual_seed(0)
+    local = glcan_fx.transform(UNet(), k=3, criterion=criterion, example_inputs=torch.rand(2, 3, 32, 32)).train()
+    SEEN.clear()
+    return local
+
+
+def regression_batch() -> tuple[Tensor, Tensor]:
+    made = torch.Generator().manual_seed(0)
+    return torch.randn(4, 3, 32, 32, generator=made), torch.randn(4, 4, 32, 32, generator=made)
 
 
 def loss_of(out: Any) -> Tensor:
@@ -124,7 +158,160 @@ def pipelines(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
         yield f"{name}: weights", {key: t.clone() for key, t in pipe.gather().state_dict().items()}
 
 
-PARTS = {"pipelines": pipelines}
+def half(name: str, seed: int, rank: int, ranks: int = 2) -> tuple[Any, ...]:
+    size = 4 // ranks
+    return tuple(part[rank * size:(rank + 1) * size] for part in batch_of(name, seed))
+
+
+def data_parallel(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
+    """Each rank trains on its half of the batch."""
+    for name in NETWORKS:
+        for way in ("plain", "overlap"):
+            local = build(name)
+            parallel = DistributedDataParallel(local, broadcast_buffers=False)
+            if way == "overlap":
+                glcan_fx.distributed.overlap(parallel)
+            optimizer = torch.optim.SGD(parallel.parameters(), lr=1e-2)
+            for step in range(2):
+                optimizer.zero_grad()
+                with sizes_sent() as sent:
+                    loss = loss_of(parallel(*half(name, step, rank)))
+                yield f"{name}, {way}: sent", sum(sent)
+                loss.backward()
+                yield f"{name}, {way}: gradients {step}", gradients(local)
+                optimizer.step()
+
+
+@contextmanager
+def sizes_sent() -> Iterator[list[int]]:
+    """How many numbers each all_reduce averages."""
+    real, sent = dist.all_reduce, []
+    dist.all_reduce = lambda tensor, *args, **options: sent.append(tensor.numel()) or real(tensor, *args, **options)
+    try:
+        yield sent
+    finally:
+        dist.all_reduce = real
+
+
+def accumulated(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
+    """Two micro-batches a rank, of which the first is not synchronised; twice, without zero_grad() between."""
+    for way in ("plain", "overlap"):
+        parallel = DistributedDataParallel(build("resnet"))
+        if way == "overlap":
+            glcan_fx.distributed.overlap(parallel)
+        for step in range(2):
+            images, labels = half("resnet", step, rank)
+            with parallel.no_sync():
+                (parallel(images[:1], labels[:1]).loss / 2).backward()
+            yield f"{way}: before {step}", gradients(parallel.module)
+            (parallel(images[1:], labels[1:]).loss / 2).backward()
+            yield f"{way}: after {step}", gradients(parallel.module)
+
+
+def uneven(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
+    """The second rank has a batch more."""
+    for way in ("plain", "overlap"):
+        parallel = DistributedDataParallel(build("resnet"))
+        if way == "overlap":
+            glcan_fx.distributed.overlap(parallel)
+        optimizer = torch.optim.SGD(parallel.parameters(), lr=1e-2)
+        with parallel.join():
+            for step in range(1 + rank):
+                optimizer.zero_grad()
+                parallel(*half("resnet", step, rank)).loss.backward()
+                optimizer.step()
+        yield f"{way}: weights", {key: t.clone() for key, t in parallel.module.state_dict().items()}
+
+
+def sharded(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
+    """FSDP2 on every local module, and on the whole."""
+    mesh = init_device_mesh("cpu", (ranks,))
+    for name in NETWORKS:
+        for way in ("stages", "whole"):
+            local = build(name)
+            for root in local.stages if way == "stages" else [local]:
+                fully_shard(root, mesh=mesh)
+            optimizer = torch.optim.SGD(local.parameters(), lr=1e-2)
+            for step in range(2):
+                optimizer.zero_grad()
+                loss_of(local(*half(name, step, rank))).backward()
+                yield f"{name}, {way}: gradients {step}", {
+                    key: p.grad.full_tensor() for key, p in local.named_parameters() if p.grad is not None}
+                optimizer.step()
+    local = regression()
+    for stage in local.stages:
+        fully_shard(stage, mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+    local(*(part[2 * rank:2 * rank + 2] for part in regression_batch())).loss.backward()
+    yield "mixed: targets", SEEN
+    yield "mixed: gradients", {key: p.grad.full_tensor() for key, p in local.named_parameters()}
+    norm = nn.utils.clip_grad_norm_(local.parameters(), 1e-3)
+    yield "mixed: norm", norm.full_tensor()
+    yield "mixed: clipped", {key: p.grad.full_tensor() for key, p in local.named_parameters()}
+
+
+def both(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
+    """Two pipelines of two ranks each, on halves of the batch."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "pipeline"))
+    groups = {"group": mesh["pipeline"].get_group(), "data_group": mesh["data"].get_group()}
+    for name in SINGLE:
+        local = build(name)
+        pipe = glcan_fx.distributed.pipeline(local, micro_batches=2, **groups)
+        optimizer = torch.optim.SGD(pipe.parameters(), lr=1e-2)
+        for step in range(2):
+            optimizer.zero_grad()
+            pipe.step(*half(name, step, mesh["data"].get_local_rank()))
+            yield f"{name}: gradients {step}", gradients(pipe)
+            optimizer.step()
+
+
+def checkpoints(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
+    """A run that is saved after a step, and one that goes on from there."""
+    folder = Path(sys.argv[4]) / "checkpoint"
+
+    def state(pipe: Any, optimizer: Any) -> dict[str, Any]:
+        return {"model": pipe.state_dict(), "optimizer": get_optimizer_state_dict(pipe, optimizer, options=FLAT)}
+
+    def begin() -> tuple[Any, Any]:
+        pipe = glcan_fx.distributed.pipeline(build("batchnorm"), micro_batches=2)
+        return pipe, torch.optim.SGD(pipe.parameters(), lr=1e-2, momentum=0.9)
+
+    def train(pipe: Any, optimizer: Any, step: int) -> None:
+        optimizer.zero_grad()
+        pipe.step(*batch_of("batchnorm", step))
+        optimizer.step()
+
+    pipe, optimizer = begin()
+    train(pipe, optimizer, 0)
+    dcp.save(state(pipe, optimizer), checkpoint_id=folder)
+    train(pipe, optimizer, 1)
+    yield "straight", {key: t.clone() for key, t in pipe.state_dict().items()}
+    pipe, optimizer = begin()
+    found = state(pipe, optimizer)
+    dcp.load(found, checkpoint_id=folder)
+    pipe.load_state_dict(found["model"])
+    set_optimizer_state_dict(pipe, optimizer, found["optimizer"], options=FLAT)
+    train(pipe, optimizer, 1)
+    yield "resumed", {key: t.clone() for key, t in pipe.state_dict().items()}
+
+
+def deaths(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
+    """The last rank ends in the second step."""
+    pipe = glcan_fx.distributed.pipeline(build("resnet"), micro_batches=2)
+    pipe.step(*batch_of("resnet", 0))
+    if rank == ranks - 1:
+        torch.save({}, Path(sys.argv[4]) / f"deaths{rank}.pt")
+        os._exit(0)
+    began = time.monotonic()
+    try:
+        for step in range(3):
+            pipe.step(*batch_of("resnet", step))
+    except glcan_fx.RankError as error:
+        yield "error", str(error)
+        yield "seconds", time.monotonic() - began
+
+
+PARTS = {part.__name__: part for part in (
+    pipelines, data_parallel, accumulated, uneven, sharded, both, checkpoints, deaths)}
 
 
 def run(what: str, ranks: int, folder: Path) -> list[dict[str, Any]]:
@@ -145,7 +332,8 @@ def main(what: str, rank: int, ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/{what}", rank=rank, world_size=ranks)
     torch.save(dict(PARTS[what](rank, ranks)), folder / f"{what}{rank}.pt")
-    dist.destroy_process_group()
+    if what != "deaths":
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
