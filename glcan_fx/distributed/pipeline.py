@@ -138,13 +138,13 @@ class Pipeline(Share):
         """
         local = self.local
         step = self._ready()
-        parts = self._parts(step, args, kwargs) if self._before is None else None
+        count = self.micro_batches
+        parts = self._parts(step, args, kwargs) if self._before is None else self._before.messages(count)
         losses: dict[str, Tensor] = {}
         outputs = []
         sent: list[Any] = []
-        for index in range(self.micro_batches):
-            last = index == self.micro_batches - 1
-            weight, values = self._before.receive() if parts is None else next(parts)  # type: ignore[union-attr]
+        for index, (weight, values) in enumerate(parts):
+            last = index == count - 1
             local.differentiate_stages(step, values, self._which, weight, losses,
                                        partial(self._send_gradients, sent) if last else None)
             if self._behind is not None:

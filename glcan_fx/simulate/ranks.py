@@ -46,8 +46,8 @@ def simulate_ranks(
     local: LocalModel, sizes: Sequence[int], inputs: Sequence[Any], targets: Any, optimizer: OptimizerLike,
     micro_batches: int,
 ) -> tuple[Rank, ...]:
-    """Run what each rank of a pipeline runs, on fake tensors: two micro-batches, the second one while the first is
-    still being sent, and a step of the optimizer."""
+    """Run what each rank of a pipeline runs, on fake tensors: two micro-batches, the second one while what the first
+    has made is still being sent, and what the next one needs arrives; and a step of the optimizer."""
     step: Step = local.__dict__["_step"]
     given = local.arguments((*inputs, targets) if local.task.takes_targets else tuple(inputs), {})
     local.train()
@@ -64,10 +64,12 @@ def simulate_ranks(
         begun = values
         sent: dict[str, Any] = {}
         with torch.random.fork_rng(devices=[]), kept_python_random(), quiet(), torch.enable_grad(), memory:
+            ahead = [torch.empty_like(tensor) for tensor in tensors_in(begun)] if which.start else []  # the next one
             for _ in range(2):
                 values = dict(begun)
                 local.differentiate_stages(step, values, which, 1 / micro_batches, {})
                 sent = values = {name: values[name] for name in step.passed_on(which.stop)}
+            del ahead
             for one in made:
                 one.step()
         local.zero_grad()

@@ -1,0 +1,151 @@
+"""Measure a pipeline of two ranks, and gradients that are averaged while the next module computes.
+
+    python docs/make_distributed.py [--page docs/distributed.md]
+
+Every process has one thread. What a rank does not spend in its local modules, once every rank has work, is the bubble.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torchvision
+
+import glcan_fx
+from glcan_fx.distributed import channel
+from glcan_fx.models import edsr
+from glcan_fx.peak_memory import PeakMemory
+from glcan_fx.simulate.ranks import bubble
+
+MICRO, STEPS = 8, 6
+MODELS: dict[str, Any] = {
+    "ResNet-18, 64 px": (lambda: torchvision.models.resnet18(num_classes=10), "classification", (64, 3, 64, 64)),
+    "EDSR x2, 48 px": (lambda: edsr(scale=2), "super_resolution", (16, 3, 48, 48)),
+}
+SCALE = {"super_resolution": 2}
+
+
+class AtOnce(nullcontext[Any]):
+    """Runs what is submitted, in this thread."""
+
+    def __init__(self, _: int) -> None:
+        super().__init__(self)
+
+    def submit(self, function: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function())
+        return future
+
+
+def batch(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    _, task, size = MODELS[name]
+    x = torch.rand(size)
+    if task == "super_resolution":
+        return x, torch.rand(*size[:2], 2 * size[2], 2 * size[3])
+    return x, torch.randint(0, 10, size[:1])
+
+
+def compiled(name: str, devices: int = 1) -> glcan_fx.LocalModel:
+    torch.manual_seed(0)
+    make, task, size = MODELS[name]
+    return glcan_fx.transform(make(), k="natural", task=task, example_inputs=torch.empty(size, device="meta"),
+                              devices=devices).train()
+
+
+def one_rank(name: str) -> float:
+    """Seconds of a step in one process, over the same micro-batches."""
+    local = compiled(name)
+    optimizer = torch.optim.SGD(local.parameters(), lr=1e-3, momentum=0.9)
+    x, y = batch(name)
+    seconds = []
+    for _ in range(STEPS):
+        began = time.perf_counter()
+        optimizer.zero_grad()
+        for part in zip(x.chunk(MICRO), y.chunk(MICRO), strict=True):
+            (local(*part).loss / MICRO).backward()
+        optimizer.step()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])
+
+
+def rank(name: str, index: int, folder: Path) -> None:
+    """One of two ranks: seconds of a step, and in its local modules; its peak."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=index, world_size=2)
+    local = compiled(name, devices=2)
+    pipe = glcan_fx.distributed.pipeline(local, micro_batches=MICRO)
+    optimizer = torch.optim.SGD(pipe.parameters(), lr=1e-3, momentum=0.9)
+    busy = [0.0]
+    run = local.differentiate_stages
+
+    def timed(*args: Any) -> None:
+        began = time.perf_counter()
+        run(*args)
+        busy[0] += time.perf_counter() - began
+
+    local.__dict__["differentiate_stages"] = timed
+    x, y = batch(name)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        pipe.step(x, y)
+        began = time.perf_counter()
+        optimizer.step()
+        busy[0] += time.perf_counter() - began
+
+    step()
+    step()  # every rank has work
+    busy[0], began = 0.0, time.perf_counter()
+    for _ in range(STEPS):
+        step()
+    seconds, working = time.perf_counter() - began, busy[0]
+    memory = PeakMemory(pipe, optimizer)  # of its own thread: what arrives ahead arrives in it, too
+    channel.ThreadPoolExecutor = AtOnce  # type: ignore[misc, assignment]
+    optimizer.zero_grad()
+    with memory:
+        step()
+    found = {"seconds": seconds / STEPS, "busy": working / seconds, "peak": memory.bytes}
+    (folder / f"{index}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def measured(name: str) -> str:
+    """A row of the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-W", "ignore", __file__, "--rank", name, folder]
+        processes = [subprocess.Popen([*command, str(index)]) for index in range(2)]
+        assert [process.wait() for process in processes] == [0, 0]
+        ranks = [json.loads((Path(folder) / f"{index}.json").read_text()) for index in range(2)]
+    alone = one_rank(name)
+    plan = compiled(name, devices=2).plan
+    planned = plan.on_ranks(MICRO)
+    seconds = max(r["seconds"] for r in ranks)
+    peaks = ", ".join(f"{r['peak'] / 2**20:.1f} ({r['peak'] / p.peak:.3f})" for r, p in zip(ranks, planned, strict=True))
+    return (f"| {name} | {plan.k}, {' + '.join(map(str, plan.ranks))} | {alone / seconds:.2f} | "
+            f"{1 - min(r['busy'] for r in ranks):.1%}, {1 - max(r['busy'] for r in ranks):.1%} | {bubble(planned):.1%} | {peaks} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rank", nargs=3)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.rank:
+        rank(args.rank[0], int(args.rank[2]), Path(args.rank[1]))
+        return
+    for name in MODELS:
+        print(measured(name), flush=True)
+
+
+if __name__ == "__main__":
+    main()
