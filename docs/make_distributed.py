@@ -7,6 +7,7 @@ Every process has one thread. What a rank does not spend in its local modules, o
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torchvision
+from torch.nn.parallel import DistributedDataParallel
 
 import glcan_fx
 from glcan_fx.distributed import channel
@@ -135,16 +137,78 @@ def measured(name: str) -> str:
             f"{1 - min(r['busy'] for r in ranks):.1%}, {1 - max(r['busy'] for r in ranks):.1%} | {bubble(planned):.1%} | {peaks} |")
 
 
+# ------------------------------------------------------------ data parallel over a slow link
+
+LINK = """
+for r in 0 1; do ip netns del glcan$r 2>/dev/null || true; ip netns add glcan$r; ip -n glcan$r link set lo up; done
+ip link add veth0 netns glcan0 type veth peer name veth1 netns glcan1
+for r in 0 1; do
+  ip -n glcan$r addr add 10.99.0.$((r+1))/24 dev veth$r; ip -n glcan$r link set veth$r up
+  ip netns exec glcan$r tc qdisc add dev veth$r root tbf rate {rate} burst 256kb latency 400ms
+done
+"""
+WAYS = ("alone", "DistributedDataParallel", "overlap")
+
+
+def parallel(name: str, index: int, folder: Path) -> None:
+    """Seconds of a step of each way, on one of two ranks in network namespaces of their own."""
+    dist.init_process_group("gloo", init_method="tcp://10.99.0.1:29533", rank=index, world_size=2)
+    found = {}
+    x, y = batch(name)
+    for way in WAYS:
+        local: Any = compiled(name)
+        if way != "alone":
+            local = DistributedDataParallel(local, broadcast_buffers=False)
+        if way == "overlap":
+            glcan_fx.distributed.overlap(local)
+        optimizer = torch.optim.SGD(local.parameters(), lr=1e-3, momentum=0.9)
+        seconds = []
+        for _ in range(STEPS):
+            dist.barrier()
+            began = time.perf_counter()
+            optimizer.zero_grad()
+            local(x, y).loss.backward()
+            optimizer.step()
+            seconds.append(time.perf_counter() - began)
+        found[way] = statistics.median(seconds[1:])
+    (folder / f"{index}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def over_a_link(name: str, rate: str) -> str:
+    """A row of the table: seconds of a step of each way."""
+    subprocess.run(["sh", "-ec", LINK.format(rate=rate)], check=True)
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [subprocess.Popen(
+            ["ip", "netns", "exec", f"glcan{index}", sys.executable, "-W", "ignore", __file__, "--parallel", name,
+             folder, str(index)], env={**os.environ, "GLOO_SOCKET_IFNAME": f"veth{index}"}) for index in range(2)]
+        assert [process.wait() for process in processes] == [0, 0]
+        ranks = [json.loads((Path(folder) / f"{index}.json").read_text()) for index in range(2)]
+    for index in range(2):
+        subprocess.run(["ip", "netns", "del", f"glcan{index}"], check=True)
+    return f"| {name} | {' | '.join(f'{max(r[way] for r in ranks):.2f}' for way in WAYS)} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rank", nargs=3)
+    parser.add_argument("--link", metavar="RATE", help="also data parallel over such a link between network "
+                        "namespaces, 200mbit for example; needs root, ip and tc")
+    parser.add_argument("--rank", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--parallel", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.rank:
-        rank(args.rank[0], int(args.rank[2]), Path(args.rank[1]))
+    if args.rank or args.parallel:
+        name, folder, index = args.rank or args.parallel
+        (rank if args.rank else parallel)(name, int(index), Path(folder))
         return
+    print("| model | local modules | throughput | idle, rank 0, rank 1 | imbalance, planned | peak, MiB |")
+    print("|---|---|---|---|---|---|")
     for name in MODELS:
         print(measured(name), flush=True)
+    if args.link:
+        print(f"\n| seconds of a step, {args.link} | {' | '.join(WAYS)} |\n|---|---|---|---|")
+        for name in MODELS:
+            print(over_a_link(name, args.link), flush=True)
 
 
 if __name__ == "__main__":

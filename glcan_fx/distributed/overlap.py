@@ -92,7 +92,9 @@ def _wait(works: list[Any], _: Tensor) -> None:
     works.clear()
 
 
-def _average_the_rest(reducer: _Reducer, bucket: Any) -> torch.futures.Future[Tensor]:
+def _average_the_rest(
+    reducer: _Reducer, bucket: dist.GradBucket  # type: ignore[name-defined]
+) -> torch.futures.Future[Tensor]:
     """DistributedDataParallel's communication hook: averages what of a ``GradBucket`` is not averaged yet."""
     buffer = bucket.buffer()
     left = [grad for p, grad in zip(bucket.parameters(), bucket.gradients(), strict=True) if id(p) not in reducer.done]

@@ -61,12 +61,12 @@ def simulate_ranks(
         parameters = [p for p in share.parameters() if p.requires_grad]
         made = optimizers_of(optimizer, parameters)
         memory = PeakMemory(share, *made, *tensors_in(values))
-        begun = values
+        begun, values = values, {}
         sent: dict[str, Any] = {}
         with torch.random.fork_rng(devices=[]), kept_python_random(), quiet(), torch.enable_grad(), memory:
             ahead = [torch.empty_like(tensor) for tensor in tensors_in(begun)] if which.start else []  # the next one
-            for _ in range(2):
-                values = dict(begun)
+            for again in (True, False):
+                values = dict(begun) if again else begun
                 local.differentiate_stages(step, values, which, 1 / micro_batches, {})
                 sent = values = {name: values[name] for name in step.passed_on(which.stop)}
             del ahead
