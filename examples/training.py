@@ -2,7 +2,7 @@
 
 Every method goes through the same loop with the same data in the same order. A run is a function of its options: an
 interrupted one goes on from its last checkpoint with the numbers of an uninterrupted one. Under ``torchrun`` every
-process takes its part of each batch.
+process takes its part of each batch; with ``--pipeline``, its part of the local modules.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import platform
 import random
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -23,13 +24,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -117,6 +121,10 @@ def add_arguments(parser: argparse.ArgumentParser, *, folders: bool = False, **d
     method.add_argument("--memory-budget", metavar="6GiB", help="plan for a step in so much")
     method.add_argument("--compute-budget", type=float, metavar="1.3", help="plan for so much of backpropagation's "
                         "compute")
+    method.add_argument("--pipeline", type=int, default=1, metavar="N", help="divide the local modules among so many "
+                        "processes of torchrun (%(default)s)")
+    method.add_argument("--micro-batches", type=int, default=8, metavar="N", help="parts of a batch, of a pipeline "
+                        "(%(default)s)")
     method.add_argument("--predictors", choices=("own", "model"), default="own", help="of each auxiliary "
                         "network, of all in common, or the model's, which are read (%(default)s)")
     method.add_argument("--rules", choices=RULES, help="ablation: no feature comes from the cache; a detector's "
@@ -185,7 +193,7 @@ def prepared(
     options = glcan_fx.Options(optimizer=lambda parameters: experiment.optimizer(
         [{"params": list(parameters), "lr": args.lr}], args.lr))
     local = glcan_fx.transform(model, k=k, task=experiment.task, example_inputs=example, method=method_of(args),
-                               options=options, **budgets)
+                               options=options, devices=args.pipeline, **budgets)
     return local, local.plan
 
 
@@ -214,15 +222,21 @@ def cosines(
 def joined(args: argparse.Namespace) -> tuple[int, int]:
     """This process's number, and how many there are, as ``torchrun`` says; its device is its own."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
+    if args.pipeline not in (1, processes):
+        raise SystemExit(f"--pipeline {args.pipeline}: start so many processes, torchrun --nproc-per-node "
+                         f"{args.pipeline} {sys.argv[0]} ...; here {'is' if processes == 1 else 'are'} {processes}")
+    if args.pipeline > 1 and (args.method in EXACT or args.cosines):
+        what = "--cosines" if args.cosines else f"--method {args.method}"
+        raise SystemExit(f"--pipeline {args.pipeline} divides local modules among processes, {what} needs all in one")
     if processes == 1:
         return 0, 1
-    if args.batch_size % processes:
+    if args.pipeline == 1 and args.batch_size % processes:
         raise SystemExit(f"--batch-size {args.batch_size}: not a multiple of {processes} processes, which share it")
     if args.device.startswith("cuda"):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
     return dist.get_rank(), processes
 
 
@@ -265,21 +279,27 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     if cuts:
         say(f"{args.method}: planning, which simulates training steps")
     try:
-        model, plan = prepared(experiment, args, processes)
+        model, plan = prepared(experiment, args, processes // args.pipeline)
+        pipe = (glcan_fx.distributed.pipeline(model, micro_batches=args.micro_batches, device=device)
+                if args.pipeline > 1 and isinstance(model, glcan_fx.LocalModel) else None)
     except glcan_fx.GlcanFxError as error:
         hint = "\n--k takes a number, natural, fewest, or split points" if "split point" in str(error) else ""
         raise SystemExit(f"{error}{hint}") from error
     steps = max(1, round(args.epochs * per_epoch))
     groups = (model.parameter_groups(args.lr, args.lr * args.aux_lr) if isinstance(model, glcan_fx.LocalModel)
               else [{"params": list(model.parameters()), "lr": args.lr}])
+    own = {id(p) for p in (pipe or model).parameters() if p.requires_grad}
     for group in groups:
-        group["params"] = [p for p in group["params"] if p.requires_grad]
+        group["params"] = [p for p in group["params"] if id(p) in own]
+    groups = [group for group in groups if group["params"]]
     optimizer = experiment.optimizer(groups, args.lr)
     rates = [group["lr"] for group in groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps, pct_start=0.2)
     out.mkdir(parents=True, exist_ok=True)
-    state = _State(out, model, optimizer, schedule, identity, rank)
-    trained = DistributedDataParallel(model, [device] if device.type == "cuda" else None) if processes > 1 else model
+    state = _State(out, model, optimizer, schedule, identity, rank, pipe)
+    trained: Any = pipe or model
+    if processes > 1 and pipe is None:
+        trained = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
     if processes > 1:
         torch.manual_seed(args.seed + rank)
     if before is None:
@@ -297,6 +317,12 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.amp)
 
     def step(inputs: Any, targets: Any) -> Tensor:
+        if pipe is not None:
+            with autocast():
+                losses = pipe.step(inputs, targets).losses
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return torch.stack(list(losses.values())).sum()  # of this process's local modules
         with autocast():
             local = plan is not None
             result = trained(inputs, targets) if local else backpropagated(task, trained, [inputs], targets)
@@ -312,7 +338,8 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
         f"record.json, curves.png{', plan.html' if plan else ''}")
     times: list[float] = []
     model.train()
-    batches = _batches(experiment, args, state.step, steps, rank, processes)
+    batches: Any = _batches(experiment, args, state.step, steps, rank, processes) if pipe is None else (
+        _batches(experiment, args, state.step, steps, 0, 1) if rank == 0 else repeat((None, None), steps - state.step))
     with interruptible() as stop, tqdm(
             total=steps, initial=state.step, desc="training", file=sys.stderr, disable=True if rank else None,
             dynamic_ncols=True, bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
@@ -320,7 +347,7 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
         for inputs, targets in batches:
             inputs, targets = map_tensors((inputs, targets), lambda tensor: tensor.to(device, non_blocking=True))
             if state.step in _MEASURED:
-                loss, peak = peak_of(partial(step, inputs, targets), model, optimizer, device)
+                loss, peak = peak_of(partial(step, inputs, targets), pipe or model, optimizer, device)
                 state.peak = max(state.peak, peak)
             else:
                 begin = time.perf_counter()
@@ -342,6 +369,8 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
             epoch, rest = divmod(state.step, per_epoch)
             if state.step == steps or rest == 0 and epoch % args.evaluate_every == 0:
                 quality = {}
+                if pipe is not None:
+                    pipe.gather()
                 if rank == 0:
                     bar.set_description_str("evaluating")
                     model.eval()
@@ -389,14 +418,18 @@ def compute_of(experiment: Experiment, method: str, plan: glcan_fx.Plan | None) 
     return (again or plan.memory.plan).flops / plan.memory.backpropagation.flops
 
 
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
 class _State:
     """What a run has reached, and where it is kept: by the first of its processes."""
 
     def __init__(
-        self, out: Path, model: nn.Module, optimizer: Any, schedule: Any, identity: Mapping[str, Any], rank: int = 0
+        self, out: Path, model: nn.Module, optimizer: Any, schedule: Any, identity: Mapping[str, Any], rank: int = 0,
+        pipe: Any = None
     ) -> None:
         self.out, self.model, self.optimizer, self.schedule, self.identity = out, model, optimizer, schedule, identity
-        self.rank = rank
+        self.rank, self.pipe = rank, pipe
         self.step, self.peak, self.seconds = 0, 0, 0.0
         self.losses: list[float] = []
         self.metrics: list[dict[str, Any]] = []
@@ -419,13 +452,28 @@ class _State:
         if dist.is_initialized():
             states = [None] * dist.get_world_size()
             dist.all_gather_object(states, own)
+        if self.pipe is not None:
+            self.pipe.gather()
+            dcp.save(self._shared(), checkpoint_id=self._folder(self.step))
         if self.rank == 0:
             self._write(states)
+            for old in self.out.glob("optimizer-*") if self.pipe is not None else ():
+                if old != self._folder(self.step):
+                    shutil.rmtree(old)
         if dist.is_initialized():
             dist.barrier()
 
+    def _folder(self, step: int) -> Path:
+        """Where the processes of a pipeline keep their optimizers' states; checkpoint.pt says of which step."""
+        return self.out / f"optimizer-{step}"
+
+    def _shared(self) -> dict[str, Any]:
+        """The states of the optimizers of a pipeline, by parameters' names."""
+        return get_optimizer_state_dict(self.pipe, self.optimizer, options=_FLAT)
+
     def _write(self, states: list[Any]) -> None:
-        content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+        content = {"model": self.model.state_dict(),
+                   "optimizer": None if self.pipe is not None else self.optimizer.state_dict(),
                    "schedule": self.schedule.state_dict(), "step": self.step, "peak": self.peak, "losses": self.losses,
                    "metrics": self.metrics, "random": states, "identity": dict(self.identity)}
         with replacing(self.out / "checkpoint.pt") as file:
@@ -433,7 +481,12 @@ class _State:
 
     def go_on(self, content: Mapping[str, Any], device: torch.device) -> None:
         self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
+        if self.pipe is None:
+            self.optimizer.load_state_dict(content["optimizer"])
+        else:
+            found = self._shared()
+            dcp.load(found, checkpoint_id=self._folder(content["step"]))
+            set_optimizer_state_dict(self.pipe, self.optimizer, found, options=_FLAT)
         reached = ("last_epoch", "_step_count", "_last_lr")  # the rest is of this run, which may be a longer one
         self.schedule.__dict__.update({key: content["schedule"][key] for key in reached})
         self.step, self.peak = content["step"], content["peak"]

@@ -184,6 +184,35 @@ def test_two_processes_train_and_go_on(pictures: Path, tmp_path: Path) -> None:
     assert record["processes"] == 2 and record["epoch"] == 5 and record["accuracy"] > 10
 
 
+@pytest.mark.slow
+def test_a_pipeline_of_two_processes_trains_and_goes_on(pictures: Path, tmp_path: Path) -> None:
+    """With the numbers of a run that was not stopped; what is saved is a whole model."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+               str(EXAMPLES / "train_classification.py"), "--data", pictures, *SMALL, "--method", "glcan", "-k", "2",
+               "--pipeline", "2", "--micro-batches", "2"]
+    kill = "import training; s = training._State.save; training._State.save = lambda self: (s(self), exit(3))"
+    runs = {"straight": [[]], "stopped": [["-c", kill], ["--resume"]]}
+    found = {}
+    for name, parts in runs.items():
+        for more in parts:
+            words = [*map(str, command), "-o", str(tmp_path / name)]
+            if more[:1] == ["-c"]:  # ends behind its first checkpoint
+                script = tmp_path / "stops.py"
+                script.write_text(f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); {kill}\n"
+                                  "import train_classification; train_classification.main()\n")
+                words[words.index(str(EXAMPLES / "train_classification.py"))] = str(script)
+                more = []
+            done = subprocess.run([*words, *more], capture_output=True, text=True, cwd=tmp_path)
+            assert (done.returncode == 0) == (not (tmp_path / "stops.py").exists() or "--resume" in more), done.stderr
+        content = torch.load(tmp_path / name / "checkpoint.pt", weights_only=False)
+        found[name] = content["model"]
+        record = json.loads((tmp_path / name / "record.json").read_text())
+        assert record["processes"] == 2 and record["epoch"] == 4 and record["accuracy"] > 60
+        assert [path.name for path in (tmp_path / name).glob("optimizer-*")] == [f"optimizer-{content['step']}"]
+    assert found["straight"].keys() == found["stopped"].keys()
+    assert all(torch.equal(found["straight"][key], found["stopped"][key]) for key in found["straight"])
+
+
 def test_evaluation_runs_no_auxiliary_network_and_all_of_them_learn(pictures: Path, tmp_path: Path) -> None:
     training, classification = program("training"), program("train_classification")
     pixels, labels = classification.read(pictures, train=True)
