@@ -1,6 +1,6 @@
 """Measure a pipeline of two ranks, and gradients that are averaged while the next module computes.
 
-    python docs/make_distributed.py [--page docs/distributed.md]
+    python docs/make_distributed.py [--link 800mbit] [--paper]
 
 Every process has one thread. What a rank does not spend in its local modules, once every rank has work, is the bubble.
 """
@@ -27,7 +27,9 @@ from torch.nn.parallel import DistributedDataParallel
 import glcan_fx
 from glcan_fx.distributed import channel
 from glcan_fx.models import edsr
+from glcan_fx.models.load import load
 from glcan_fx.peak_memory import PeakMemory
+from glcan_fx.presets import PRESETS
 from glcan_fx.simulate.ranks import bubble
 
 MICRO, STEPS = 8, 6
@@ -132,9 +134,11 @@ def measured(name: str) -> str:
     plan = compiled(name, devices=2).plan
     planned = plan.on_ranks(MICRO)
     seconds = max(r["seconds"] for r in ranks)
-    peaks = ", ".join(f"{r['peak'] / 2**20:.1f} ({r['peak'] / p.peak:.3f})" for r, p in zip(ranks, planned, strict=True))
-    return (f"| {name} | {plan.k}, {' + '.join(map(str, plan.ranks))} | {alone / seconds:.2f} | "
-            f"{1 - min(r['busy'] for r in ranks):.1%}, {1 - max(r['busy'] for r in ranks):.1%} | {bubble(planned):.1%} | {peaks} |")
+    peaks = ", ".join(f"{r['peak'] / 2**20:.1f} ({r['peak'] / p.peak:.3f})"
+                      for r, p in zip(ranks, planned, strict=True))
+    idle = ", ".join(f"{1 - r['busy']:.1%}" for r in ranks)
+    return (f"| {name} | {' + '.join(map(str, plan.ranks))} | {alone / seconds:.2f} | {idle} | {bubble(planned):.1%} | "
+            f"{peaks} |")
 
 
 # ------------------------------------------------------------ data parallel over a slow link
@@ -189,10 +193,54 @@ def over_a_link(name: str, rate: str) -> str:
     return f"| {name} | {' | '.join(f'{max(r[way] for r in ranks):.2f}' for way in WAYS)} |"
 
 
+# ------------------------------------------------------------ on paper
+
+
+def on_paper(target: str, ranks: int, copies: int, micro: int, count: int) -> list[str]:
+    """Rows for a pipeline of ``ranks`` ranks beside ``copies`` others, ``count`` micro-batches of ``micro`` images a
+    step: what the busiest, or largest, rank needs. Formulas are in the page."""
+    preset = PRESETS[target]
+    images, *size = preset.inputs[0]
+    model = load(preset.target, preset.kwargs)
+    planned = glcan_fx.plan(model, k="natural", task=preset.task, example_inputs=torch.empty(
+        images, *size, device="meta"), devices=ranks)
+    local = planned.on_ranks(images // micro)
+    weights = [sum(m.parameters for m in planned.modules[r.modules.start:r.modules.stop]) * 4 for r in local]
+    aux = [sum(m.aux_parameters for m in planned.modules[r.modules.start:r.modules.stop]) * 4 for r in local]
+    saved = [sum(m.saved for m in planned.modules[r.modules.start:r.modules.stop]) * micro / images for r in local]
+    sent = [r.sent * micro / images for r in local]  # of a micro-batch
+    between = [sent[i] + (sent[i - 1] if i else 0) for i in range(ranks)]  # sent and received
+
+    def shared(size: float) -> float:  # of an all-reduce, by each rank
+        return 2 * (copies - 1) / copies * size
+
+    plain = planned.memory.backpropagation
+    again = planned.memory.checkpointing
+    assert again is not None
+    everything, processes = sum(weights), ranks * copies
+    each = count * micro // ranks  # images of a rank that has the whole model
+    whole = [part for name, part in again.parts.items() if name in ("parameters", "gradients", "optimizer state")]
+    fsdp = 3 * everything / processes + 2 * everything / planned.k + (again.peak - sum(whole)) * each / images
+    rows = [
+        ("local modules, pipeline", max(r.peak for r in local),
+         max(count * b + shared(w + a) for b, w, a in zip(between, weights, aux, strict=True)), bubble(local),
+         planned.memory.plan.flops / plain.flops),
+        ("backpropagation, pipeline (1F1B)",
+         max(3 * w + (ranks - i) * s for i, (w, s) in enumerate(zip(weights, saved, strict=True))),
+         max(2 * count * b + shared(w) for b, w in zip(between, weights, strict=True)),
+         1 - (1 - bubble(local)) * count / (count + ranks - 1), 1.0),
+        ("FSDP2, every block checkpointed", fsdp, 3 * (processes - 1) / processes * everything, 0.0,
+         again.flops / plain.flops),
+    ]
+    return [f"| {name} | {peak / 2**30:.2f} | {traffic / 2**30:.2f} | {idle:.0%} | {compute:.2f} |"
+            for name, peak, traffic, idle, compute in rows]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--link", metavar="RATE", help="also data parallel over such a link between network "
                         "namespaces, 200mbit for example; needs root, ip and tc")
+    parser.add_argument("--paper", action="store_true", help="only what 8 and 64 GPUs would need, by simulation")
     parser.add_argument("--rank", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--parallel", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -201,7 +249,12 @@ def main() -> None:
         name, folder, index = args.rank or args.parallel
         (rank if args.rank else parallel)(name, int(index), Path(folder))
         return
-    print("| model | local modules | throughput | idle, rank 0, rank 1 | imbalance, planned | peak, MiB |")
+    if args.paper:
+        for copies in (1, 8):
+            print(f"\n| {8 * copies} GPUs | memory, GiB | traffic, GiB | idle | compute |\n|---|---|---|---|---|")
+            print("\n".join(on_paper("retinanet-r50", 8, copies, 2, 32)))
+        return
+    print("| model | local modules, rank 0 + 1 | throughput | idle, rank 0, rank 1 | imbalance, planned | peak, MiB |")
     print("|---|---|---|---|---|---|")
     for name in MODELS:
         print(measured(name), flush=True)

@@ -39,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--window", type=int, metavar="N", help="local modules that a local loss trains")
     training.add_argument("--device", metavar="rtx4090", help="plan for the estimated time of a step on this GPU, and "
                           "show it; cpu or cuda: the one at hand, measured (default: floating-point operations alone)")
+    training.add_argument("--devices", type=int, metavar="N", help="divide the local modules among so many ranks of a "
+                          "pipeline, and show what each needs")
+    training.add_argument("--micro-batches", type=int, default=8, metavar="N", help="parts of a batch, of a pipeline "
+                          "(%(default)s)")
     out = parser.add_argument_group("output")
     out.add_argument("--plan", type=Path, metavar="FILE", help="show this plan (JSON) on the model, not a new one")
     out.add_argument("--frontier", action="store_true", help="also show what can be had: memory against compute, with "
@@ -56,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command with the options of `add_arguments`; returns the exit status."""
     decided = {"-k": args.k, "--memory-budget": args.memory_budget, "--compute-budget": args.compute_budget,
                "--input": args.input, "--optimizer": args.optimizer, "--method": args.method, "--ahead": args.ahead,
-               "--window": args.window}
+               "--window": args.window, "--devices": args.devices}
     clashing = [name for name, value in decided.items() if value is not None]
     if clashing and args.plan is not None:
         raise LoadError(f"{', '.join(clashing)}: the plan of --plan decides that; remove it")
@@ -94,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
         print(plan.to_json())
     else:
         _print(plan)
+        if plan.ranks:
+            _print_ranks(plan, args.micro_batches, args.optimizer or preset.optimizer)
     if args.frontier:
         _print_frontier(plan)
     for path in args.output:
@@ -119,6 +125,12 @@ def _print(plan: PlannedModel) -> None:
         print(plan_text(plan.plan, memory, notes=False))
     else:
         print_plan(plan.plan, memory, console)
+
+
+def _print_ranks(plan: PlannedModel, micro_batches: int, optimizer: str) -> None:
+    from glcan_fx.report.table import ranks_text
+
+    print("\n".join(ranks_text(plan.on_ranks(micro_batches, optimizer), micro_batches)))
 
 
 def _print_frontier(plan: PlannedModel) -> None:
@@ -178,6 +190,7 @@ def _plan(args: argparse.Namespace, preset: Preset, model: nn.Module) -> Planned
         model, k=args.k or ("fewest" if args.memory_budget else preset.k), task=task or AnyLoss(),
         example_inputs=(examples[0] if len(examples) == 1 else examples) if examples else None,
         memory_budget=args.memory_budget, compute_budget=args.compute_budget, method=args.method or "glcan", **reach,
+        devices=args.devices or 1,
         options=Options(optimizer=args.optimizer or preset.optimizer, device=args.device))
 
 

@@ -77,6 +77,7 @@ def plan_dot(
     operators = _operators(plan, structure) if depth == "operators" else {}
     ends = {index: body.end for index, body in operators.items()}
     graph.node("input", f"input  {input_sizes(plan)}", shape="box", style="rounded", id="input")
+    ranks: Sequence[int | None] = plan.rank_of or [None] * plan.k
     stride = 1
     for number, row in enumerate(rows):
         module = row.modules[0]
@@ -85,7 +86,7 @@ def plan_dot(
         with graph.subgraph(name=f"cluster_{row.key}") as box:
             box.attr(label="", fillcolor=colours[number], style="rounded,filled", color="#8a8a8a",
                      id=f"module-{row.key}-cluster")
-            box.node(f"m{row.start}", _module(row, prefix, grown, depth), id=f"module-{row.key}")
+            box.node(f"m{row.start}", _module(row, prefix, grown, depth, ranks[row.start]), id=f"module-{row.key}")
             box.node(f"a{row.start}", _tail() if module.cut is None else _auxiliary(row, prefix, plan.method.parts),
                      id=f"module-{row.key}-head" if module.cut is None else f"aux-{row.key}")
             box.body.extend(operators[row.start].lines if row.start in operators else ())
@@ -93,7 +94,7 @@ def plan_dot(
                 same.attr(rank="same")
                 same.node(ends.get(row.start, f"m{row.start}"))
                 same.node(f"a{row.start}")
-        _connect(graph, row, rows[number - 1] if number else None, ends, plan.reaches)
+        _connect(graph, row, rows[number - 1] if number else None, ends, plan.reaches, ranks)
         _lane(graph, row, live, prefix, rows[number + 1] if number + 1 < len(rows) else None)
     _writes(graph, plan, rows, live)
     return str(graph.source)
@@ -112,7 +113,8 @@ def _rows(plan: Plan, depth: str, memory: Memory | None) -> Iterator[_Row]:
         """Modules of one kind are drawn as one."""
         module = modules[index]
         return (module.cut is None, module.shape, module.makes, module.features, module.levels, module.recompute,
-                [(block.parameters, block.shape) for block in module.blocks], module.aux_parameters, kept[index])
+                [(block.parameters, block.shape) for block in module.blocks], module.aux_parameters, kept[index],
+                plan.rank_of[index: index + 1])
 
     for index in range(1, plan.k + 1):
         if depth != "stages" or index == plan.k or kind(index) != kind(start):
@@ -163,15 +165,17 @@ def picture(dot: str, ending: str) -> bytes:
 
 
 def _connect(
-    graph: graphviz.Digraph, row: _Row, before: _Row | None, ends: Mapping[int, str], reaches: Sequence[Reach]
+    graph: graphviz.Digraph, row: _Row, before: _Row | None, ends: Mapping[int, str], reaches: Sequence[Reach],
+    ranks: Sequence[int | None]
 ) -> None:
     """From the module before, or the input, into the row; and on to its auxiliary network."""
     if before is None:
         graph.edge("input", f"m{row.start}", weight="50")
     else:
+        here, there = ranks[row.start], ranks[before.start]
         back = [index for index, reach in enumerate(reaches) if reach.first <= before.stop < reach.until]
         colour = _BACK if back else _CUT
-        label = _comes_back(back) if back else "  detach"
+        label = _comes_back(back) if back else "  detach" if here == there else f"  detach, sent to rank {here}"
         graph.edge(ends.get(before.start, f"m{before.start}"), f"m{row.start}", weight="50", color=colour,
                    penwidth="1.6", dir="both", arrowtail="inv" if back else "tee", style="dashed", label=label,
                    fontcolor=colour)
@@ -220,12 +224,14 @@ def _writes(graph: graphviz.Digraph, plan: Plan, rows: Sequence[_Row], live: lis
 # ---------------------------------------------------------------------------------------------- labels
 
 
-def _module(row: _Row, prefix: str, grown: int, depth: str) -> str:
-    """A local module: its blocks, what it outputs, what it costs."""
+def _module(row: _Row, prefix: str, grown: int, depth: str, rank: int | None) -> str:
+    """A local module: its blocks, what it outputs, what it costs; in a pipeline, which rank runs it."""
     first, last = row.modules[0], row.modules[-1]
     count = len(row.modules)
     name = span(first, prefix) if count == 1 else f"{span(first, prefix)} … {span(last, prefix)}"
     lines = [f'<FONT POINT-SIZE="12"><B>{_text(row.key.replace("-", "–"))}</B>  {_text(name)}</FONT>']
+    if rank is not None:
+        lines[0] += f'  <FONT COLOR="{_BACK}"><B>rank {rank}</B></FONT>'
     if grown:
         lines.append(f'<FONT COLOR="#8e24aa"><B>▼ stride {grown} to {last.stride}</B></FONT>')
     where = [f"stride {last.stride}"] * bool(last.stride) + [f"{last.channels} channels"]

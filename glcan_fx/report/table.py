@@ -12,6 +12,7 @@ from rich.text import Text
 from glcan_fx.devices import OPERATIONS
 from glcan_fx.plans.plan import LocalModule, Plan, Run
 from glcan_fx.simulate.estimate import Memory
+from glcan_fx.simulate.ranks import Rank, bubble
 from glcan_fx.units import size
 
 _LITTLE = 0.05  # of backpropagation's memory
@@ -209,6 +210,18 @@ def _advice(plan: Plan, memory: Memory) -> list[str]:
         return ["Activation checkpointing takes no more memory than this plan, with exact gradients: for an exact plan "
                 f"pass memory_budget= and compute_budget={max(1.01, compute):.2f}."]
     return []
+
+
+def ranks_text(ranks: Sequence[Rank], micro_batches: int) -> list[str]:
+    """What each rank of a pipeline needs, in lines."""
+    lines = [f"On {len(ranks)} ranks, with {micro_batches} micro-batches a step (glcan_fx.distributed.pipeline):"]
+    for number, rank in enumerate(ranks):
+        first, last = rank.modules[0], rank.modules[-1]
+        which = f"local module {first}" if first == last else f"local modules {first} to {last}"
+        sends = f", sends {size(rank.sent)} a step" if rank.sent else ""
+        lines.append(f"  rank {number}: {which}, {size(rank.peak)}, {rank.share:.0%} of the operations{sends}")
+    return [*lines, f"  ranks wait for the busiest one in {bubble(ranks):.0%} of the time, estimated; beside the first "
+            "fill there is no other bubble"]
 
 
 def common_prefix(plan: Plan) -> str:

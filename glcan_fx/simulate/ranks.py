@@ -62,13 +62,14 @@ def simulate_ranks(
         made = optimizers_of(optimizer, parameters)
         memory = PeakMemory(share, *made, *tensors_in(values))
         begun, values = values, {}
-        sent: dict[str, Any] = {}
+        sent: list[Any] = []  # what is still on its way
         with torch.random.fork_rng(devices=[]), kept_python_random(), quiet(), torch.enable_grad(), memory:
             ahead = [torch.empty_like(tensor) for tensor in tensors_in(begun)] if which.start else []  # the next one
             for again in (True, False):
                 values = dict(begun) if again else begun
                 local.differentiate_stages(step, values, which, 1 / micro_batches, {})
-                sent = values = {name: values[name] for name in step.passed_on(which.stop)}
+                values = {name: values[name] for name in step.passed_on(which.stop)}
+                sent[:] = [values]
             del ahead
             for one in made:
                 one.step()

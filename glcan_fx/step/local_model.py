@@ -132,8 +132,10 @@ class LocalModel(nn.Module):
         """The local modules as modules of their own, with what each trains now: ``stages``, where the model itself has
         nothing of that name."""
         stages: list[Stage] = self.__dict__["_stages"]
-        for stage, paths in zip(stages, self.paths_by_stage(), strict=True):
+        step: Step = self.__dict__["_step"]
+        for stage, run, paths in zip(stages, step.runs, self.paths_by_stage(), strict=True):
             stage.hold(self, paths)
+            stage.__dict__["forward"] = partial(run, self)
         return stages
 
     def paths_by_stage(self) -> list[list[str]]:
