@@ -1,6 +1,8 @@
 """Measure a pipeline of two ranks, and gradients that are averaged while the next module computes.
 
-    python docs/make_distributed.py [--link 800mbit] [--paper]
+    python docs/make_distributed.py [pipeline | link | paper ...]
+
+and write docs/distributed.md anew, between its marks.
 
 Every process has one thread. What a rank does not spend in its local modules, once every rank has work, is the bubble.
 """
@@ -8,6 +10,7 @@ Every process has one thread. What a rank does not spend in its local modules, o
 import argparse
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -151,6 +154,7 @@ for r in 0 1; do
   ip netns exec glcan$r tc qdisc add dev veth$r root tbf rate {rate} burst 256kb latency 400ms
 done
 """
+RATES = ("200mbit", "800mbit")
 WAYS = ("alone", "DistributedDataParallel", "overlap")
 
 
@@ -190,7 +194,7 @@ def over_a_link(name: str, rate: str) -> str:
         ranks = [json.loads((Path(folder) / f"{index}.json").read_text()) for index in range(2)]
     for index in range(2):
         subprocess.run(["ip", "netns", "del", f"glcan{index}"], check=True)
-    return f"| {name} | {' | '.join(f'{max(r[way] for r in ranks):.2f}' for way in WAYS)} |"
+    return f"| {name}, {rate} | {' | '.join(f'{max(r[way] for r in ranks):.2f}' for way in WAYS)} |"
 
 
 # ------------------------------------------------------------ on paper
@@ -236,11 +240,36 @@ def on_paper(target: str, ranks: int, copies: int, micro: int, count: int) -> li
             for name, peak, traffic, idle, compute in rows]
 
 
+PAPER = (("resnet34", 32, 64), ("edsr-full", 2, 64), ("retinanet-r50", 2, 32))
+HEADS = {
+    "pipeline": "| model | local modules, rank 0 + 1 | throughput, of one process | idle, rank 0, rank 1 | waits for "
+                "the busiest, planned | peak, MiB (of the plan's) |",
+    "link": "| seconds of a step | alone | DistributedDataParallel | overlap |",
+    "paper": "| | memory, GiB | traffic, GiB | idle | compute |",
+}
+
+
+def part(name: str) -> str:
+    """A part of the page, as it stands between its marks."""
+    lines = [HEADS[name], "|---" * (HEADS[name].count("|") - 1) + "|"]
+    if name == "pipeline":
+        lines += map(measured, MODELS)
+    elif name == "link":
+        lines += [over_a_link(next(iter(MODELS)), rate) for rate in RATES]
+    else:
+        for target, micro, count in PAPER:
+            for copies in (1, 8):
+                lines.append(f"| **{target}, {8 * copies} GPUs**, {count * micro * copies} images a step | | | | |")
+                lines += on_paper(target, 8, copies, micro, count)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return "\n".join([*lines, "", f"`docs/make_distributed.py {name}`; seed 0, {platform.machine()}, one thread a "
+                      f"process, torch {torch.__version__}, commit {commit}."])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--link", metavar="RATE", help="also data parallel over such a link between network "
-                        "namespaces, 200mbit for example; needs root, ip and tc")
-    parser.add_argument("--paper", action="store_true", help="only what 8 and 64 GPUs would need, by simulation")
+    parser.add_argument("parts", nargs="*", default=[], choices=[*HEADS, []], help="(all; link makes "
+                        "network namespaces, which needs root, ip and tc)")
     parser.add_argument("--rank", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--parallel", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -249,19 +278,13 @@ def main() -> None:
         name, folder, index = args.rank or args.parallel
         (rank if args.rank else parallel)(name, int(index), Path(folder))
         return
-    if args.paper:
-        for copies in (1, 8):
-            print(f"\n| {8 * copies} GPUs | memory, GiB | traffic, GiB | idle | compute |\n|---|---|---|---|---|")
-            print("\n".join(on_paper("retinanet-r50", 8, copies, 2, 32)))
-        return
-    print("| model | local modules, rank 0 + 1 | throughput | idle, rank 0, rank 1 | imbalance, planned | peak, MiB |")
-    print("|---|---|---|---|---|---|")
-    for name in MODELS:
-        print(measured(name), flush=True)
-    if args.link:
-        print(f"\n| seconds of a step, {args.link} | {' | '.join(WAYS)} |\n|---|---|---|---|")
-        for name in MODELS:
-            print(over_a_link(name, args.link), flush=True)
+    page = Path(__file__).with_name("distributed.md")
+    for name in args.parts or HEADS:
+        made = part(name)
+        print(made, flush=True)
+        before, mark, rest = page.read_text().partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        page.write_text(f"{before}{mark}{made}\n{end}{after}")
 
 
 if __name__ == "__main__":

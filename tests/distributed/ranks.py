@@ -128,12 +128,21 @@ def in_one_process(name: str, steps: int = 2, parts: int = 2, **options: Any) ->
     local = build(name, **options)
     optimizer = torch.optim.SGD(local.parameters(), lr=1e-2)
     seen: dict[str, Any] = {}
+    seen["losses"] = []
     for step in range(steps):
         optimizer.zero_grad()
-        inputs, targets = batch_of(name, step)
+        inputs, targets = batch_of(name, step % 5)
+        losses: dict[str, Tensor] = {}
         size = len(inputs) // parts
         for start in range(0, len(inputs), size):
-            (loss_of(local(inputs[start:start + size], targets[start:start + size])) / parts).backward()
+            out = local(inputs[start:start + size], targets[start:start + size])
+            (loss_of(out) / parts).backward()
+            own = [v for k, v in out.items() if k.startswith("loss_local")] if isinstance(out, dict) else out.losses
+            if isinstance(out, dict):
+                own.append(loss_of(out) - sum(own))
+            for module, loss in zip(local.plan.modules, own, strict=True):
+                losses[module.name] = losses.get(module.name, 0) + loss.detach() / parts
+        seen["losses"].append(losses)
         seen[f"gradients {step}"] = gradients(local)
         optimizer.step()
     seen["weights"] = {name: t.clone() for name, t in local.state_dict().items()}
@@ -156,6 +165,19 @@ def pipelines(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
             optimizer.step()
         yield f"{name}: own", sorted(pipe.state_dict())
         yield f"{name}: weights", {key: t.clone() for key, t in pipe.gather().state_dict().items()}
+
+
+def curves(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
+    """The losses of 50 steps, by local module."""
+    for name in NETWORKS:
+        pipe = glcan_fx.distributed.pipeline(build(name), micro_batches=2)
+        optimizer = torch.optim.SGD(pipe.parameters(), lr=1e-2)
+        found = []
+        for step in range(50):
+            optimizer.zero_grad()
+            found.append(pipe.step(*batch_of(name, step % 5)).losses)
+            optimizer.step()
+        yield name, found
 
 
 def half(name: str, seed: int, rank: int, ranks: int = 2) -> tuple[Any, ...]:
@@ -311,7 +333,7 @@ def deaths(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
 
 
 PARTS = {part.__name__: part for part in (
-    pipelines, data_parallel, accumulated, uneven, sharded, both, checkpoints, deaths)}
+    pipelines, curves, data_parallel, accumulated, uneven, sharded, both, checkpoints, deaths)}
 
 
 def run(what: str, ranks: int, folder: Path) -> list[dict[str, Any]]:

@@ -21,6 +21,15 @@ def seen(tmp_path_factory) -> Any:
     return of
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ranks.NETWORKS)
+def test_the_losses_of_50_steps_are_those_of_one_process(seen, name):
+    expected = ranks.in_one_process(name, steps=50)["losses"]
+    first, second = (rank[name] for rank in seen("curves"))
+    for step in range(50):
+        assert_same(first[step] | second[step], expected[step], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("way", ["plain", "overlap"])
 @pytest.mark.parametrize("name", ranks.NETWORKS)
 def test_data_parallel(seen, name, way):
