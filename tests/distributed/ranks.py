@@ -1,13 +1,14 @@
 """Networks that are trained on several ranks, and what a rank of gloo does with them.
 
-Run as a script, ``ranks.py WHAT RANK RANKS FOLDER`` is one process; it leaves what it saw in ``FOLDER/WHAT<RANK>.pt``.
+Run as a script, ``ranks.py WHAT,... RANK RANKS FOLDER NETWORK...`` is one process; it leaves what it saw in
+``FOLDER/rank<RANK>.pt``.
 """
 
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 import glcan_fx
 from glcan_fx.models import edsr, retinanet
 
+FOLDER, CHOSEN = Path(sys.argv[4] if __name__ == "__main__" else "."), sys.argv[5:]
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # each rank's under its parameters' names
 
 
@@ -153,7 +155,7 @@ def in_one_process(name: str, steps: int = 2, parts: int = 2, **options: Any) ->
 
 
 def pipelines(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
-    for name in NETWORKS:
+    for name in CHOSEN:
         local = build(name)
         pipe = glcan_fx.distributed.pipeline(local, micro_batches=2)
         optimizer = torch.optim.SGD(pipe.parameters(), lr=1e-2)
@@ -169,7 +171,7 @@ def pipelines(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
 
 def curves(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
     """The losses of 50 steps, by local module."""
-    for name in NETWORKS:
+    for name in CHOSEN:
         pipe = glcan_fx.distributed.pipeline(build(name), micro_batches=2)
         optimizer = torch.optim.SGD(pipe.parameters(), lr=1e-2)
         found = []
@@ -187,7 +189,7 @@ def half(name: str, seed: int, rank: int, ranks: int = 2) -> tuple[Any, ...]:
 
 def data_parallel(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
     """Each rank trains on its half of the batch."""
-    for name in NETWORKS:
+    for name in CHOSEN:
         for way in ("plain", "overlap"):
             local = build(name)
             parallel = DistributedDataParallel(local, broadcast_buffers=False)
@@ -248,7 +250,7 @@ def uneven(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
 def sharded(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
     """FSDP2 on every local module, and on the whole."""
     mesh = init_device_mesh("cpu", (ranks,))
-    for name in NETWORKS:
+    for name in CHOSEN:
         for way in ("stages", "whole"):
             local = build(name)
             for root in local.stages if way == "stages" else [local]:
@@ -275,7 +277,7 @@ def both(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
     """Two pipelines of two ranks each, on halves of the batch."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "pipeline"))
     groups = {"group": mesh["pipeline"].get_group(), "data_group": mesh["data"].get_group()}
-    for name in SINGLE:
+    for name in [name for name in SINGLE if name in CHOSEN]:
         local = build(name)
         pipe = glcan_fx.distributed.pipeline(local, micro_batches=2, **groups)
         optimizer = torch.optim.SGD(pipe.parameters(), lr=1e-2)
@@ -288,7 +290,7 @@ def both(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
 
 def checkpoints(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
     """A run that is saved after a step, and one that goes on from there."""
-    folder = Path(sys.argv[4]) / "checkpoint"
+    folder = FOLDER / "checkpoint"
 
     def state(pipe: Any, optimizer: Any) -> dict[str, Any]:
         return {"model": pipe.state_dict(), "optimizer": get_optimizer_state_dict(pipe, optimizer, options=FLAT)}
@@ -321,7 +323,7 @@ def deaths(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
     pipe = glcan_fx.distributed.pipeline(build("resnet"), micro_batches=2)
     pipe.step(*batch_of("resnet", 0))
     if rank == ranks - 1:
-        torch.save({}, Path(sys.argv[4]) / f"deaths{rank}.pt")
+        torch.save({"deaths": {}}, FOLDER / f"rank{rank}.pt")
         os._exit(0)
     began = time.monotonic()
     try:
@@ -336,24 +338,24 @@ PARTS = {part.__name__: part for part in (
     pipelines, curves, data_parallel, accumulated, uneven, sharded, both, checkpoints, deaths)}
 
 
-def run(what: str, ranks: int, folder: Path) -> list[dict[str, Any]]:
+def run(what: str, ranks: int, folder: Path, names: Sequence[str] = ()) -> list[dict[str, Any]]:
     """What each of several processes saw."""
     command = [sys.executable, "-W", "ignore", __file__, what]
-    processes = [subprocess.Popen([*command, str(rank), str(ranks), str(folder)], stderr=subprocess.PIPE, text=True)
-                 for rank in range(ranks)]
+    processes = [subprocess.Popen([*command, str(rank), str(ranks), str(folder), *names], stderr=subprocess.PIPE,
+                                  text=True) for rank in range(ranks)]
     try:
         errors = [process.communicate(timeout=240)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0] * ranks, "\n".join(errors)
-    return [torch.load(folder / f"{what}{rank}.pt", weights_only=False) for rank in range(ranks)]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
 def main(what: str, rank: int, ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/{what}", rank=rank, world_size=ranks)
-    torch.save(dict(PARTS[what](rank, ranks)), folder / f"{what}{rank}.pt")
+    torch.save({part: dict(PARTS[part](rank, ranks)) for part in what.split(",")}, folder / f"rank{rank}.pt")
     if what != "deaths":
         dist.destroy_process_group()
 

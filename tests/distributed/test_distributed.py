@@ -1,28 +1,68 @@
-"""Data parallel, sharded, both with pipelines, checkpoints, and ranks that end."""
+"""Several ranks train as one process does: pipelines, data parallel, sharded; checkpoints, and ranks that end."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import ranks
 import torch
-from test_pipeline import assert_same
+
+
+def assert_same(a: dict[str, Any], b: dict[str, Any], **tolerance: float) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        if tolerance:
+            torch.testing.assert_close(a[name], b[name], **tolerance)
+        else:
+            assert torch.equal(a[name], b[name]), name
+
+
+pytestmark = pytest.mark.xdist_group("ranks")  # one run of the processes serves all
+SMALL = ("resnet", "retinanet")  # in the default run; all with -m slow
+CASES = [pytest.param(name, marks=[] if name in SMALL else pytest.mark.slow) for name in ranks.NETWORKS]
+ALONE = [case for case in CASES if case.values[0] in ranks.SINGLE]
+
+
+TOGETHER = ("pipelines", "data_parallel", "accumulated", "uneven", "sharded", "checkpoints")  # in the same processes
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory) -> Any:
-    """What several processes saw, of each part of ranks.py; every one runs once."""
-    known: dict[str, Any] = {}
+def seen(request, tmp_path_factory) -> Callable[..., list[dict[str, Any]]]:
+    """What several processes saw, of each part of ranks.py; every one runs once, for the networks of the tests that
+    are to run."""
+    known: dict[Any, Any] = {}
+    chosen = [name for name in ranks.NETWORKS if name in SMALL or any(
+        getattr(item, "callspec", None) is not None and item.callspec.params.get("name") == name
+        for item in request.session.items)]
 
     def of(what: str, count: int = 2) -> list[dict[str, Any]]:
-        if what not in known:
-            known[what] = ranks.run(what, count, tmp_path_factory.mktemp(what))
-        return known[what]
+        parts = TOGETHER if what in TOGETHER and count == 2 else (what,)
+        if (parts, count) not in known:
+            known[parts, count] = ranks.run(",".join(parts), count, tmp_path_factory.mktemp(what), chosen)
+        return [rank[what] for rank in known[parts, count]]
 
     return of
 
 
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_and_weights_are_those_of_one_process(seen, name, count):
+    pipelines = seen("pipelines", count)
+    expected = ranks.in_one_process(name)
+    for step in range(2):
+        found: dict[str, Any] = {}
+        for seen in pipelines:
+            assert not found.keys() & seen[f"{name}: gradients {step}"].keys()
+            found |= seen[f"{name}: gradients {step}"]
+        assert_same(found, expected[f"gradients {step}"])
+    for seen in pipelines:  # gathered on every rank
+        assert_same(seen[f"{name}: weights"], expected["weights"])
+    keys = sorted(key for seen in pipelines for key in seen[f"{name}: own"])
+    assert keys == sorted(expected["weights"])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ranks.NETWORKS)
+@pytest.mark.parametrize("name", [case.values[0] for case in CASES])
 def test_the_losses_of_50_steps_are_those_of_one_process(seen, name):
     expected = ranks.in_one_process(name, steps=50)["losses"]
     first, second = (rank[name] for rank in seen("curves"))
@@ -31,7 +71,7 @@ def test_the_losses_of_50_steps_are_those_of_one_process(seen, name):
 
 
 @pytest.mark.parametrize("way", ["plain", "overlap"])
-@pytest.mark.parametrize("name", ranks.NETWORKS)
+@pytest.mark.parametrize("name", CASES)
 def test_data_parallel(seen, name, way):
     expected = ranks.in_one_process(name)
     for rank in seen("data_parallel"):
@@ -39,7 +79,7 @@ def test_data_parallel(seen, name, way):
             assert_same(rank[f"{name}, {way}: gradients {step}"], expected[f"gradients {step}"])
 
 
-@pytest.mark.parametrize("name", ranks.NETWORKS)
+@pytest.mark.parametrize("name", CASES)
 def test_overlap_sends_in_the_forward_pass(seen, name):
     """What the local modules but the last train."""
     own = list(ranks.build(name).parameters_by_module().values())
@@ -68,7 +108,7 @@ def test_uneven_inputs(seen):
 
 
 @pytest.mark.parametrize("way", ["stages", "whole"])
-@pytest.mark.parametrize("name", ranks.NETWORKS)
+@pytest.mark.parametrize("name", CASES)
 def test_sharded(seen, name, way):
     expected = ranks.in_one_process(name)
     for rank in seen("sharded"):
@@ -90,7 +130,7 @@ def test_sharded_in_mixed_precision(seen):
         torch.testing.assert_close(clipped, torch.tensor(1e-3), rtol=1e-2, atol=0)
 
 
-@pytest.mark.parametrize("name", ranks.SINGLE)
+@pytest.mark.parametrize("name", ALONE)
 def test_pipelines_side_by_side(seen, name):
     expected = ranks.in_one_process(name, parts=4)
     for step in range(2):
