@@ -8,8 +8,9 @@ from torch.optim import SGD
 
 import glcan_fx
 from glcan_fx.methods import HPFF
+from glcan_fx.models import edsr
 from glcan_fx.peak_memory import PeakMemory
-from glcan_fx.simulate.ranks import Load, balanced, bubble
+from glcan_fx.simulate.ranks import Load, balanced, bubble, parts_of_batch
 
 IMAGES = torch.empty(16, 3, 64, 64)
 
@@ -54,18 +55,26 @@ def test_local_modules_that_need_each_other_are_on_one_rank():
         plan(k=4, devices=3, method=HPFF(base="dgl"))
 
 
+NETS = {  # of the second, what arrives is a large part
+    "resnet": (net, "classification", (4, 3, 64, 64), torch.arange(4)),
+    "edsr": (lambda: edsr(blocks=4, channels=32), "super_resolution", (4, 3, 24, 24), torch.rand(4, 3, 48, 48)),
+}
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", None])
-def test_what_each_rank_needs(optimizer):
+@pytest.mark.parametrize("name", NETS)
+def test_what_each_rank_needs(name, optimizer):
     """The memory of a rank, counted on real tensors, is what the plan foretold."""
-    made = plan(k=4, devices=2)
+    make, task, size, y = NETS[name]
+    made = glcan_fx.plan(make(), k=4, task=task, example_inputs=torch.empty(4 * size[0], *size[1:]), devices=2)
     ranks = made.on_ranks(4, optimizer)
     assert sum(rank.share for rank in ranks) == pytest.approx(1)
     assert 0 <= bubble(ranks) < 0.5
     assert ranks[1].sent == 0
     local = made.build().train()
-    x, y = torch.randn(4, 3, 64, 64), torch.arange(4)
+    batch = {"x": torch.randn(4 * size[0], *size[1:]), "targets": torch.cat([y] * 4)}
     step = local.__dict__["_step"]
-    values = step.values({"x": x, "targets": y})
+    values = step.values(next(parts_of_batch(local.task, batch, 4))[1])
     for number, rank in enumerate(ranks):
         share = nn.ModuleList([local.stages[index] for index in rank.modules])
         optimizers = [SGD(share.parameters(), 0.1, momentum=0.9)] if optimizer else []
