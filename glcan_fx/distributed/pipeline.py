@@ -181,7 +181,7 @@ class Pipeline(Share):
             share = Share()
             share.hold(self.local, paths)
             source = rank if self.group is None else dist.get_global_rank(self.group, rank)
-            for _, tensor in sorted({**dict(share.named_parameters()), **dict(share.named_buffers())}.items()):
+            for tensor in [*share.parameters(), *share.buffers()]:
                 with torch.no_grad():
                     moved = tensor.detach().to(self._device).contiguous()
                     dist.broadcast(moved, source, self.group)
@@ -197,6 +197,10 @@ class Pipeline(Share):
                                    "call pipe.gather().eval() on every rank, and use what it returns.")
         if not local.training:
             raise UnsupportedError("the compiled model is in evaluation mode: call local.train() on every rank")
+        for part in (local, local.original):
+            if any((part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)):
+                raise UnsupportedError(f"{type(part).__name__} as a whole has a hook, but no rank runs it as a whole. "
+                                       "Put the hook on modules inside it, or on local.stages.")
         local.check_guards()
         step: Step = local.__dict__["_step"]
         return step

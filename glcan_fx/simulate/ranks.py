@@ -68,6 +68,9 @@ def simulate_ranks(
             for again in (True, False):
                 values = dict(begun) if again else begun
                 local.differentiate_stages(step, values, which, 1 / micro_batches, {})
+                if again and which.stop == local.plan.k:  # the other parts' outputs wait for those of the last
+                    ahead += [torch.empty_like(tensor) for tensor in tensors_in(step.outputs(values))
+                              for _ in range(micro_batches - 1)]
                 values = {name: values[name] for name in step.passed_on(which.stop)}
                 sent[:] = [values]
             del ahead
