@@ -190,7 +190,7 @@ def _plan(args: argparse.Namespace, preset: Preset, model: nn.Module) -> Planned
         model, k=args.k or ("fewest" if args.memory_budget else preset.k), task=task or AnyLoss(),
         example_inputs=(examples[0] if len(examples) == 1 else examples) if examples else None,
         memory_budget=args.memory_budget, compute_budget=args.compute_budget, method=args.method or "glcan", **reach,
-        devices=args.devices or 1,
+        devices=1 if args.devices is None else args.devices,
         options=Options(optimizer=args.optimizer or preset.optimizer, device=args.device))
 
 

@@ -6,7 +6,6 @@ when DistributedDataParallel begins to send. Here they are sent at once; in back
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from glcan_fx.distributed.averaged import Averaged
 from glcan_fx.errors import UnsupportedError
 from glcan_fx.step.local_model import LocalModel
 
@@ -52,9 +52,16 @@ class _Reducer:
         self.alone = {id(p) for own in local.trained_alone().values() for p in own}
         self.done: set[int] = set()
         self.waiting: set[int] = set()
+        self._arrived = False  # whether a gradient of this step has
+
+    def __deepcopy__(self, _: Any) -> "_Reducer":
+        return self  # a copy of the wrapper (an average) does not train
 
     def start(self, parameters: Sequence[Tensor], stash: list[Tensor | None]) -> Callable[[Tensor], None] | None:
         """Begin to average some gradients, in place; what is returned waits for them."""
+        if self._arrived:
+            self.done.clear()
+            self._arrived = False
         own = [(index, p) for index, p in enumerate(parameters) if id(p) in self.alone and _is_dense(stash[index])]
         keys = {id(p) for _, p in own}
         joining = self.parallel._join_config.enable
@@ -65,31 +72,41 @@ class _Reducer:
         before = [p.grad for _, p in own if id(p) in self.waiting and p.grad is not None]
         self.waiting -= keys
         self.done |= keys
-        works: list[tuple[Any, Tensor, list[tuple[Tensor, Tensor]]]] = []
-        order = sorted([*((stash[index], index) for index, _ in own), *((grad, -1) for grad in before)],
-                       key=lambda pair: str((pair[0].dtype, pair[0].device)))  # type: ignore[union-attr]
-        for _, group in groupby(order, key=lambda pair: (pair[0].dtype, pair[0].device)):  # type: ignore[union-attr]
-            pairs: list[Any] = list(group)
-            flat = torch.cat([grad.reshape(-1) for grad, _ in pairs]).div_(self.ranks)
-            works.append((dist.all_reduce(flat, group=self.group, async_op=True), flat, []))
-            for (grad, index), part in zip(pairs, flat.split([grad.numel() for grad, _ in pairs]), strict=True):
-                if index >= 0:
-                    stash[index] = part.view_as(grad)
-                else:
-                    works[-1][2].append((grad, part.view_as(grad)))
-        return partial(_wait, works)
+        sums = [Averaged([(p, stash[index]) for index, p in own], self.group)]
+        for (index, _), average in zip(own, sums[0].averages, strict=True):
+            stash[index] = average
+        if before:
+            sums.append(Averaged([(grad, grad) for grad in before], self.group))
+        return partial(self._finish, sums, [index for index, _ in own], stash, before)
+
+    def _finish(
+        self, sums: list[Averaged], places: list[int], stash: list[Tensor | None], before: list[Tensor], factor: Tensor
+    ) -> None:
+        if not self._arrived:
+            self._arrived = True
+            self._compare(factor)
+        for index in (places[place] for place in sums[0].wait()):
+            stash[index] = None
+        for one in sums[1:]:
+            one.wait()
+            for grad, average in zip(before, one.averages, strict=True):
+                grad.copy_(average)
+        sums.clear()
+
+    def _compare(self, factor: Tensor) -> None:
+        """Raise UnsupportedError where ranks weight their losses differently: gradients were averaged before."""
+        found = torch.stack([factor.detach().float(), -factor.detach().float()])
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
+        most, least = found[0].item(), -found[1].item()
+        if most != least:
+            raise UnsupportedError(
+                f"the loss is multiplied by {least:g} on one rank and by {most:g} on another, but overlap() averages "
+                "gradients in the forward pass, before they are multiplied. Use DistributedDataParallel without "
+                "overlap(), or the same factor on all ranks.")
 
 
 def _is_dense(grad: Tensor | None) -> bool:
-    return grad is not None and grad.layout is torch.strided
-
-
-def _wait(works: list[Any], _: Tensor) -> None:
-    for work, _flat, earlier in works:
-        work.wait()
-        for grad, averaged in earlier:
-            grad.copy_(averaged)
-    works.clear()
+    return grad is None or grad.layout is torch.strided
 
 
 def _average_the_rest(

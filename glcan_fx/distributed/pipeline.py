@@ -4,18 +4,20 @@ forward, differentiates its own losses, and goes on: nothing comes back, and nob
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
+from glcan_fx.distributed.averaged import Averaged
 from glcan_fx.distributed.channel import Channel, check_backend
-from glcan_fx.errors import UnsupportedError
+from glcan_fx.errors import RankError, UnsupportedError
 from glcan_fx.pytree import map_tensors
 from glcan_fx.simulate.ranks import Load, balanced, divisible, loads_of, parts_of_batch
+from glcan_fx.step.learning import is_half
 from glcan_fx.step.local_model import LocalModel
 from glcan_fx.step.stages import Share, Step
 
@@ -46,7 +48,7 @@ def pipeline(
             out = pipe.step(images, labels)          # forward and backward
             optimizer.step()
 
-    Every rank compiles the same model (with the same seed: auxiliary networks begin at random), and calls this.
+    Every rank compiles the same model, and calls this.
 
     Args:
         local: the compiled model, with at least as many local modules as ranks.
@@ -68,6 +70,7 @@ def pipeline(
         stages = local.plan.ranks if len(local.plan.ranks) == ranks else balanced(_loads(local), links, ranks)
     sizes = tuple(stages)
     _check_sizes(local, sizes, ranks, links)
+    _check_alike(local, sizes, micro_batches, group)
     pipe = Pipeline(local, sizes, rank, micro_batches, device, group)
     if data_group is not None:
         pipe.average_over(data_group)
@@ -98,6 +101,7 @@ class Pipeline(Share):
         self.micro_batches = micro_batches
         if device is not None:
             self.to(device)
+        self._broken = False
         self._data_group: dist.ProcessGroup | None = None
         at = next((t.device for t in [*self.parameters(), *self.buffers()]), torch.device("cpu"))
         self._before = Channel(rank - 1, group, at) if rank else None
@@ -141,9 +145,10 @@ class Pipeline(Share):
         count = self.micro_batches
         parts = self._parts(step, args, kwargs) if self._before is None else self._before.messages(count)
         losses: dict[str, Tensor] = {}
-        outputs = []
+        weights, outputs = [], []
         sent: list[Any] = []
         for index, (weight, values) in enumerate(parts):
+            self._broken = True  # until the step is done: other ranks go on with what they were sent
             last = index == count - 1
             local.differentiate_stages(step, values, self._which, weight, losses,
                                        partial(self._send_gradients, sent) if last else None)
@@ -152,31 +157,38 @@ class Pipeline(Share):
                 self._behind.send((weight, {name: values[name] for name in read}))
             else:
                 outputs.append(step.outputs(values))
+                weights.append(weight)
             del values
         if self._behind is not None:
             self._behind.flush()
-        for work, flat, grads in sent:
-            work.wait()
-            for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-                grad.copy_(part.view_as(grad))
+        for parameters, averaged in sent:
+            nowhere = averaged.wait()
+            for place, (parameter, average) in enumerate(zip(parameters, averaged.averages, strict=True)):
+                parameter.grad = None if place in nowhere else average
         local.aux.get_submodule("scale").update()  # type: ignore[operator]
+        self._broken = False
         names = [module.name for module in local.plan.modules]
         return PipelineOutput({names[step.losses.index(name)]: loss for name, loss in losses.items()},
-                              _joined(outputs) if self.is_last else None)
+                              _joined(outputs, weights) if self.is_last else None)
 
     def _send_gradients(self, sent: list[Any], index: int) -> None:
         """Begin to average the gradients of a local module whose last micro-batch is done."""
-        if self._data_group is None:
-            return
-        grads = [p.grad for p in self.local.own_stages()[index].parameters() if p.grad is not None]
-        for _, same in groupby(sorted(grads, key=lambda g: str(g.dtype)), key=lambda g: g.dtype):
-            of_type = list(same)
-            flat = torch.cat([grad.reshape(-1) for grad in of_type]).div_(dist.get_world_size(self._data_group))
-            sent.append((dist.all_reduce(flat, group=self._data_group, async_op=True), flat, of_type))
+        if self._data_group is not None:
+            parameters = [p for p in self.local.own_stages()[index].parameters() if p.requires_grad]
+            sent.append((parameters, Averaged([(p, p.grad) for p in parameters], self._data_group)))
+
+    def train(self, mode: bool = True) -> "Pipeline":
+        """Set the mode of the whole compiled model."""
+        self.local.train(mode)
+        self.__dict__["training"] = mode
+        return self
 
     def gather(self) -> LocalModel:
         """Bring the weights and buffers of all ranks to every rank, and return the compiled model: to evaluate, to
         save. Every rank must call it."""
+        if any(isinstance(p, DTensor) for p in self.parameters()):
+            raise UnsupportedError("gather() cannot bring together local modules that fully_shard() divides among "
+                                   "ranks: save them by torch.distributed.checkpoint, and load that in one process.")
         for rank, paths in enumerate(self._paths):
             share = Share()
             share.hold(self.local, paths)
@@ -195,6 +207,12 @@ class Pipeline(Share):
         if not torch.is_grad_enabled():
             raise UnsupportedError("a pipeline's step differentiates: call it outside of torch.no_grad(). To evaluate, "
                                    "call pipe.gather().eval() on every rank, and use what it returns.")
+        if self._broken:
+            raise RankError(f"an exception ended a step of rank {self.rank} half-way, and other ranks went on: they "
+                            "are no longer at the same step. Start all ranks again, from the last checkpoint.")
+        if is_half(self._device.type):
+            raise UnsupportedError("float16 needs a GradScaler, which skips a step where gradients overflow, on all "
+                                   "ranks together: a pipeline has none. Use torch.autocast with bfloat16.")
         if not local.training:
             raise UnsupportedError("the compiled model is in evaluation mode: call local.train() on every rank")
         for part in (local, local.original):
@@ -218,10 +236,18 @@ class Pipeline(Share):
             yield weight, step.values(map_tensors(part, lambda tensor: tensor.to(self._device)))
 
 
-def _joined(outputs: list[Any]) -> Any:
-    """The outputs of a batch's parts as those of the batch: tensors one behind the other."""
-    return tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) and parts[0].dim() else parts[0],
-                    *outputs)
+def _joined(outputs: list[Any], weights: list[float]) -> Any:
+    """The outputs of a batch's parts as those of the batch: tensors one behind the other, single numbers as their mean,
+    anything else as a list where parts differ."""
+    def joined(*parts: Any) -> Any:
+        if not isinstance(parts[0], Tensor):
+            return parts[0] if all(part == parts[0] for part in parts) else list(parts)
+        if parts[0].dim():
+            return torch.cat(parts)
+        mean = sum(weight * part for weight, part in zip(weights, parts, strict=True))
+        return mean if parts[0].is_floating_point() else torch.stack(parts)
+
+    return tree_map(joined, *outputs)
 
 
 def _loads(local: LocalModel) -> list[Load]:
@@ -231,6 +257,19 @@ def _loads(local: LocalModel) -> list[Load]:
         raise UnsupportedError("this compiled model was copied or loaded from a file, and no longer knows its costs: "
                                "say how many local modules each rank runs, stages=(...)")
     return loads_of(simulate())
+
+
+def _check_alike(local: LocalModel, sizes: tuple[int, ...], micro_batches: int, group: Any) -> None:
+    """Raise UnsupportedError where ranks were given different things, which would wait for each other for ever."""
+    if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
+        raise UnsupportedError(f"micro_batches={micro_batches!r}: a number, 1 or more")
+    own = {"plan": local.plan.to_json(), "stages": sizes, "micro_batches": micro_batches}
+    found: list[Any] = [None] * len(sizes)
+    dist.all_gather_object(found, own, group)
+    for name in own:
+        if any(other[name] != own[name] for other in found):
+            raise UnsupportedError(f"the ranks were given different {name}: compile the same model with the same "
+                                   "options on every rank, and pass the same to pipeline()")
 
 
 def _check_sizes(local: LocalModel, sizes: tuple[int, ...], ranks: int, links: Sequence[tuple[int, int, str]]) -> None:

@@ -292,9 +292,10 @@ class _Choice:
     def _learn(self, savings: Savings) -> None:
         """Simulate steps to learn from, once for each kind of savings: one with many local modules, and, to be sure of
         it, the exact one."""
-        *_, candidate = self.candidates("natural" if self._given is None else self._given)
-        if not self.predictor.knows(candidate.cuts, savings):
-            self.predictor.learn(self._planned(candidate, savings), candidate.cuts)
+        *others, last = self.candidates("natural" if self._given is None else self._given)
+        for candidate in (last, *others):  # with other auxiliary networks the same number may be cut elsewhere
+            if not self.predictor.knows(candidate.cuts, savings):
+                self.predictor.learn(self._planned(candidate, savings), candidate.cuts)
         if self._given is None:
             self._learn_exact(savings)
 

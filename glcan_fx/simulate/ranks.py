@@ -6,11 +6,12 @@ from itertools import combinations, pairwise
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from glcan_fx.capture.shadow import kept_python_random
 from glcan_fx.capture.trace import quiet
 from glcan_fx.config import OptimizerLike
-from glcan_fx.errors import TargetError, UnsupportedError
+from glcan_fx.errors import PlanError, TargetError, UnsupportedError
 from glcan_fx.peak_memory import PeakMemory
 from glcan_fx.pytree import tensors_in
 from glcan_fx.simulate.estimate import Estimate, optimizers_of
@@ -86,14 +87,30 @@ def simulate_ranks(
 def parts_of_batch(task: Task, given: Mapping[str, Any], count: int) -> Iterator[tuple[float, dict[str, Any]]]:
     """A batch's arguments in so many parts, each with its weight in the mean over the batch. Raises TargetError for a
     batch that is too small."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise PlanError(f"micro_batches={count!r}: a number, 1 or more")
     first = next(iter(given.values()))
     images = len(first if isinstance(first, list) else next(tensors_in(first)))
     if images < count:
         raise TargetError(f"a batch of {images} cannot be cut into micro_batches={count} parts: pass fewer, or drop "
                           "the last batch of an epoch (DataLoader(drop_last=True))")
+    if count > 1 and _stays_whole(given.get("targets"), images):
+        raise TargetError(f"targets have a tensor whose first dimension is not the batch's {images}: it cannot be cut "
+                          "into micro-batches. Make it one row for each image, or a list with one item for each.")
     ends = [round(index * images / count) for index in range(count + 1)]
     for start, stop in pairwise(ends):
         yield (stop - start) / images, task.part(dict(given), start, stop, images)
+
+
+def _stays_whole(value: Any, images: int) -> bool:
+    """Whether some tensor in targets is neither a row nor an item for each image, so that every part gets all of it."""
+    if isinstance(value, Tensor):
+        return value.dim() > 0 and len(value) != images
+    if isinstance(value, dict):
+        return any(_stays_whole(item, images) for item in value.values())
+    if isinstance(value, list) and len(value) == images:
+        return False
+    return isinstance(value, list | tuple) and any(_stays_whole(item, images) for item in value)
 
 
 def divisible(local: LocalModel, ranks: int) -> list[Link]:
@@ -102,9 +119,10 @@ def divisible(local: LocalModel, ranks: int) -> list[Link]:
     links = links_of(local)
     bounds = [bound for bound in range(1, local.plan.k) if not any(first < bound <= last for first, last, _ in links)]
     if len(bounds) + 1 < ranks:
-        why = f"; {links[0][2]}" if links else ""
-        raise UnsupportedError(f"{ranks} ranks, but {local.plan.model} has {local.plan.k} local modules, of which "
-                               f"{len(bounds) + 1} can be apart{why}. Compile it with a larger k, or use fewer ranks.")
+        raise UnsupportedError(
+            f"{ranks} ranks, but {local.plan.model} has {local.plan.k} local modules, of which {len(bounds) + 1} can "
+            "be apart" + (f": {links[0][2]}. Use fewer ranks, or leave that out." if links else
+                       ". Compile it with a larger k, or use fewer ranks."))
     return links
 
 

@@ -107,7 +107,7 @@ def _of_attributes(path: str, module: nn.Module, names: list[str], called: Set[s
         if isinstance(value, nn.Module):
             yield from _of_part(f"{path}.{name}" if path else name, module._modules, name, value, called)
         elif isinstance(value, Tensor):
-            yield _Guard(f"the class of {shown}", _kind_of(module, name), type(value), True)
+            yield _Guard(f"the class of {shown}", _kind_of(module, name), _kind(value), True)
         elif isinstance(value, types.MethodType):
             yield _Guard(f"the method {shown}", _function_of(module, name), value.__func__, True)
         else:
@@ -140,7 +140,12 @@ def _of_part(
 
 
 def _kind_of(module: nn.Module, name: str) -> Callable[[], Any]:
-    return lambda: type(getattr(module, name, None))
+    return lambda: _kind(getattr(module, name, None))
+
+
+def _kind(value: Any) -> type:
+    """The class; a parameter remains one when it is sharded."""
+    return nn.Parameter if isinstance(value, nn.Parameter) else type(value)
 
 
 def _function_of(module: nn.Module, name: str) -> Callable[[], Any]:

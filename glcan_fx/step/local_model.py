@@ -37,9 +37,9 @@ from glcan_fx.step.local_loss import Draws, LocalLoss, random_state
 from glcan_fx.step.optimizer_in_forward import OptimizerInForward, refuse_distributed
 from glcan_fx.step.output import LocalOutput, collect, parts_of_loss, reported, shape_of, total
 from glcan_fx.step.parts import ReadOnly, Recomputed, SizeCheck, Whole, WithAux
-from glcan_fx.step.sharing import refuse_sharded
+from glcan_fx.step.sharing import links_of, refuse_sharded
 from glcan_fx.step.sliced import SlicedHead
-from glcan_fx.step.stages import Stage, Step, uncompiled
+from glcan_fx.step.stages import Stage, Step, called, uncompiled
 from glcan_fx.step.trained import backwards_of, called_by, layers_of, targets_of, targets_of_last, trained_alone
 from glcan_fx.tasks.base import LossHead, Spec
 
@@ -135,7 +135,9 @@ class LocalModel(nn.Module):
         step: Step = self.__dict__["_step"]
         for stage, run, paths in zip(stages, step.runs, self.paths_by_stage(), strict=True):
             stage.hold(self, paths)
-            stage.__dict__["forward"] = partial(run, self)
+            stage.__dict__["forward"] = partial(called, run, self)
+        if "_links" not in self.__dict__:  # before anything is sharded: that would take apart what is shared
+            self.__dict__["_links"] = links_of(self)
         return stages
 
     def paths_by_stage(self) -> list[list[str]]:
@@ -667,8 +669,8 @@ def assemble(
         tail, behind = bound.pop("tail", (None, task.behind(model)))
         last.add_module(
             "head", SlicedHead(tail, head, plan.slices, task.part, model, behind, criterion, scale))
-    for name, (run, called) in bound.items():
-        aux.add_module(name, Recomputed(run, model, called))
+    for name, (run, layers) in bound.items():
+        aux.add_module(name, Recomputed(run, model, layers))
     return LocalModel(model, aux, graph, plan, task, parts or {}, opened or {})
 
 

@@ -73,13 +73,21 @@ def refuse_sharded(local: "LocalModel") -> None:
             f"method='{local.plan.method.name}' has averages that follow the model's weights after each step of the "
             "optimizer, which a sharded model does not show. Use DistributedDataParallel, or another method.")
     managed = {id(p) for stage in stages for p in stage.parameters()}
+    own = dict(local.named_parameters(remove_duplicate=False)) if stages else {}
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            if own.get(name) is not parameter:
+                raise UnsupportedError(
+                    f"parameter '{name}' was sharded by fully_shard() on a local module, but belongs itself to a "
+                    f"module that several local modules divide, which has another one now. Make it a part of a module "
+                    "of its own, or shard the whole compiled model: fully_shard(local).")
     for name, parameter in local.named_parameters():
         if isinstance(parameter, DTensor) and id(parameter) not in managed:
             raise UnsupportedError(
                 f"parameter '{name}' is sharded by fully_shard() on a part of a local module, whose hooks the compiled "
                 "training step does not run. Shard local modules, for stage in local.stages: fully_shard(stage), or "
                 "the whole compiled model, fully_shard(local), and nothing inside.")
-    for first, last, why in links_of(local) if stages else ():
+    for first, last, why in local.__dict__["_links"] if stages else ():
         names = [local.plan.modules[index].name for index in (first, last)]
         raise UnsupportedError(f"fully_shard() on single local modules, but '{names[0]}' and '{names[1]}' need each "
                                f"other: {why}. Shard the whole compiled model: fully_shard(local).")

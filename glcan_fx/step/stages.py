@@ -63,7 +63,8 @@ def _piece(nodes: Sequence[fx.Node], result: Any) -> Piece:
         fx.map_arg(result, lambda node: None if node in inside else reads.setdefault(node))
     makes = [node for node in nodes if not inside.issuperset(node.users)] if result is None else []
     graph = fx.Graph()
-    made = {node: graph.placeholder(node.name) for node in reads}
+    box = graph.placeholder("values")  # what is taken out of it is freed after its last use, as arguments are not
+    made = {node: graph.create_node("call_method", "pop", (box, 0), name=node.name) for node in reads}
     for node in nodes:
         made[node] = graph.node_copy(node, made.__getitem__)
     graph.output(tuple(made[node] for node in makes) if result is None else fx.map_arg(result, made.__getitem__))
@@ -101,8 +102,9 @@ class Hidden:
         self.value = value
 
 
-def _shown(run: Callable[..., Any], *values: Any) -> Any:
-    return run(*(value.value if isinstance(value, Hidden) else value for value in values))
+def called(run: Callable[..., Any], local: nn.Module, *values: Any) -> Any:
+    """Run a local module on values as arguments."""
+    return run(local, [value.value if isinstance(value, Hidden) else value for value in values])
 
 
 class Step:
@@ -135,14 +137,18 @@ class Step:
     def run(self, local: nn.Module, stage: "Stage", values: dict[str, Any], index: int) -> None:
         """Run a local module on the values of the step so far, and add what it makes; what nobody reads any more is
         dropped."""
-        stage.__dict__["forward"] = run = partial(self.runs[index], local)
+        run = self.runs[index]
         if type(stage) is not Stage:  # FSDP2 made it a class of its own, and casts what it is given
-            stage.__dict__["forward"] = partial(_shown, run)
-            values.update(zip(self.pieces[index].makes, stage(*self._hidden(values, index)), strict=True))
-            return
-        values.update(zip(self.pieces[index].makes, stage(*self._taken(values, index)), strict=True))
+            stage.__dict__["forward"] = partial(called, run, local)
+            made = stage(*self._hidden(values, index))
+        elif any((stage._forward_hooks, stage._forward_pre_hooks, stage._backward_hooks, stage._backward_pre_hooks)):
+            stage.__dict__["forward"] = partial(called, run, local)
+            made = stage(*self._taken(values, index))
+        else:
+            made = run(local, self._taken(values, index))
+        values.update(zip(self.pieces[index].makes, made, strict=True))
 
-    def _hidden(self, values: dict[str, Any], index: int) -> Iterable[Any]:
+    def _hidden(self, values: dict[str, Any], index: int) -> list[Any]:
         """What a local module reads, with all that is neither an input of the model nor a feature in a box of its own:
         targets keep their precision."""
         return [value if name in self.features else Hidden(value) for name, value in zip(
@@ -151,7 +157,7 @@ class Step:
     @uncompiled
     def result(self, local: nn.Module, values: dict[str, Any]) -> Any:
         """What the step returns."""
-        return self._result(local, *self._taken(values, len(self.pieces)))
+        return self._result(local, self._taken(values, len(self.pieces)))
 
     def outputs(self, values: Mapping[str, Any]) -> Any:
         """The model's own output, of what the last local module made; None for a detector, which has losses only."""
@@ -162,13 +168,20 @@ class Step:
         made = {name for piece in self.pieces[index:] for name in piece.makes}
         return list(dict.fromkeys(name for piece in self.pieces[index:] for name in piece.reads if name not in made))
 
-    def _taken(self, values: dict[str, Any], index: int) -> Iterable[Any]:
+    def _taken(self, values: dict[str, Any], index: int) -> list[Any]:
         reads = (*self.pieces, self._end)[index].reads
         return [values.pop(name) if name in self._freed[index] else values[name] for name in reads]
 
 
 class Part(nn.Module):
     """A module of the model that several local modules divide, with what one of them has of it."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Part":
+        super()._apply(fn, recurse)
+        owner = self.__dict__["owner"]
+        for kind in ("_parameters", "_buffers") if owner is not None else ():  # what has moved has moved there, too
+            owner.__dict__[kind].update(self.__dict__[kind])
+        return self
 
 
 class Share(nn.Module):
@@ -192,6 +205,8 @@ class Share(nn.Module):
         for path, names in direct.items():
             owner, made = root.get_submodule(path), self._part(path.split(".") if path else [])
             made.__dict__["_non_persistent_buffers_set"] = owner._non_persistent_buffers_set
+            if isinstance(made, Part):
+                made.__dict__["owner"] = owner
             for kind in ("_parameters", "_buffers"):
                 held = {name for name, value in owner.__dict__[kind].items() if value is not None}
                 # the same dict where it has nothing else: what is replaced in one (sharded, moved) the other sees
@@ -203,6 +218,7 @@ class Share(nn.Module):
         for name in names:
             if part._modules.get(name) is None:
                 part._modules[name] = Part()
+                part._modules[name].__dict__["owner"] = None
             part = part._modules[name]  # type: ignore[assignment]
         return part
 

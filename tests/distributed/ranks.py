@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import glcan_fx
@@ -273,6 +274,106 @@ def sharded(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
     yield "mixed: clipped", {key: p.grad.full_tensor() for key, p in local.named_parameters()}
 
 
+class Dropped(nn.Module):
+    """Of two layers one runs, as the flag says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.first = nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 1, 1), True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu((self.a if self.first else self.b)(x))
+
+
+class Token(nn.Module):
+    """Tokens with a parameter that belongs to the network itself; ``late``: and one behind the blocks."""
+
+    def __init__(self, late: bool = False, tied: bool = False) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 16, 8, 8)
+        self.place = nn.Parameter(torch.zeros(1, 16, 16))
+        self.scale = nn.Parameter(torch.ones(16)) if late else None
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.GELU()) for _ in range(3)))
+        if tied:
+            self.blocks[2][1].weight = self.blocks[0][1].weight
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(self.patch(x).flatten(2).transpose(1, 2) + self.place)
+        return self.head((x if self.scale is None else x * self.scale).mean(1))
+
+
+def dropping(rank: int) -> glcan_fx.LocalModel:
+    torch.manual_seed(0)
+    blocks = [nn.Conv2d(3, 8, 3, 2, 1), *(Dropped() for _ in range(2)), nn.Conv2d(8, 8, 3, 2, 1)]
+    local = glcan_fx.transform(nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)), k=3,
+                               task="classification", example_inputs=batch_of("resnet", 0)[0]).train()
+    for part in local.modules():
+        if isinstance(part, Dropped):
+            part.first = rank == 0
+    return local
+
+
+def token(**options: bool) -> glcan_fx.LocalModel:
+    torch.manual_seed(0)
+    return glcan_fx.transform(Token(**options), k=3, task="classification",
+                              example_inputs=batch_of("resnet", 0)[0]).train()
+
+
+def different(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
+    """Ranks that train different parameters, or say different things; what is refused."""
+    for way in ("plain", "overlap"):
+        parallel = DistributedDataParallel(dropping(rank), find_unused_parameters=True)
+        if way == "overlap":
+            glcan_fx.distributed.overlap(parallel)
+        for step in range(2):
+            parallel(*half("resnet", step, rank)).loss.backward()
+        yield f"dropped, {way}", gradients(parallel.module)
+    averaged = AveragedModel(parallel)
+    yield "average", torch.equal(averaged.eval()(batch_of("resnet", 0)[0]), parallel.eval()(batch_of("resnet", 0)[0]))
+
+    def refused(what: str, run: Callable[[], Any]) -> tuple[str, Any]:
+        try:
+            return what, run()
+        except Exception as error:
+            return what, f"{type(error).__name__}: {error}"
+
+    def weighted() -> None:
+        parallel = glcan_fx.distributed.overlap(DistributedDataParallel(build("resnet")))
+        (parallel(*half("resnet", 0, rank)).loss * (1 + rank)).backward()
+
+    def shard(local: glcan_fx.LocalModel) -> dict[str, Tensor]:
+        for stage in local.stages:
+            fully_shard(stage, mesh=init_device_mesh("cpu", (ranks,)))
+        local(*half("resnet", 0, rank)).loss.backward()
+        return {key: p.grad.full_tensor() for key, p in local.named_parameters()}
+
+    yield refused("weighted", weighted)
+    yield refused("token", lambda: shard(token()))
+    yield refused("late token", lambda: shard(token(late=True)))
+    yield refused("tied", lambda: shard(token(tied=True)))
+    yield refused("micro-batches", lambda: glcan_fx.distributed.pipeline(build("resnet"), micro_batches=2 + 2 * rank))
+    yield refused("no micro-batches", lambda: glcan_fx.distributed.pipeline(build("resnet"), micro_batches=0))
+    pipe = glcan_fx.distributed.pipeline(build("resnet"), micro_batches=2)
+    x, y = batch_of("resnet", 0)
+
+    def half_precision() -> None:
+        with torch.autocast("cpu", torch.float16):
+            pipe.step(x, y)
+
+    yield refused("float16", half_precision)
+    pipe.eval()
+    yield refused("evaluation", lambda: pipe.step(x, y))
+    pipe.train()
+    if rank == 0:
+        yield refused("packed targets", lambda: pipe.step(x, torch.zeros(7, dtype=torch.long)))
+    yield refused("right", lambda: list(pipe.step(x, y).losses))
+    with pipe.local.stages[-1].register_forward_hook(lambda *_: 1 / 0):
+        yield refused("fails", lambda: pipe.step(x, y))
+    if rank == ranks - 1:
+        yield refused("behind a failure", lambda: pipe.step(x, y))
+
+
 def both(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
     """Two pipelines of two ranks each, on halves of the batch."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "pipeline"))
@@ -335,7 +436,7 @@ def deaths(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
 
 
 PARTS = {part.__name__: part for part in (
-    pipelines, curves, data_parallel, accumulated, uneven, sharded, both, checkpoints, deaths)}
+    pipelines, curves, data_parallel, accumulated, uneven, sharded, both, checkpoints, deaths, different)}
 
 
 def run(what: str, ranks: int, folder: Path, names: Sequence[str] = ()) -> list[dict[str, Any]]:

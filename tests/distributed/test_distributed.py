@@ -23,7 +23,8 @@ CASES = [pytest.param(name, marks=[] if name in SMALL else pytest.mark.slow) for
 ALONE = [case for case in CASES if case.values[0] in ranks.SINGLE]
 
 
-TOGETHER = ("pipelines", "data_parallel", "accumulated", "uneven", "sharded", "checkpoints")  # in the same processes
+TOGETHER = ("pipelines", "data_parallel", "accumulated", "uneven", "sharded", "checkpoints",
+            "different")  # in the same processes
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +150,40 @@ def test_a_rank_that_ends_is_named(seen):
     first = seen("deaths")[0]
     assert first["error"].startswith("rank 1 has ended")
     assert first["seconds"] < 60
+
+
+def test_ranks_that_train_different_layers(seen):
+    first, second = seen("different")
+    assert_same(first["dropped, overlap"], second["dropped, overlap"])
+    assert_same(first["dropped, overlap"], first["dropped, plain"], rtol=1e-6, atol=1e-7)
+    assert first["average"] and second["average"]
+
+
+def test_a_parameter_of_the_network_itself_is_sharded(seen):
+    local = ranks.token()
+    for part in zip(*(tensor.chunk(2) for tensor in ranks.batch_of("resnet", 0)), strict=True):
+        (local(*part).loss / 2).backward()
+    for rank in seen("different"):
+        assert_same(rank["token"], ranks.gradients(local), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("what", "said"), [
+    ("weighted", "UnsupportedError: the loss is multiplied by 1 on one rank and by 2 on another"),
+    ("late token", "UnsupportedError: parameter 'place' was sharded by fully_shard() on a local module, but belongs"),
+    ("tied", "both train the parameter"),
+    ("micro-batches", "UnsupportedError: the ranks were given different micro_batches"),
+    ("no micro-batches", "UnsupportedError: micro_batches=0: a number"),
+    ("float16", "UnsupportedError: float16 needs a GradScaler"),
+    ("evaluation", "UnsupportedError: the compiled model is in evaluation mode"),
+])
+def test_what_cannot_work_is_refused_on_every_rank(seen, what, said):
+    for rank in seen("different"):
+        assert said in rank[what]
+
+
+def test_a_pipeline_after_an_exception(seen):
+    first, last = seen("different")
+    assert first["packed targets"].startswith("TargetError: targets have a tensor whose first dimension is not")
+    assert len(first["right"]) + len(last["right"]) == 3  # nothing was sent before
+    assert "ZeroDivisionError" in last["fails"]
+    assert last["behind a failure"].startswith("RankError: an exception ended a step of rank 1 half-way")

@@ -127,3 +127,14 @@ def test_the_busiest_rank_has_the_least_to_do(ranks):
     assert linked[0] not in (3, 4)
     many = balanced([*loads] * 6, [], 8)  # too many divisions to try
     assert sum(many) == 54 and len(many) == 8 and min(many) > 0
+
+
+@pytest.mark.parametrize("options", [{"k": 2}, {"devices": 2}])
+def test_a_budget_with_a_number_of_local_modules_that_is_cut_elsewhere_by_auxiliary_networks(options):
+    """Of richer auxiliary networks the cut that balances two local modules is another one."""
+    blocks = [nn.Sequential(nn.Conv2d(16, 16, 3, 1, 1), nn.GroupNorm(4, 16), nn.ReLU()) for _ in range(4)]
+    stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.GroupNorm(4, 16), nn.ReLU())
+    model = nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+    made = glcan_fx.plan(model, task="classification", example_inputs=torch.empty(8, 3, 32, 32), memory_budget="1GiB",
+                         **options)
+    assert made.k == 2 and made.memory.plan.peak < 2**30

@@ -11,6 +11,8 @@ from test_contract import NETS, compiled
 from torch import Tensor, nn
 
 import glcan_fx
+from glcan_fx.fx_utils import function_of
+from glcan_fx.peak_memory import PeakMemory
 
 
 def loss_of(out: Any) -> Tensor:
@@ -89,3 +91,18 @@ def test_a_model_with_stages_of_its_own_keeps_them():
     assert local.stages is model.stages
     assert len(local.own_stages()) == 3
     local(*loops_ddp.batch()).loss.backward()
+
+
+def test_what_a_local_module_is_given_is_freed_after_its_last_use():
+    """As in one function: blocks that begin with what keeps nothing of its input."""
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Hardtanh(), nn.Conv2d(16, 16, 3, 1, 1), nn.GroupNorm(4, 16)) for _ in range(4)]
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+    x, y = torch.randn(4, 3, 32, 32), torch.arange(4)
+    local = glcan_fx.transform(net, k=4, task="classification", example_inputs=x).train()
+    whole, found = function_of(local.graph, "<whole>"), []
+    for run in (lambda: whole(local, x, y), lambda: local(x, y)):
+        with PeakMemory() as memory:
+            run()
+        found.append(memory.bytes)
+    assert found[1] <= found[0]
