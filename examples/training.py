@@ -313,6 +313,9 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
         plan.save(out / "plan.html")
         plan.save(out / "plan.json")
         say(plan.simulated())
+        for number, one in enumerate(plan.on_ranks(args.micro_batches) if pipe is not None else ()):
+            say(f"process {number}: local modules {one.modules[0]} to {one.modules[-1]}, {one.peak / MIB:.0f} MiB, "
+                f"{one.share:.0%} of the operations")
     task = make_task(experiment.task, None)
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.amp)
 
