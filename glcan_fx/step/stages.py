@@ -174,17 +174,19 @@ class Step:
 
 
 class Part(nn.Module):
-    """A module of the model that several local modules divide, with what one of them has of it."""
+    """A module of the model that several local modules divide, with what one of them has of it. owner: the module,
+    where it has tensors itself."""
+
+    owner: Any = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Part":
         super()._apply(fn, recurse)
-        owner = self.__dict__["owner"]
-        for kind in ("_parameters", "_buffers") if owner is not None else ():  # what has moved has moved there, too
-            owner.__dict__[kind].update(self.__dict__[kind])
+        for kind in ("_parameters", "_buffers") if self.owner is not None else ():  # it moves there, too
+            self.owner.__dict__[kind].update(self.__dict__[kind])
         return self
 
 
-class Share(nn.Module):
+class Share(Part):
     """Some of a compiled model's modules, parameters and buffers, under the names that they have there."""
 
     def hold(self, root: nn.Module, paths: Iterable[str]) -> None:
@@ -205,21 +207,19 @@ class Share(nn.Module):
         for path, names in direct.items():
             owner, made = root.get_submodule(path), self._part(path.split(".") if path else [])
             made.__dict__["_non_persistent_buffers_set"] = owner._non_persistent_buffers_set
-            if isinstance(made, Part):
-                made.__dict__["owner"] = owner
+            made.__dict__["owner"] = owner
             for kind in ("_parameters", "_buffers"):
                 held = {name for name, value in owner.__dict__[kind].items() if value is not None}
                 # the same dict where it has nothing else: what is replaced in one (sharded, moved) the other sees
                 made.__dict__[kind] = owner.__dict__[kind] if held <= names else {
                     name: owner.__dict__[kind][name] for name in held & names}
 
-    def _part(self, names: Sequence[str]) -> nn.Module:
-        part: nn.Module = self
+    def _part(self, names: Sequence[str]) -> Part:
+        part: Any = self
         for name in names:
             if part._modules.get(name) is None:
                 part._modules[name] = Part()
-                part._modules[name].__dict__["owner"] = None
-            part = part._modules[name]  # type: ignore[assignment]
+            part = part._modules[name]
         return part
 
 

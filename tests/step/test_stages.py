@@ -71,6 +71,30 @@ def test_a_change_of_a_model_is_seen():
         assert {id(p) for stage in copied.stages for p in stage.parameters()} == {id(p) for p in copied.parameters()}
 
 
+class Divided(loops_ddp.Net):
+    """A network that has a parameter and a buffer itself, in its first and in its last local module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1, 8, 1, 1))
+        self.register_buffer("shift", torch.zeros(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block3(self.block2(self.block1(self.stem(x) * self.scale)))
+        return self.fc(self.pool(x).flatten(1) + self.shift)
+
+
+def test_what_moves_with_a_stage_moves_in_the_model():
+    torch.manual_seed(0)
+    local = glcan_fx.transform(Divided(), k=3, task="classification", example_inputs=loops_ddp.EXAMPLE).train()
+    assert "scale" in local.stages[0].state_dict() and "shift" in local.stages[-1].state_dict()
+    local.stages[-1].double()
+    assert local.shift.dtype == local.fc.weight.dtype == torch.float64
+    assert local.scale.dtype == local.stem[0].weight.dtype == torch.float32
+    local.stages[0].double()
+    assert local.scale.dtype == torch.float64
+
+
 class WithStages(loops_ddp.Net):
     """A model that has stages of its own."""
 
