@@ -39,7 +39,7 @@ demo: $(STAMP)demo
 
 test: $(STAMP)test
 	@echo "==> running the tests"
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-slow: $(STAMP)test
 	@echo "==> running the slow tests"

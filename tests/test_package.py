@@ -19,7 +19,7 @@ def run(code: str, *arguments: str) -> str:
 
 
 def test_every_public_name_is_there() -> None:
-    assert set(glcan_fx.__all__) == {*glcan_fx._HOMES, "methods"} <= set(dir(glcan_fx))
+    assert set(glcan_fx.__all__) == {*glcan_fx._HOMES, "distributed", "methods"} <= set(dir(glcan_fx))
     for name in glcan_fx.__all__:
         assert getattr(glcan_fx, name) is getattr(glcan_fx, name)
     with pytest.raises(AttributeError, match="module 'glcan_fx' has no attribute 'transfrom'"):

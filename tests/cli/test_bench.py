@@ -220,6 +220,7 @@ def test_seeds_and_learning_rate_leave_a_step_as_it_was(file):
 # --------------------------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_estimates_of_all_methods(tmp_path, capfd):
     picture = tmp_path / "made" / "bench.png"
     code, rows = command(tmp_path, "tiny", "--device", "estimate", "-o", picture)
@@ -245,6 +246,7 @@ def test_estimates_of_all_methods(tmp_path, capfd):
     assert content["versions"]["torch"] == torch.__version__ and content["seed"] == 0
 
 
+@pytest.mark.slow
 def test_measured_is_what_was_estimated(file, tmp_path, capfd):
     code, rows = command(tmp_path, f"{file}:Net", "--input", "8x3x32x32", "--task", "classification", "--device", "cpu",
                          "--steps", "2", "--methods", "selective,accumulate,offload,glcan")

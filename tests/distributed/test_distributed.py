@@ -17,7 +17,6 @@ def assert_same(a: dict[str, Any], b: dict[str, Any], **tolerance: float) -> Non
             assert torch.equal(a[name], b[name]), name
 
 
-pytestmark = pytest.mark.xdist_group("ranks")  # one run of the processes serves all
 SMALL = ("resnet", "retinanet")  # in the default run; all with -m slow
 CASES = [pytest.param(name, marks=[] if name in SMALL else pytest.mark.slow) for name in ranks.NETWORKS]
 ALONE = [case for case in CASES if case.values[0] in ranks.SINGLE]

@@ -44,6 +44,7 @@ def test_attention_weighs_channels_and_positions(gso: Any) -> None:
         gso.SteadyCapture(12)
 
 
+@pytest.mark.slow
 def test_is_cut_by_blocks_and_trains(gso: Any) -> None:
     torch.manual_seed(0)
     model = gso.gso_yolo(18, num_classes=3, image_size=96)

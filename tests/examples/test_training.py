@@ -145,6 +145,7 @@ def refused(*options: object) -> str:
     return done.stderr
 
 
+@pytest.mark.slow
 def test_a_stopped_run_says_how_to_go_on_and_is_prolonged(pictures: Path, tmp_path: Path) -> None:
     """Ctrl-C in the second epoch; other options are refused, and leave what is there; more epochs are not."""
     out = tmp_path / "run"

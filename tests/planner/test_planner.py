@@ -232,7 +232,8 @@ def test_a_number_cuts_where_a_step_takes_the_least(model: nn.Module, size: tupl
 
 
 @pytest.mark.parametrize(("model", "given"), [
-    cifar(), (UNet(11, 16), {"task": "segmentation", "example_inputs": torch.empty(8, 3, 160, 224, device="meta")}),
+    pytest.param(*cifar(), marks=pytest.mark.slow),
+    (UNet(11, 16), {"task": "segmentation", "example_inputs": torch.empty(8, 3, 160, 224, device="meta")}),
     (edsr(blocks=8, channels=16),
      {"task": "super_resolution", "example_inputs": torch.empty(8, 3, 24, 24, device="meta")}),
     (torchvision.models.resnet18(num_classes=10),  # auxiliary networks become richer: memory falls and rises with k

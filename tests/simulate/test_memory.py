@@ -90,7 +90,7 @@ def real_peak(model: nn.Module, step: Callable[[], Tensor], inputs: Any) -> int:
 
 
 @pytest.mark.parametrize("case", [
-    pytest.param(case, marks=[pytest.mark.slow] if case in ("Faster R-CNN", "FCOS") else []) for case in CASES])
+    pytest.param(case, marks=[pytest.mark.slow] if case in ("Faster R-CNN", "FCOS", "YOLO") else []) for case in CASES])
 def test_a_simulated_step_needs_what_a_real_one_does(case: str) -> None:
     model, given, inputs, targets = CASES[case]()
     plan = glcan_fx.plan(model, k=4, **given)
@@ -412,6 +412,7 @@ def test_a_lean_detector_has_one_anchor_at_each_place_of_coarse_levels() -> None
 # ------------------------------------------------------------------------------------------------ budgets
 
 
+@pytest.mark.slow
 def test_budgets() -> None:
     model, given = large()
     natural = glcan_fx.plan(model, k="natural", **given)

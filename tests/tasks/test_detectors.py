@@ -55,7 +55,7 @@ def batch(detector: str) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
 
 
 LARGE = {("SSD", "full"), ("SSD", "light"), ("SSDlite", "full"), ("SSDlite", "light"), ("FasterRCNN", "full"),
-         ("MaskRCNN", "light"), ("MaskRCNN", "full")}  # the same heads, or parts; for a fast run
+         ("YOLO", "full"), ("MaskRCNN", "light"), ("MaskRCNN", "full")}  # the same heads, or parts; for a fast run
 
 
 @pytest.mark.parametrize(("name", "head"), [
