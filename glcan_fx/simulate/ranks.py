@@ -47,8 +47,8 @@ def simulate_ranks(
     local: LocalModel, sizes: Sequence[int], inputs: Sequence[Any], targets: Any, optimizer: OptimizerLike,
     micro_batches: int,
 ) -> tuple[Rank, ...]:
-    """Run what each rank of a pipeline runs, on fake tensors: two micro-batches, the second one while what the first
-    has made is still being sent, and what the next one needs arrives; and a step of the optimizer."""
+    """Run what each rank of a pipeline runs, on fake tensors: the first and the last two micro-batches, while what the
+    one before has made is still being sent and what the next one needs arrives; and a step of the optimizer."""
     step: Step = local.__dict__["_step"]
     given = local.arguments((*inputs, targets) if local.task.takes_targets else tuple(inputs), {})
     local.train()
@@ -65,16 +65,17 @@ def simulate_ranks(
         begun, values = values, {}
         sent: list[Any] = []  # what is still on its way
         with torch.random.fork_rng(devices=[]), kept_python_random(), quiet(), torch.enable_grad(), memory:
-            ahead = [torch.empty_like(tensor) for tensor in tensors_in(begun)] if which.start else []  # the next one
-            for again in (True, False):
-                values = dict(begun) if again else begun
+            outputs: list[list[Tensor]] = []  # of the parts before
+            for number in sorted({0, max(0, micro_batches - 2), micro_batches - 1}):  # others take as much as these
+                last = number == micro_batches - 1
+                ahead = [torch.empty_like(tensor) for tensor in tensors_in(begun)] if which.start and not last else []
+                values = begun if last else dict(begun)
+                outputs += [[torch.empty_like(tensor) for tensor in outputs[0]] for _ in range(number - len(outputs))]
                 local.differentiate_stages(step, values, which, 1 / micro_batches, {})
-                if again and which.stop == local.plan.k:  # the other parts' outputs wait for those of the last
-                    ahead += [torch.empty_like(tensor) for tensor in tensors_in(step.outputs(values))
-                              for _ in range(micro_batches - 1)]
+                outputs.append(list(tensors_in(step.outputs(values))) if which.stop == local.plan.k else [])
                 values = {name: values[name] for name in step.passed_on(which.stop)}
                 sent[:] = [values]
-            del ahead
+                del ahead
             for one in made:
                 one.step()
         local.zero_grad()
