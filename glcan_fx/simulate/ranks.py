@@ -13,7 +13,7 @@ from glcan_fx.capture.trace import quiet
 from glcan_fx.config import OptimizerLike
 from glcan_fx.errors import PlanError, TargetError, UnsupportedError
 from glcan_fx.peak_memory import PeakMemory
-from glcan_fx.pytree import tensors_in
+from glcan_fx.pytree import map_tensors, tensors_in
 from glcan_fx.simulate.estimate import Estimate, optimizers_of
 from glcan_fx.step.local_model import LocalModel
 from glcan_fx.step.sharing import Link, links_of
@@ -62,20 +62,19 @@ def simulate_ranks(
         parameters = [p for p in share.parameters() if p.requires_grad]
         made = optimizers_of(optimizer, parameters)
         memory = PeakMemory(share, *made, *tensors_in(values))
-        begun, values = values, {}
+        message = values
         sent: list[Any] = []  # what is still on its way
         with torch.random.fork_rng(devices=[]), kept_python_random(), quiet(), torch.enable_grad(), memory:
             outputs: list[list[Tensor]] = []  # of the parts before
             for number in sorted({0, max(0, micro_batches - 2), micro_batches - 1}):  # others take as much as these
                 last = number == micro_batches - 1
-                ahead = [torch.empty_like(tensor) for tensor in tensors_in(begun)] if which.start and not last else []
-                values = begun if last else dict(begun)
+                values = message
+                message = {} if last else map_tensors(values, torch.empty_like) if which.start else dict(values)
                 outputs += [[torch.empty_like(tensor) for tensor in outputs[0]] for _ in range(number - len(outputs))]
                 local.differentiate_stages(step, values, which, 1 / micro_batches, {})
                 outputs.append(list(tensors_in(step.outputs(values))) if which.stop == local.plan.k else [])
                 values = {name: values[name] for name in step.passed_on(which.stop)}
                 sent[:] = [values]
-                del ahead
             for one in made:
                 one.step()
         local.zero_grad()
