@@ -69,7 +69,7 @@ def simulate_ranks(
             for number in sorted({0, max(0, micro_batches - 2), micro_batches - 1}):  # others take as much as these
                 last = number == micro_batches - 1
                 values = message
-                message = {} if last else map_tensors(values, torch.empty_like) if which.start else dict(values)
+                message = {} if last else map_tensors(values, torch.clone) if which.start else dict(values)
                 outputs += [[torch.empty_like(tensor) for tensor in outputs[0]] for _ in range(number - len(outputs))]
                 local.differentiate_stages(step, values, which, 1 / micro_batches, {})
                 outputs.append(list(tensors_in(step.outputs(values))) if which.stop == local.plan.k else [])

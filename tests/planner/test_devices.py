@@ -10,7 +10,7 @@ from torch.optim import SGD
 
 import glcan_fx
 from glcan_fx.methods import HPFF
-from glcan_fx.models import edsr
+from glcan_fx.models import edsr, retinanet
 from glcan_fx.peak_memory import PeakMemory
 from glcan_fx.pytree import map_tensors
 from glcan_fx.simulate.ranks import Load, balanced, bubble, parts_of_batch
@@ -140,3 +140,11 @@ def test_a_budget_with_a_number_of_local_modules_that_is_cut_elsewhere_by_auxili
     made = glcan_fx.plan(model, task="classification", example_inputs=torch.empty(8, 3, 32, 32), memory_budget="1GiB",
                          **options)
     assert made.k == 2 and made.memory.plan.peak < 2**30
+
+
+def test_what_the_ranks_of_a_detector_need():
+    """Its example targets have values."""
+    model = retinanet(18, num_classes=3, fpn_channels=32, extra_levels=False, min_size=64, max_size=64)
+    made = glcan_fx.plan(model, task="detection", example_inputs=torch.empty(8, 3, 64, 64, device="meta"), devices=2)
+    first, second = made.on_ranks(4)
+    assert first.sent > 0 == second.sent and min(first.peak, second.peak) > 0
