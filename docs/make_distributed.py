@@ -40,7 +40,6 @@ MODELS: dict[str, Any] = {
     "ResNet-18, 64 px": (lambda: torchvision.models.resnet18(num_classes=10), "classification", (64, 3, 64, 64)),
     "EDSR x2, 48 px": (lambda: edsr(scale=2), "super_resolution", (16, 3, 48, 48)),
 }
-SCALE = {"super_resolution": 2}
 
 
 class AtOnce(nullcontext[Any]):

@@ -53,8 +53,13 @@ class Options:
     def __post_init__(self) -> None:
         check_optimizer(self.optimizer)
         check_device(self.device)
-        if isinstance(self.slices, bool) or not isinstance(self.slices, int) or self.slices < 1:
-            raise PlanError(f"slices={self.slices!r}: a number, 1 or more")
+        check_count("slices", self.slices)
+
+
+def check_count(name: str, value: Any, error: type[Exception] = PlanError) -> None:
+    """Raise an error where an argument is not a number, 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise error(f"{name}={value!r}: a number, 1 or more")
 
 
 def kind_of_optimizer(optimizer: OptimizerLike) -> tuple[str | None, int]:

@@ -23,13 +23,16 @@ class _Pickler(pickle.Pickler):
 
     def __init__(self, file: Any) -> None:
         super().__init__(file)
-        self.tensors: dict[int, Tensor] = {}
+        self.tensors: list[Tensor] = []
+        self._numbers: dict[int, int] = {}
 
     def persistent_id(self, value: Any) -> int | None:
         if not isinstance(value, Tensor):
             return None
-        self.tensors.setdefault(id(value), value)
-        return list(self.tensors).index(id(value))
+        if id(value) not in self._numbers:
+            self._numbers[id(value)] = len(self.tensors)
+            self.tensors.append(value)
+        return self._numbers[id(value)]
 
 
 class _Unpickler(pickle.Unpickler):
@@ -46,7 +49,7 @@ class Channel:
     other rank's accelerator go. Raises RankError where the other rank has ended."""
 
     def __init__(self, peer: int, group: dist.ProcessGroup | None, device: torch.device) -> None:
-        self.peer, self.group, self.device = peer, group, device
+        self.group, self.device = group, device
         self.rank = dist.get_global_rank(group, peer) if group is not None else peer
         self._sent: list[tuple[dist.Work, Tensor]] = []
 
@@ -56,9 +59,9 @@ class Channel:
         file = io.BytesIO()
         pickler = _Pickler(file)
         pickler.dump(values)
-        tensors = [_dense(tensor.detach()) for tensor in pickler.tensors.values()]
+        tensors = [_dense(tensor.detach()) for tensor in pickler.tensors]
         specs = [(t.shape, t.stride(), t.dtype, t.device.type, old.requires_grad)
-                 for t, old in zip(tensors, pickler.tensors.values(), strict=True)]
+                 for t, old in zip(tensors, pickler.tensors, strict=True)]
         header = torch.frombuffer(bytearray(pickle.dumps((specs, file.getvalue()))), dtype=torch.uint8)
         flat = [t.as_strided((t.numel(),), (1,)).view(torch.uint8) for t in tensors if t.numel()]
         with self._answering():

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
+from glcan_fx.capture.modules import hooks_on
+from glcan_fx.config import check_count
 from glcan_fx.distributed.averaged import Averaged
 from glcan_fx.distributed.channel import Channel, check_backend
 from glcan_fx.errors import RankError, UnsupportedError
@@ -19,7 +21,7 @@ from glcan_fx.pytree import map_tensors
 from glcan_fx.simulate.ranks import Load, balanced, divisible, loads_of, parts_of_batch
 from glcan_fx.step.learning import is_half
 from glcan_fx.step.local_model import LocalModel
-from glcan_fx.step.stages import Share, Step
+from glcan_fx.step.stages import Share, Stage, Step
 
 
 class PipelineOutput(NamedTuple):
@@ -85,6 +87,7 @@ class Pipeline(Share):
     sizes: tuple[int, ...]
     rank: int
     group: dist.ProcessGroup | None
+    _stages: list[Stage]
 
     def __init__(
         self, local: LocalModel, sizes: tuple[int, ...], rank: int, micro_batches: int,
@@ -96,7 +99,7 @@ class Pipeline(Share):
         self._which = range(bounds[rank], bounds[rank + 1])
         own = [path for index in self._which for path in paths[index]]
         self.hold(local, own)
-        self.__dict__.update(local=local, sizes=sizes, rank=rank, group=group)
+        self.__dict__.update(local=local, sizes=sizes, rank=rank, group=group, _stages=local.own_stages())
         self._paths = [[path for index in range(*bounds[r:r + 2]) for path in paths[index]] for r in range(len(sizes))]
         self.micro_batches = micro_batches
         if device is not None:
@@ -174,7 +177,7 @@ class Pipeline(Share):
     def _send_gradients(self, sent: list[Any], index: int) -> None:
         """Begin to average the gradients of a local module whose last micro-batch is done."""
         if self._data_group is not None:
-            parameters = [p for p in self.local.own_stages()[index].parameters() if p.requires_grad]
+            parameters = [p for p in self._stages[index].parameters() if p.requires_grad]
             sent.append((parameters, Averaged([(p, p.grad) for p in parameters], self._data_group)))
 
     def train(self, mode: bool = True) -> "Pipeline":
@@ -190,8 +193,7 @@ class Pipeline(Share):
             raise UnsupportedError("gather() cannot bring together local modules that fully_shard() divides among "
                                    "ranks: save them by torch.distributed.checkpoint, and load that in one process.")
         for rank, paths in enumerate(self._paths):
-            share = Share()
-            share.hold(self.local, paths)
+            share = Share.of(self.local, paths)
             source = rank if self.group is None else dist.get_global_rank(self.group, rank)
             for tensor in [*share.parameters(), *share.buffers()]:
                 with torch.no_grad():
@@ -216,7 +218,7 @@ class Pipeline(Share):
         if not local.training:
             raise UnsupportedError("the compiled model is in evaluation mode: call local.train() on every rank")
         for part in (local, local.original):
-            if any((part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)):
+            if hooks_on(part):
                 raise UnsupportedError(f"{type(part).__name__} as a whole has a hook, but no rank runs it as a whole. "
                                        "Put the hook on modules inside it, or on local.stages.")
         local.check_guards()
@@ -261,8 +263,7 @@ def _loads(local: LocalModel) -> list[Load]:
 
 def _check_alike(local: LocalModel, sizes: tuple[int, ...], micro_batches: int, group: Any) -> None:
     """Raise UnsupportedError where ranks were given different things, which would wait for each other for ever."""
-    if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
-        raise UnsupportedError(f"micro_batches={micro_batches!r}: a number, 1 or more")
+    check_count("micro_batches", micro_batches, UnsupportedError)
     own = {"plan": local.plan.to_json(), "stages": sizes, "micro_batches": micro_batches}
     found: list[Any] = [None] * len(sizes)
     dist.all_gather_object(found, own, group)

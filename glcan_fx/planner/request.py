@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from glcan_fx.auxiliary.method import OPEN, Method
-from glcan_fx.config import K, Options
+from glcan_fx.config import K, Options, check_count
 from glcan_fx.errors import PlanError
 from glcan_fx.methods import GLCAN
 from glcan_fx.units import in_bytes
@@ -59,6 +59,5 @@ def request_for(
             raise PlanError("k='auto' takes the fewest local modules that fit: pass memory_budget=, or move the model "
                             "to the GPU first")
         budget = int(_OF_GPU * torch.cuda.get_device_properties(device).total_memory)
-    if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
-        raise PlanError(f"devices={devices!r}: a number, 1 or more")
+    check_count("devices", devices)
     return Request(k, method, budget, compute_budget, options, devices)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from glcan_fx.capture.shadow import kept_python_random
 from glcan_fx.capture.trace import quiet
-from glcan_fx.config import OptimizerLike
-from glcan_fx.errors import PlanError, TargetError, UnsupportedError
+from glcan_fx.config import OptimizerLike, check_count
+from glcan_fx.errors import TargetError, UnsupportedError
 from glcan_fx.peak_memory import PeakMemory
 from glcan_fx.pytree import map_tensors, tensors_in
 from glcan_fx.simulate.estimate import Estimate, optimizers_of
@@ -57,8 +57,7 @@ def simulate_ranks(
     found: list[Rank] = []
     for size in sizes:
         which, start = range(start, start + size), start + size
-        share = Share()
-        share.hold(local, [path for index in which for path in paths[index]])
+        share = Share.of(local, [path for index in which for path in paths[index]])
         parameters = [p for p in share.parameters() if p.requires_grad]
         made = optimizers_of(optimizer, parameters)
         memory = PeakMemory(share, *made, *tensors_in(values))
@@ -87,8 +86,7 @@ def simulate_ranks(
 def parts_of_batch(task: Task, given: Mapping[str, Any], count: int) -> Iterator[tuple[float, dict[str, Any]]]:
     """A batch's arguments in so many parts, each with its weight in the mean over the batch. Raises TargetError for a
     batch that is too small."""
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise PlanError(f"micro_batches={count!r}: a number, 1 or more")
+    check_count("micro_batches", count)
     first = next(iter(given.values()))
     images = len(first if isinstance(first, list) else next(tensors_in(first)))
     if images < count:
@@ -117,13 +115,18 @@ def divisible(local: LocalModel, ranks: int) -> list[Link]:
     """The local modules that must stay together. Raises UnsupportedError where those left cannot be divided among so
     many ranks."""
     links = links_of(local)
-    bounds = [bound for bound in range(1, local.plan.k) if not any(first < bound <= last for first, last, _ in links)]
+    bounds = _bounds(local.plan.k, links)
     if len(bounds) + 1 < ranks:
         raise UnsupportedError(
             f"{ranks} ranks, but {local.plan.model} has {local.plan.k} local modules, of which {len(bounds) + 1} can "
             "be apart" + (f": {links[0][2]}. Use fewer ranks, or leave that out." if links else
                        ". Compile it with a larger k, or use fewer ranks."))
     return links
+
+
+def _bounds(k: int, links: Sequence[Link]) -> list[int]:
+    """The local modules that another rank may begin with."""
+    return [bound for bound in range(1, k) if not any(first < bound <= last for first, last, _ in links)]
 
 
 def loads_of(estimate: Estimate) -> list[Load]:
@@ -138,14 +141,13 @@ def balanced(loads: Sequence[Load], links: Sequence[Link], ranks: int) -> tuple[
     """How many neighbouring local modules each rank runs, so that the busiest has the least to do; of equals, that with
     the least memory in one place."""
     k = len(loads)
-    bounds = [bound for bound in range(1, k) if not any(first < bound <= last for first, last, _ in links)]
+    bounds = _bounds(k, links)
     work = [sum(load.flops for load in loads[:index]) for index in range(k + 1)]
     if math.comb(len(bounds), ranks - 1) > 50_000:  # a table of the best ends instead of all of them
         return _by_table(work, bounds, ranks)
 
     def worst(inner: tuple[int, ...]) -> tuple[float, float]:
-        ends = [0, *inner, k]
-        spans = list(pairwise(ends))
+        spans = list(pairwise([0, *inner, k]))
         return (max(work[stop] - work[start] for start, stop in spans),
                 max(sum(load.peak for load in loads[start:stop]) for start, stop in spans))
 

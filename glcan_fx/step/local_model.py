@@ -39,7 +39,7 @@ from glcan_fx.step.output import LocalOutput, collect, parts_of_loss, reported, 
 from glcan_fx.step.parts import ReadOnly, Recomputed, SizeCheck, Whole, WithAux
 from glcan_fx.step.sharing import links_of, refuse_sharded
 from glcan_fx.step.sliced import SlicedHead
-from glcan_fx.step.stages import Stage, Step, called, uncompiled
+from glcan_fx.step.stages import Share, Stage, Step, called, uncompiled
 from glcan_fx.step.trained import backwards_of, called_by, layers_of, targets_of, targets_of_last, trained_alone
 from glcan_fx.tasks.base import LossHead, Spec
 
@@ -145,7 +145,7 @@ class LocalModel(nn.Module):
         has."""
         last = self.plan.k - 1
         paths = [[*targets_of(self.graph, index), f"aux.{index}"] for index in range(last)]
-        taken = {id(b) for path in sum(paths, []) for b in _buffers_at(self, path)}
+        taken = {id(buffer) for buffer in Share.of(self, sum(paths, [])).buffers()}
         left = [name for name, buffer in self.named_buffers() if id(buffer) not in taken]
         tail = targets_of_last(self.original, self.graph, self.__dict__["_parts"], last + 1)
         constants = [[path for path in called_by(piece.graph.nodes) if path.startswith("aux.constants.")]
@@ -567,14 +567,6 @@ class LocalModel(nn.Module):
         parts = {name: pack(part) for name, part in self.__dict__["_parts"].items()}
         return _rebuild, (self.original, self.aux, pack(self.graph), self.plan, self.task, _modes(self), parts,
                           dict(self.__dict__["_opened"]))
-
-
-def _buffers_at(root: nn.Module, path: str) -> list[Tensor]:
-    """The buffers of a module, or the one, at a path."""
-    owner, _, name = path.rpartition(".")
-    found: Any = root.get_submodule(owner)
-    part = found._modules.get(name)
-    return list(part.buffers()) if part is not None else [b for b in [found._buffers.get(name)] if b is not None]
 
 
 def _check_sizes(local: "weakref.ref[LocalModel]", values: tuple[Any, ...]) -> None:

@@ -29,8 +29,7 @@ def links_of(local: "LocalModel") -> list[Link]:
     owner: dict[int, int] = {}
     shares = []
     for index, paths in enumerate(local.paths_by_stage()):
-        share = Share()
-        share.hold(local, paths)
+        share = Share.of(local, paths)
         shares.append(share)
         for name, parameter in share.named_parameters():
             first = owner.setdefault(id(parameter), index)

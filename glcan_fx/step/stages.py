@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 
+from glcan_fx.capture.modules import hooks_on
 from glcan_fx.fx_utils import function_of, with_headlines
 from glcan_fx.step import output as passing
 
@@ -137,20 +138,17 @@ class Step:
     def run(self, local: nn.Module, stage: "Stage", values: dict[str, Any], index: int) -> None:
         """Run a local module on the values of the step so far, and add what it makes; what nobody reads any more is
         dropped."""
-        run = self.runs[index]
-        if type(stage) is not Stage:  # FSDP2 made it a class of its own, and casts what it is given
+        run, sharded = self.runs[index], type(stage) is not Stage  # FSDP2 made it a class of its own
+        if sharded or hooks_on(stage):
             stage.__dict__["forward"] = partial(called, run, local)
-            made = stage(*self._hidden(values, index))
-        elif any((stage._forward_hooks, stage._forward_pre_hooks, stage._backward_hooks, stage._backward_pre_hooks)):
-            stage.__dict__["forward"] = partial(called, run, local)
-            made = stage(*self._taken(values, index))
+            made = stage(*(self._hidden if sharded else self._taken)(values, index))
         else:
             made = run(local, self._taken(values, index))
         values.update(zip(self.pieces[index].makes, made, strict=True))
 
     def _hidden(self, values: dict[str, Any], index: int) -> list[Any]:
         """What a local module reads, with all that is neither an input of the model nor a feature in a box of its own:
-        targets keep their precision."""
+        FSDP2 casts arguments, and targets keep their precision."""
         return [value if name in self.features else Hidden(value) for name, value in zip(
             self.pieces[index].reads, self._taken(values, index), strict=True)]
 
@@ -188,6 +186,13 @@ class Part(nn.Module):
 
 class Share(Part):
     """Some of a compiled model's modules, parameters and buffers, under the names that they have there."""
+
+    @staticmethod
+    def of(root: nn.Module, paths: Iterable[str]) -> "Share":
+        """These of ``root``."""
+        share = Share()
+        share.hold(root, paths)
+        return share
 
     def hold(self, root: nn.Module, paths: Iterable[str]) -> None:
         """Register these of ``root``, in place of those before."""

@@ -70,11 +70,12 @@ def test_the_losses_of_50_steps_are_those_of_one_process(seen, name):
         assert_same(first[step] | second[step], expected[step], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("way", ["plain", "overlap"])
+@pytest.mark.parametrize(("part", "way"), [("data_parallel", "plain"), ("data_parallel", "overlap"),
+                                           ("sharded", "stages"), ("sharded", "whole")])
 @pytest.mark.parametrize("name", CASES)
-def test_data_parallel(seen, name, way):
+def test_data_parallel(seen, name, part, way):
     expected = ranks.in_one_process(name)
-    for rank in seen("data_parallel"):
+    for rank in seen(part):
         for step in range(2):
             assert_same(rank[f"{name}, {way}: gradients {step}"], expected[f"gradients {step}"])
 
@@ -105,15 +106,6 @@ def test_accumulation_without_synchronisation(seen, way):
 def test_uneven_inputs(seen):
     for rank in seen("uneven"):
         assert_same(rank["overlap: weights"], rank["plain: weights"], rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize("way", ["stages", "whole"])
-@pytest.mark.parametrize("name", CASES)
-def test_sharded(seen, name, way):
-    expected = ranks.in_one_process(name)
-    for rank in seen("sharded"):
-        for step in range(2):
-            assert_same(rank[f"{name}, {way}: gradients {step}"], expected[f"gradients {step}"])
 
 
 def test_sharded_in_mixed_precision(seen):
