@@ -276,7 +276,7 @@ def cost_of(module: nn.Module, run: Callable[[], Any]) -> tuple[Cost, Any]:
     def pack(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage()._cdata not in own:  # a linear layer keeps a view of its weight
             seen.setdefault(tensor.untyped_storage()._cdata, tensor.detach())
-        return tensor
+        return tensor.detach()  # the tensor itself would hold the graph that holds it
 
     with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor), Counting() as counting:
         result = run()

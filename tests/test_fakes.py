@@ -1,11 +1,15 @@
 """Fake tensors that answer from memory: the same as torch's own, to the last stride."""
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+import glcan_fx
 from glcan_fx.fakes import Fakes
 from glcan_fx.peak_memory import PeakMemory
 
@@ -97,3 +101,19 @@ def test_a_step_takes_the_memory_that_it_takes_with_torchs_own(sizes, momentum):
         return live
 
     assert peak(FakeTensorMode()) == peak(Fakes())
+
+
+def test_nothing_recorded_outlives_the_compiled_model():
+    """Tensors kept for backward are kept by graphs that keep them: such a circle is never collected."""
+    def fakes() -> int:
+        gc.collect()
+        return sum(type(value) is FakeTensor for value in gc.get_objects())
+
+    before = fakes()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Sigmoid(), nn.Flatten(),
+                          nn.LazyLinear(3))
+    model(torch.rand(2, 3, 8, 8))
+    local = glcan_fx.transform(model, k=2, task="classification", example_inputs=(torch.rand(2, 3, 8, 8),))
+    local(torch.rand(2, 3, 8, 8), torch.tensor([0, 1])).loss.backward()
+    del local, model
+    assert fakes() == before

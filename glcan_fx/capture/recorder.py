@@ -212,7 +212,7 @@ class Recorder(TorchFunctionMode):
                 seen.add(storage._cdata)
                 held.append(tensor.detach())
                 saved[storage._cdata] = storage.nbytes()
-            return tensor
+            return tensor.detach()  # the tensor itself would hold the graph that holds it
 
         seeded = None if dependent else _Seeded()
         with saved_tensors_hooks(pack, lambda tensor: tensor), seeded or contextlib.nullcontext():

@@ -69,7 +69,7 @@ class _Events:
         if not isinstance(tensor, nn.Parameter) and storage._cdata not in self.seen:
             self.seen[storage._cdata] = tensor.detach()
             self.saved += storage.nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would hold the graph that holds it
 
 
 def _watched(forward: Callable[..., Any], path: str, found: list[Call], events: _Events) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ from glcan_fx.errors import PlanError
 from glcan_fx.plans.plan import Plan
 from glcan_fx.step.emit import Emitted, emit, emit_whole
 from glcan_fx.step.local_loss import LocalLoss
-from glcan_fx.step.local_model import LocalModel, assemble
+from glcan_fx.step.local_model import LocalModel
 from glcan_fx.step.output import shape_of
 from glcan_fx.step.parts import ReadOnly
 from glcan_fx.step.tail import why_not_sliced
@@ -100,7 +100,7 @@ def _connect(
         part.agrees = not task.network_is_part and shape_of(auxiliary.outputs) == output
     opened = {path: _read_by(structure, path) for path in emitted.opened}
     reads = tuple(_named(structure, cut, made.inputs) for cut, made in zip(cuts, auxiliaries, strict=True))
-    local = assemble(model, aux, emitted.graph, replace(plan, reads=reads), task, emitted.parts, opened)
+    local = LocalModel(model, aux, emitted.graph, replace(plan, reads=reads), task, emitted.parts, opened)
     return local, emitted
 
 

@@ -377,5 +377,5 @@ def private_graph() -> Iterator[None]:
     A local graph lives and dies inside the forward pass, so moving or recomputing its tensors would only cost.
     """
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    with saved_tensors_hooks(lambda t: t, lambda t: t) if hooked else nullcontext():
+    with saved_tensors_hooks(Tensor.detach, lambda t: t) if hooked else nullcontext():
         yield

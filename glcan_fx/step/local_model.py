@@ -2,8 +2,6 @@
 
 import copy
 import inspect
-import math
-import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,28 +17,26 @@ from torch.utils._pytree import tree_leaves
 
 from glcan_fx.errors import (
     ModelChangedError,
-    ModelChangedWarning,
     PlanError,
-    SmallExampleWarning,
     TargetError,
     UnsupportedError,
-    UnusedGradientsWarning,
 )
-from glcan_fx.fx_utils import Packed, Parts, function_of, pack, unpack
+from glcan_fx.fx_utils import Packed, Parts, pack, unpack
 from glcan_fx.pytree import tensors_in
 from glcan_fx.step import saving
 from glcan_fx.step.arguments import signature_of, unlike
-from glcan_fx.step.averages import Averages
-from glcan_fx.step.gradients import Agreement, LocalBackward, LossScale, parameters_of, private_graph
+from glcan_fx.step.connect import connect
+from glcan_fx.step.gradients import LocalBackward, parameters_of, private_graph
 from glcan_fx.step.guards import Guards, Opened
+from glcan_fx.step.hooks import within_hooks
 from glcan_fx.step.local_loss import Draws, LocalLoss, random_state
+from glcan_fx.step.members import SharedMembers
+from glcan_fx.step.notices import compare_shapes, compare_sizes, warn_of_unused
 from glcan_fx.step.optimizer_in_forward import OptimizerInForward, refuse_distributed
-from glcan_fx.step.output import LocalOutput, collect, parts_of_loss, reported, shape_of, total
-from glcan_fx.step.parts import ReadOnly, Recomputed, SizeCheck, Whole, WithAux
+from glcan_fx.step.output import LocalOutput, collect, parts_of_loss, reported, total
 from glcan_fx.step.sharing import links_of, refuse_sharded
-from glcan_fx.step.sliced import SlicedHead
 from glcan_fx.step.stages import Share, Stage, Step, called, uncompiled
-from glcan_fx.step.trained import backwards_of, called_by, layers_of, targets_of, targets_of_last, trained_alone
+from glcan_fx.step.trained import backwards_of, called_by, targets_of, targets_of_last, trained_alone
 from glcan_fx.tasks.base import LossHead, Spec
 
 if TYPE_CHECKING:
@@ -48,7 +44,7 @@ if TYPE_CHECKING:
     from glcan_fx.tasks import Task
 
 
-class LocalModel(nn.Module):
+class LocalModel(SharedMembers):
     """The user's model as gradient-isolated local modules; shares the model's parameters, buffers and sub-modules.
 
     In training mode a call runs ``local.graph``, whose code ``local.code`` shows; in evaluation mode it calls the
@@ -58,7 +54,6 @@ class LocalModel(nn.Module):
 
     plan: "Plan"
     task: "Task"
-    aux: nn.Module
     graph: fx.Graph
     _written_for: ClassVar[Callable[..., Any]]  # for other sizes, and whether they need one: set by variants.py, which
     _check_new_sizes: ClassVar[Callable[..., None]]  # records again
@@ -68,9 +63,12 @@ class LocalModel(nn.Module):
         return super().__new__(type(cls.__name__, (cls,), {"__module__": cls.__module__}))
 
     def __init__(
-        self, model: nn.Module, aux: nn.Module, graph: fx.Graph, plan: "Plan", task: "Task", parts: Parts,
-        opened: Opened,
+        self, model: nn.Module, aux: nn.Module, graph: fx.Graph, plan: "Plan", task: "Task",
+        parts: Parts | None = None, opened: Opened | None = None,
     ) -> None:
+        """``parts`` of the model are what the graph calls as modules of their own; ``opened`` is what its written-out
+        modules read of themselves."""
+        parts, opened = parts or {}, opened or {}
         taken = [name for name in model._modules | model._parameters | model._buffers if name in _RESERVED]
         if taken:
             raise PlanError(
@@ -78,13 +76,14 @@ class LocalModel(nn.Module):
                 "module needs itself. Wrap the model in a module that holds it under another name."
             )
         super().__init__()
-        _share(self, model, aux)
+        connect(model, aux, graph, plan, task, parts)
+        self._share(model, aux)
         called = frozenset(str(node.target) for node in graph.nodes if node.op == "call_module")
         asks = not task.network_is_part and plan.report.asks_about_sizes(opened)
         if "sizes" in aux._modules:
             aux.get_submodule("sizes").bind(partial(_check_sizes, weakref.ref(self)))  # type: ignore[operator]
         called |= {path for part in parts.values() for path in called_by(part.nodes)}
-        self.__dict__.update(_original=model, plan=plan, task=task, graph=graph, _last_reached=[], _parts=parts,
+        self.__dict__.update(plan=plan, task=task, graph=graph, _last_reached=[], _parts=parts,
                              _opened=opened, _guards=Guards(model, opened, called), _optimizer=_no_optimizer,
                              _compared=False, _steps={}, _asks=asks)
         losses: list[Any] = [part for part in aux.children() if isinstance(part, LocalLoss)]
@@ -99,12 +98,6 @@ class LocalModel(nn.Module):
         aux.__dict__["training"] = model.training
         self.register_load_state_dict_pre_hook(saving.before_loading)
         self.recompile()
-
-    @property
-    def original(self) -> nn.Module:
-        """The model that this one was compiled from; same parameters."""
-        model: nn.Module = self.__dict__["_original"]
-        return model
 
     @property
     def code(self) -> str:
@@ -214,7 +207,10 @@ class LocalModel(nn.Module):
             return self.original(*args, **kwargs)  # statistics are being collected (update_bn): nothing to train
         if "whole" in self.aux._modules:  # the model's own call runs its hooks
             return self.run_step(given)
-        return _within_hooks(self, given)
+        detector = self.task.result() == "dict"
+        seen = [name for name in self.names() if name in given and (detector or name != "targets")]
+        return within_hooks(self.original, self.run_step, given, seen,
+                            lambda result: result if detector else result.output)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
@@ -226,10 +222,12 @@ class LocalModel(nn.Module):
         self.task.check(next(iter(given.values()), None), given.get("targets"))
         refuse_sharded(self)
         self.check_guards()
-        self._warn_of_unused()
+        reached = {part.name: part.delivered for part in self.trained()}
+        reached.setdefault(self.plan.modules[-1].name, self.__dict__["_last_reached"])
+        warn_of_unused(reached)
         if not self.__dict__["_compared"]:
             self.__dict__["_compared"] = True
-            self._compare_sizes(next(iter(given.values()), None))
+            compare_sizes(self.plan, next(iter(given.values()), None))
         return given
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -324,48 +322,13 @@ class LocalModel(nn.Module):
     def _after_step(self, result: Any) -> None:
         self.aux.get_submodule("scale").update()  # type: ignore[operator]
         self._watch_last(result)
-        self._compare_shapes(result)
-
-    def _compare_shapes(self, result: Any) -> None:
-        """Warn, once, where the model returns other shapes than its auxiliary networks: a layer of its head was
-        replaced."""
-        if not isinstance(result, LocalOutput):
-            return
-        now = shape_of(result.output)
-        for part in self.aux.children():
-            made = part.__dict__.get("made")
-            if isinstance(part, LocalLoss) and part.agrees and made is not None and made != now:
-                part.agrees = False
-                warnings.warn(
-                    f"{self.plan.model} returns {now} for each image, but auxiliary networks predict {made}, as it did "
-                    "when it was compiled: a layer of its head was replaced. Compile it again, so that local losses "
-                    "are those of the new head: glcan_fx.transform(local.original, ...).",
-                    ModelChangedWarning, stacklevel=4)
-                return
+        compare_shapes(self.plan, self.aux, result)
 
     def _forget_step(self) -> None:
         """After an exception there is no step whose losses could be minimised in part."""
         self.__dict__["_last_reached"] = []
         for part in self.trained():
             part.delivered = []
-
-    def _compare_sizes(self, first: Any) -> None:
-        """Warn of a step much larger than the plan's example, which the choice of k and auxiliary networks rests on."""
-        spec = next((leaf for leaf in tree_leaves(self.plan.inputs) if hasattr(leaf, "shape")), None)
-        if spec is None or not spec.shape or not isinstance(first, Tensor | list | tuple):
-            return
-        if isinstance(first, Tensor) and first.dim() == 0:
-            return
-        planned, now = spec.shape[0], len(first)
-        if isinstance(first, Tensor) and not self.plan.network and self.plan.around is None:
-            planned, now = math.prod(spec.shape), first.numel()
-        if now > _MUCH * planned:
-            size = "x".join(map(str, first.shape)) if isinstance(first, Tensor) else f"{len(first)} images"
-            warnings.warn(
-                f"this training step ({size}) is {now / planned:.0f} times as large as the example that it was planned "
-                f"for ({'x'.join(map(str, spec.shape))}): k and auxiliary networks suit the smaller one, and so does "
-                "its memory. Give plan() or transform() example_inputs as large as your batches.",
-                SmallExampleWarning, stacklevel=4)
 
     def _watch_last(self, result: Any) -> None:
         """Note whether the last module's loss reaches backward, where it is an ordinary autograd graph."""
@@ -382,20 +345,6 @@ class LocalModel(nn.Module):
         if reached or optimizer is not None and last.requires_grad:
             last.register_hook(arrived)
 
-    def _warn_of_unused(self) -> None:
-        """Warn, before its gradients are lost, of a step in which only a part of the losses was minimised."""
-        reached = {part.name: part.delivered for part in self.trained()}
-        reached.setdefault(self.plan.modules[-1].name, self.__dict__["_last_reached"])
-        flags = {name: step[0] for name, step in reached.items() if step}
-        if any(flags.values()) and not all(flags.values()):
-            missed = ", ".join(f"'{name}'" for name, flag in flags.items() if not flag)
-            warnings.warn(
-                f"only {sum(flags.values())} of {len(flags)} local losses of the last step reached backward(): the "
-                f"local modules {missed} were not trained. Minimise the sum: out.loss, or sum(losses.values()) of a "
-                "detector.",
-                UnusedGradientsWarning, stacklevel=4,
-            )
-
     def train(self, mode: bool = True) -> "LocalModel":
         self._sync_if_made()
         kept = [(part, part.training) for module in self.task.modules().values() for part in module.modules()]
@@ -405,80 +354,14 @@ class LocalModel(nn.Module):
             part.training = training
         return self
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "LocalModel":
-        move = self.original._apply  # the model's own way of moving, if it has one
-        move(fn) if recurse else move(fn, recurse)
-        self.aux._apply(fn, recurse)
-        self._sync()
-        return self
-
     def __getattr__(self, name: str) -> Any:
-        model = self.__dict__.get("_original")
-        if model is not None and name in model._modules:
-            return model._modules[name]  # as it is now
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if model is None or name.startswith("__"):
-                raise
-            if name == "stages" and not hasattr(model, name):
-                return self.own_stages()
-            return getattr(model, name)  # the model's own methods and attributes
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        model = self.__dict__.get("_original")
-        own = model is None or name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
-        if own or name == "aux" or not (isinstance(value, nn.Module | nn.Parameter) or hasattr(model, name)):
-            super().__setattr__(name, value)
-            return
-        setattr(model, name, value)
-        self._sync()
-
-    def __delattr__(self, name: str) -> None:
-        if "_original" in self.__dict__ and name not in self.__dict__ and name != "aux":
-            delattr(self.original, name)
-            self._sync()
-        else:
-            super().__delattr__(name)
-
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        if "_original" not in self.__dict__ or name == "aux":
-            super().add_module(name, module)
-            return
-        self.original.add_module(name, module)
-        self._sync()
-
-    def _sync(self) -> None:
-        """See the modules that the model has now: they may have been replaced in it."""
-        own, model = self._modules, self.original._modules
-        if len(own) != len(model) + 1 or any(own.get(name) is not part for name, part in model.items()):
-            aux = own["aux"]
-            own.clear()
-            own.update({**model, "aux": aux})
-
-    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
-        self._sync_if_made()
-        return super().named_modules(*args, **kwargs)
-
-    def named_children(self) -> Any:
-        self._sync_if_made()
-        return super().named_children()
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self._sync_if_made()
-        return super().state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self._sync_if_made()
-        return super().load_state_dict(*args, **kwargs)
-
-    def _sync_if_made(self) -> None:
-        if "_original" in self.__dict__:
-            self._sync()
+        if name == "stages" and "_original" in self.__dict__ and not hasattr(self.original, name):
+            return self.own_stages()
+        return super().__getattr__(name)
 
     def __copy__(self) -> "LocalModel":
         parts = self.__dict__["_parts"]
-        new = assemble(self.original, self.aux, copy.deepcopy(self.graph), self.plan, self.task, parts,
+        new = LocalModel(self.original, self.aux, copy.deepcopy(self.graph), self.plan, self.task, parts,
                        self.__dict__["_opened"])
         new.__dict__["training"] = self.training
         return new
@@ -557,7 +440,7 @@ class LocalModel(nn.Module):
         model = copy.deepcopy(self.original, memo)
         task = copy.deepcopy(self.task, memo)  # may hold a criterion with parameters
         aux = copy.deepcopy(self.aux, memo)
-        new = assemble(model, aux, copy.deepcopy(self.graph), self.plan, task, self.__dict__["_parts"],
+        new = LocalModel(model, aux, copy.deepcopy(self.graph), self.plan, task, self.__dict__["_parts"],
                        self.__dict__["_opened"])
         memo[id(self)] = new
         return _with_modes(new, _modes(self))
@@ -575,115 +458,19 @@ def _check_sizes(local: "weakref.ref[LocalModel]", values: tuple[Any, ...]) -> N
     type(made)._check_new_sizes(made, values)
 
 
-@uncompiled
-def _within_hooks(local: LocalModel, given: dict[str, Any]) -> Any:
-    """A step, and around it the hooks on the model itself, whose forward is written out."""
-    model = local.original
-    if model._backward_hooks or model._backward_pre_hooks:
-        raise UnsupportedError(f"{type(model).__name__} itself has a backward hook, but no gradient passes through it "
-                               "as a whole. Put the hook on modules inside it.")
-    if not model._forward_hooks and not model._forward_pre_hooks:
-        return local.run_step(given)
-    names = [name for name in local.names() if name in given]
-    detector = local.task.result() == "dict"
-    seen = names if detector else [name for name in names if name != "targets"]
-    args = tuple(given[name] for name in seen)
-    for key, before in list(model._forward_pre_hooks.items()):
-        if key in model._forward_pre_hooks_with_kwargs:
-            args = (before(model, args, {}) or (args, {}))[0]
-        elif (changed := before(model, args)) is not None:
-            args = changed if isinstance(changed, tuple) else (changed,)
-    result = local.run_step({**given, **dict(zip(seen, args, strict=True))})
-    output = result if detector else result.output
-    for key, after in list(model._forward_hooks.items()):
-        with_kwargs = key in model._forward_hooks_with_kwargs
-        changed = after(model, args, {}, output) if with_kwargs else after(model, args, output)
-        if changed is not None and changed is not output:
-            raise UnsupportedError(
-                f"a forward hook on {type(model).__name__} itself changes its output, which the local losses do not "
-                "see. Compute it in a module at the end of the model, or in the criterion.")
-    return result
-
-
-_MUCH = 4  # times the values of the example
 _RESERVED = ("aux", "plan", "task", "original", "graph", "code", "meta")
-
-
-def assemble(
-    model: nn.Module, aux: nn.Module, graph: fx.Graph, plan: "Plan", task: "Task", parts: Parts | None = None,
-    opened: Opened | None = None,
-) -> LocalModel:
-    """Connect graph, model and auxiliary networks: resolve what each local loss trains, the last head, and the
-    ``parts`` of the model that the graph calls as modules of their own: its tail, blocks that run again in backward."""
-    head = task.last_head(model, plan.fused_loss)
-    reports = task.result() == "output"
-    last = LocalLoss(None, head, last=True, reports=reports)
-    aux.add_module("last", last)
-    if any(node.target == "aux.sizes" for node in graph.nodes):
-        aux.add_module("sizes", SizeCheck())
-    if any(node.target == "aux.whole" for node in graph.nodes):
-        aux.add_module("whole", Whole(model))
-    for name, part in task.parts(model).items():
-        aux.add_module(name, part)
-    for module in aux.modules():
-        if isinstance(module, ReadOnly | Averages):
-            module.bind(model)
-    scale = aux._modules.get("scale") or LossScale(kept=plan.k > 1 or plan.slices > 1)
-    aux.add_module("scale", scale)
-    reaches = plan.reaches
-    agreement = Agreement(plan.method.agreement) if plan.method.agreement > 0 else None
-
-    def used(modules: range) -> list[tuple[nn.Module, str]]:
-        return [(model, path) for index in modules for path in targets_of(graph, index)]
-
-    for index, info in enumerate(plan.modules[:-1]):
-        part, reach = aux.get_submodule(str(index)), reaches[index]
-        trains = used(range(reach.first, reach.last + 1)) + [
-            (part, name) for name in ("network", "head", "terms") if name in part._modules]
-        if "task" in aux._modules:
-            trains.append((aux, "task"))
-        part.add_module("backward", LocalBackward(
-            trains, scale, info.name, model, alone=plan.around is None,
-            passes=used(range(reach.last + 1, reach.until + 1)), shared=reaches[index + 1].first <= reach.first,
-            agreement=agreement))
-        part.__dict__["reports"] = reports
-    if plan.k > 1 and reports and plan.around is None:
-        trains = used(range(reaches[-1].first, plan.k - 1))
-        trains += [(model, path) for path in targets_of_last(model, graph, parts or {}, plan.k)]
-        if "task" in aux._modules:
-            trains.append((aux, "task"))
-        last.add_module("backward", LocalBackward(
-            trains, scale, plan.modules[-1].name, model, agreement=agreement))
-    bound = {name: (partial(function_of(part, f"<{name} of {type(model).__name__} {id(part):x}>"), WithAux(model, aux)),
-                    layers_of(parts or {}, name)) for name, part in (parts or {}).items()}
-    if plan.slices > 1:
-        criterion = [(aux, "task")] if "task" in aux._modules else []
-        tail, behind = bound.pop("tail", (None, task.behind(model)))
-        last.add_module(
-            "head", SlicedHead(tail, head, plan.slices, task.part, model, behind, criterion, scale))
-    for name, (run, layers) in bound.items():
-        aux.add_module(name, Recomputed(run, model, layers))
-    return LocalModel(model, aux, graph, plan, task, parts or {}, opened or {})
 
 
 def _no_optimizer() -> None:
     """Stands for the weak reference to an optimizer that steps in the forward pass, where there is none."""
 
 
-def _share(target: nn.Module, model: nn.Module, aux: nn.Module) -> None:
-    """Let ``target`` hold the model's own tensors and modules. The dicts of direct tensors are the same objects, so
-    that a conversion (``.to()``) of one is seen by the other."""
-    target.__dict__["_parameters"] = model._parameters
-    target.__dict__["_buffers"] = model._buffers
-    target.__dict__["_non_persistent_buffers_set"] = model._non_persistent_buffers_set
-    target.__dict__["_modules"] = {**model._modules, "aux": aux}
-
-
 def _rebuild(
     model: nn.Module, aux: nn.Module, graph: Packed, plan: "Plan", task: "Task", modes: dict[str, bool],
     parts: dict[str, Packed], opened: Opened,
 ) -> LocalModel:
-    made = assemble(model, aux, unpack(graph), plan, task, {name: unpack(part) for name, part in parts.items()}, opened)
+    unpacked = {name: unpack(part) for name, part in parts.items()}
+    made = LocalModel(model, aux, unpack(graph), plan, task, unpacked, opened)
     return _with_modes(made, modes)
 
 

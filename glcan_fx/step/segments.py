@@ -26,7 +26,7 @@ from glcan_fx.plans.plan import Plan
 from glcan_fx.pytree import map_tensors
 from glcan_fx.step.build import register_task
 from glcan_fx.step.local_loss import LocalLoss
-from glcan_fx.step.local_model import LocalModel, assemble
+from glcan_fx.step.local_model import LocalModel
 from glcan_fx.step.output import collect
 from glcan_fx.step.unstepped import warn_of_unstepped
 from glcan_fx.tasks.around import InSegments
@@ -146,7 +146,7 @@ def build_segments(chosen: Plan, uncaptured: Uncaptured) -> LocalModel:
     trains = [[*calls_within(groups, index, index + 1), *glue] for index in range(len(groups))]
     graph = emit_segments(segments, [m.headline(i) for i, m in enumerate(chosen.modules)], trains,
                           task.takes_targets)
-    local = assemble(model, aux, graph, chosen, InSegments(task, segments))
+    local = LocalModel(model, aux, graph, chosen, InSegments(task, segments))
     warn_of_unstepped(local)
     return local
 

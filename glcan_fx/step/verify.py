@@ -14,7 +14,7 @@ from glcan_fx.errors import ModelChangedError, NotLearningError, TraceError
 from glcan_fx.pytree import map_tensors, tensors_in
 from glcan_fx.step import output as passing
 from glcan_fx.step.emit import Emitted
-from glcan_fx.step.local_model import LocalModel, assemble
+from glcan_fx.step.local_model import LocalModel
 from glcan_fx.structure.structure import Structure, multiply_adds
 from glcan_fx.tasks import AnyLoss, Spec
 from glcan_fx.tasks.base import LossHead
@@ -100,7 +100,7 @@ def _trial(local: LocalModel, task: Any, hooks: bool) -> LocalModel:
     for part in aux.modules():
         if isinstance(part, LossHead):
             part.__dict__["task"] = task
-    return assemble(_copy(local.original, hooks), aux, copy.deepcopy(local.graph), local.plan, task, {},
+    return LocalModel(_copy(local.original, hooks), aux, copy.deepcopy(local.graph), local.plan, task, {},
                     local.__dict__["_opened"]).train()
 
 
