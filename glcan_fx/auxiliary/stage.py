@@ -26,7 +26,7 @@ from glcan_fx.layers import (
     set_width,
 )
 from glcan_fx.pytree import tensors_in
-from glcan_fx.structure.nodes import ancestors, is_size, tensor_of
+from glcan_fx.structure.nodes import is_size, region_between, tensor_of
 from glcan_fx.structure.structure import Structure, once
 
 _Kinds = tuple[fx.Node | None, fx.Node | str | None]
@@ -42,7 +42,7 @@ def stage(
     """
     structure = build.structure
     build.full.add(name)  # made at its final width
-    region, path = set(region_between(structure, start, end)), _heaviest_path(structure, start, end)
+    region, path = set(region_between(start, end)), _heaviest_path(structure, start, end)
     rank = len(structure.spatial(end))
     last_in, last_out = present in structure.channels_last, end in structure.channels_last
     channels = structure.channels(present)
@@ -162,12 +162,6 @@ def fixes_size_of_all(
 
 
 @once
-def region_between(structure: Structure, start: fx.Node, end: fx.Node) -> list[fx.Node]:
-    """Nodes between two values of the trunk (start excluded, end included), in graph order."""
-    behind, before = ancestors([end]), ancestors([start])
-    return [node for node in structure.trace.graph.nodes if node in behind and node not in before]
-
-
 @once
 def _heaviest_path(structure: Structure, start: fx.Node, end: fx.Node) -> list[fx.Node]:
     """The path from start (excluded) to end through the region with the most weights and values; through pieces of
@@ -183,7 +177,7 @@ def _heaviest(
 ) -> list[fx.Node]:
     """The maps on the heaviest path through nodes that ``passes`` allows. What has fewer positions than the end is
     beside it (a squeeze-excitation's pooled branch)."""
-    positions, region = structure.positions(end), region_between(structure, start, end)
+    positions, region = structure.positions(end), region_between(start, end)
     best: dict[fx.Node, tuple[int, fx.Node | None]] = {start: (0, None)}
     for node in region:
         narrower = is_map(node) and len(structure.shape(node)) == len(structure.shape(end)) and (
@@ -306,7 +300,7 @@ def _kinds(structure: Structure, start: fx.Node, end: fx.Node) -> _Kinds:
     norm: fx.Node | None = None
     activation: fx.Node | str | None = None
     path = _heaviest_path(structure, start, end)
-    beside = [node for node in region_between(structure, start, end) if node not in path]
+    beside = [node for node in region_between(start, end) if node not in path]
     for node in [*beside, *path]:
         module = structure.trace.module(node)
         if module is not None and is_norm(module) and is_map(node):

@@ -3,7 +3,6 @@
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +15,6 @@ from glcan_fx.initialization import moments
 from glcan_fx.layers import KINDS
 from glcan_fx.structure.nodes import tensor_of
 from glcan_fx.structure.structure import Structure
-
-if TYPE_CHECKING:
-    pass
 
 
 def copy_tail(build: Builder, tail: Tail, light: bool) -> None:

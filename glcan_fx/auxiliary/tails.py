@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, fx
 
 from glcan_fx.capture.trace import is_float, quiet
-from glcan_fx.structure.nodes import ancestors, is_size, tensor_of
+from glcan_fx.structure.nodes import (
+    ancestors,
+    called_path,
+    descendants,
+    is_float_tensor,
+    is_size,
+    region_between,
+    tensor_of,
+)
 from glcan_fx.structure.structure import Structure, once
 
 Ending = Literal["mean", "decoder", "maps"]
@@ -43,35 +51,56 @@ def tail_of(structure: Structure, outputs: Any) -> Tail:
 
 
 def towers_of(structure: Structure, tail: Tail) -> dict[fx.Node, tuple[set[fx.Node], fx.Node, fx.Node]]:
-    """Calls of modules with weights that keep their input's shape, by their last node: (nodes, input, output)."""
-    groups: dict[str, list[fx.Node]] = {}
+    """Calls of modules with weights that keep their input's shape, by their last node: (nodes, input, output).
+
+    Of a row of blocks that read other values, too (the layers of a query decoder), the first of the network is none:
+    what it reads would be left out.
+    """
+    groups: dict[str, set[fx.Node]] = {}
     for node in tail.nodes:
         parts = (str(node.target) if node.op == "call_module" else node.meta["module"]).split(".")
         for depth in range(1, len(parts) + 1):
-            groups.setdefault(".".join(parts[:depth]), []).append(node)
-    interface = structure.interface
+            groups.setdefault(".".join(parts[:depth]), set()).add(node)
+    everything = set(tail.nodes)
     towers: dict[fx.Node, tuple[set[fx.Node], fx.Node, fx.Node]] = {}
     taken: set[fx.Node] = set()
-    everything = set(tail.nodes)
-    for path in sorted((path for path in groups if path), key=lambda path: path.count(".")):
-        nodes = set(groups[path])
-        if nodes & taken or nodes == everything or any(structure.trace.module(n) in interface for n in nodes):
+    for path in sorted(filter(None, groups), key=lambda path: path.count(".")):  # rows in the order of their calls
+        nodes = groups[path]
+        if nodes & taken or nodes == everything or any(
+                structure.trace.module(node) in structure.interface for node in nodes):
             continue
-        weights = [p for node in nodes for p in structure.trace.parameters(node) if p.dim() >= 2]
-        sources = {s for n in nodes for s in n.all_input_nodes if s not in nodes and s in structure.dependent}
-        ends = {n for n in nodes if any(user not in nodes for user in n.users)}
-        if not weights or len(sources) != 1 or len(ends) != 1:
-            continue
-        source, end = next(iter(sources)), next(iter(ends))
-        if source in tail.taps:  # the first layer on a tap adapts it (a lateral convolution): no tower
-            continue
-        if not (is_map(source) and is_map(end)) or tensor_of(source).shape != tensor_of(end).shape:
-            continue
-        if any(structure.spatial(n) == structure.spatial(end) for n in nodes & fixed_sizes(structure)):
-            continue
-        towers[end] = (nodes, source, end)
-        taken |= nodes
+        found = _stream(structure, tail, nodes, path)
+        if found and not any(
+                structure.spatial(n) == structure.spatial(found[1]) for n in nodes & fixed_sizes(structure)):
+            towers[found[1]] = (nodes, *found)
+            taken |= nodes
     return towers
+
+
+def _stream(structure: Structure, tail: Tail, nodes: set[fx.Node], path: str) -> tuple[fx.Node, fx.Node] | None:
+    """The map that a call of a module with weights reads, and the one of the same shape that it makes. Where it reads
+    several values, one has to come from another module of a row of such."""
+    if not any(p.dim() >= 2 for node in nodes for p in structure.trace.parameters(node)):
+        return None
+    sources = {s for n in nodes for s in n.all_input_nodes if s not in nodes and s in structure.dependent}
+    ends = [n for n in nodes if any(user not in nodes for user in n.users)]
+    if len(ends) != 1 or not is_map(ends[0]):
+        return None
+    alike = [s for s in sources if is_map(s) and tensor_of(s).shape == tensor_of(ends[0]).shape]
+    if len(sources) > 1:
+        alike = [source for source in alike if _in_a_row(structure, source, path)]
+    elif alike and alike[0] in tail.taps:  # the first layer on a tap adapts it (a lateral convolution): no tower
+        return None
+    return (alike[0], ends[0]) if len(alike) == 1 else None
+
+
+def _in_a_row(structure: Structure, node: fx.Node, path: str) -> bool:
+    """Whether a value is returned by a module of the same class as that of ``path``, in the same numbered row."""
+    shadow, (row, _, _) = structure.trace.shadow, path.rpartition(".")
+    return path.rpartition(".")[2].isdigit() and any(
+        other != path and other.rpartition(".")[0] == row
+        and type(shadow.get_submodule(other)) is type(shadow.get_submodule(path))
+        for other in [*node.meta["returned_by"], called_path(node)] if other)
 
 
 def direct_layers(structure: Structure, cut: fx.Node, tail: Tail) -> tuple[list[fx.Node], list[fx.Node]] | None:
@@ -87,7 +116,8 @@ def direct_layers(structure: Structure, cut: fx.Node, tail: Tail) -> tuple[list[
         return None
     if any(tap in structure.trace.output.all_input_nodes for tap in tail.taps):  # no layer of the tail makes that map
         return None
-    if any(not is_map(node) or len(structure.shape(node)) != rank or structure.positions(node) <= 1 for node in made):
+    if any(not is_map(node) or len(structure.shape(node)) != rank or structure.positions(node) <= 1
+           or is_queried(structure, cut, node) for node in made):
         return None
     needed = _behind(tail, made)
     if any(structure.trace.parameters(node) for node in needed) or any(
@@ -188,6 +218,26 @@ def _fixes_size(structure: Structure, node: fx.Node) -> bool:
     except Exception:  # noqa: BLE001 - it takes maps of one size only
         return False
     return isinstance(made, Tensor) and made.shape == tensor_of(node).shape
+
+
+_ATTENTION = ("matmul", "bmm", "baddbmm", "einsum", "scaleddotproductattention", "multiheadattention")
+
+
+def is_queried(structure: Structure, start: fx.Node, end: fx.Node) -> bool:
+    """Whether the positions at ``end`` are those of queries that the data has no part in (object queries, latents):
+    what they stand for is for attention to find, and no convolution on neighboring positions does."""
+    return structure.positions(start) != structure.positions(end) and any(
+        name_of(structure, node) in _ATTENTION and {True, False} == {
+            by_values(structure, source) for source in node.all_input_nodes
+            if source.op != "get_attr" and is_float_tensor(source)}
+        for node in region_between(start, end))
+
+
+@once
+def by_values(structure: Structure, node: fx.Node) -> bool:
+    """Whether a value is computed from the values of the data, not from their sizes and from parameters alone (the
+    reference points of queries)."""
+    return any(node in descendants(source, values=True) for source in structure.data)
 
 
 def name_of(structure: Structure, node: fx.Node) -> str:

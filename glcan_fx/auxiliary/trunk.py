@@ -12,12 +12,12 @@ from itertools import pairwise, takewhile
 from torch import fx
 
 from glcan_fx.auxiliary.builder import Builder
-from glcan_fx.auxiliary.stage import fixes_size_of_all, reaches, region_between, repeat, stage
-from glcan_fx.auxiliary.tails import fixed_sizes, is_map
+from glcan_fx.auxiliary.stage import fixes_size_of_all, reaches, repeat, stage
+from glcan_fx.auxiliary.tails import by_values, fixed_sizes, is_map, is_queried
 from glcan_fx.errors import PlanError
 from glcan_fx.layers import narrowed
-from glcan_fx.structure.nodes import ancestors, descendants, is_float_tensor, is_size, tensor_of
-from glcan_fx.structure.structure import Structure, once
+from glcan_fx.structure.nodes import ancestors, is_float_tensor, is_size, region_between, tensor_of
+from glcan_fx.structure.structure import Structure
 
 
 def synthesize_taps(
@@ -44,7 +44,7 @@ def synthesize_taps(
                 build.full.add(f"block{index}")
         elif not same:
             final = predictions and _is_output(structure, end, way[index + 1:]) or any(
-                structure.trace.module(node) in interface for node in region_between(structure, start, end))
+                structure.trace.module(node) in interface for node in region_between(start, end))
             final_width = 1.0 if final else width
             value = stage(build, start, end, value, present, f"stage{index}", final_width, lean)
             present = end
@@ -56,7 +56,7 @@ def synthesize_taps(
             made, needed = tensor_of(present).dtype, tensor_of(end).dtype
             build.values[end] = value if made == needed else build.graph.call_method("to", (value, needed))
     for tap in missing:  # taps beside the chain: from the nearest value of the chain before them
-        if tap not in build.values and not _by_values(structure, tap):
+        if tap not in build.values and not by_values(structure, tap):
             regions.again(tap, f"tap_{tap.name}")
         elif tap not in build.values:
             above = ancestors([tap])
@@ -66,13 +66,6 @@ def synthesize_taps(
             same = structure.shape(origin) == structure.shape(tap)
             build.values[tap] = base if same else stage(
                 build, origin, tap, base, origin, f"tap_{tap.name}", width, lean)
-
-
-@once
-def _by_values(structure: Structure, node: fx.Node) -> bool:
-    """Whether a value is computed from the values of the data, not from their sizes and from parameters alone (the
-    reference points of queries)."""
-    return any(node in descendants(source, values=True) for source in structure.data)
 
 
 def _is_output(structure: Structure, made: fx.Node, ahead: Sequence[fx.Node]) -> bool:
@@ -90,7 +83,7 @@ def _way(structure: Structure, cut: fx.Node, ahead: list[fx.Node], missing: list
     way = [cut]
 
     def asks_for_what_is_not_made(start: fx.Node, end: fx.Node) -> bool:
-        region = region_between(structure, start, end)
+        region = region_between(start, end)
         made = known | {start, *region}
         present = {structure.shape(node) for node in way}
         for node in region:
@@ -148,7 +141,7 @@ def _sampled_blocks(structure: Structure, way: list[fx.Node], depth: int) -> set
 
 def _can_shorten(structure: Structure, start: fx.Node, end: fx.Node) -> bool:
     same_rank = len(structure.spatial(start)) == len(structure.spatial(end)) and len(structure.shape(start)) > 2
-    return same_rank and reaches(structure, start, end)
+    return same_rank and reaches(structure, start, end) and not is_queried(structure, start, end)
 
 
 @dataclass
@@ -166,7 +159,7 @@ class Regions:
         something that cannot be made."""
         build, structure = self.build, self.build.structure
         known, dependent, context = structure.known_by(self.cut), structure.dependent, structure.context
-        region = [node for node in region_between(structure, start, end) if node not in known]
+        region = [node for node in region_between(start, end) if node not in known]
         saved = dict(build.values)
         build.values[start] = self.made[start]
         for node in region:
@@ -179,11 +172,7 @@ class Regions:
                 if source in dependent and (source in known or source not in context):
                     self._provide(source, prefix)
                 else:
-                    for extra in [n for n in structure.trace.graph.nodes if n in ancestors([source])]:
-                        if extra.op == "placeholder":
-                            build.input(extra)
-                        elif extra not in build.values:
-                            build.copy(extra, prefix)
+                    self.again(source, prefix)
             build.copy(node, prefix)
         result = build.values[end]
         build.values = {**saved, **{node: build.values[node] for node in build.inputs if node in build.values}}
@@ -240,6 +229,6 @@ def _resized(build: Builder, start: fx.Node, end: fx.Node, value: fx.Node, name:
     alike = [node for node in fixed_sizes(structure) if structure.spatial(node) == structure.spatial(end)
              and len(structure.shape(node)) == len(structure.shape(end))
              and (node in structure.channels_last) == (start in structure.channels_last)]
-    region = region_between(structure, start, end) if alike else []
+    region = region_between(start, end) if alike else []
     fixed = [node for node in region if node in alike and fixes_size_of_all(structure, set(region), start, node, end)]
     return repeat(build, fixed[-1], value, name) if fixed else value

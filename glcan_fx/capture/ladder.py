@@ -5,6 +5,7 @@ opaque, so that no batch size is frozen into the graph.
 """
 
 import logging
+import operator
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
 from glcan_fx.capture.calls import arguments_in, erase_unused
 from glcan_fx.capture.recorder import Recorder
@@ -139,11 +140,47 @@ def _batch_baked(
     except Exception as error:  # noqa: BLE001
         main.lost[f"the model does not run at batch size {batch + 1}: {type(error).__name__}"] = None
         return {}
+    _follow_batch(main.nodes.graph, second.nodes.graph, batch)
     found = _differing(main, second, "its operations depend on the batch size")
     if "" in found and len(found) == 1:
         message, reason = _explain(Uncapturable("its own operations depend on the batch size"), model, path, inputs)
         raise TraceError(message, reason)
     return found
+
+
+def _follow_batch(graph: fx.Graph, larger: fx.Graph, batch: int) -> None:
+    """Where a number is the batch size or a multiple of it, though not by operations on sizes (``len(x)``), let both
+    graphs ask the input; ``larger`` was recorded with one more image, which tells such numbers from fixed ones."""
+    pairs = list(zip(graph.nodes, larger.nodes, strict=False))
+    if len(graph.nodes) != len(larger.nodes) or any((a.op, str(a.target)) != (b.op, str(b.target)) for a, b in pairs):
+        return
+    inputs = [(a, b) for a, b in pairs if a.op == "placeholder" and isinstance(a.meta["value"], Tensor)
+              and a.meta["value"].dim() > 1 and a.meta["value"].shape[0] == batch]
+    for node, other in pairs if inputs else ():
+        ours, theirs = [node.args, node.kwargs], [other.args, other.kwargs]
+        leaves, structure = tree_flatten(ours)
+        others = tree_leaves(theirs)
+        if len(leaves) != len(others):
+            continue
+        for index, (small, large) in enumerate(zip(leaves, others, strict=True)):
+            if type(small) is type(large) is int and small != large and small == (large - small) * batch:
+                leaves[index] = _multiple_of_batch(node, inputs[0][0], large - small)
+                others[index] = _multiple_of_batch(other, inputs[0][1], large - small)
+        node.args, node.kwargs = tree_unflatten(leaves, structure)
+        other.args, other.kwargs = tree_unflatten(others, structure)
+
+
+def _multiple_of_batch(node: fx.Node, source: fx.Node, factor: int) -> fx.Node:
+    """A number in front of ``node``: so many times as there are images in an input."""
+    batch: int = source.meta["value"].shape[0]
+    made = source
+    for function, key, value in ((getattr, "shape", tuple(source.meta["value"].shape)), (operator.getitem, 0, batch),
+                                 (operator.mul, factor, batch * factor)):
+        with node.graph.inserting_before(node):
+            made = node.graph.call_function(function, (made, key))
+        made.meta.update({**node.meta, "value": value, "saved": 0, "storages": {}, "mutates": set(), "derived": True,
+                          "overwritten": False, "returned_by": [], "dtypes": {}, "dependent": True})
+    return made
 
 
 def _follow_dtypes(subject: _Subject, forced: Mapping[str, Opaque], main: Recorder) -> None:

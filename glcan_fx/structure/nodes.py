@@ -58,6 +58,12 @@ def input_dependent(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
+def region_between(start: fx.Node, end: fx.Node) -> list[fx.Node]:
+    """Nodes between two values of the trunk (start excluded, end included), in graph order."""
+    behind, before = ancestors([end]), ancestors([start])
+    return [node for node in end.graph.nodes if node in behind and node not in before]
+
+
 def called_path(node: fx.Node) -> str:
     """The path of the module that a node calls; "" where it calls none."""
     return str(node.target) if node.op == "call_module" else ""

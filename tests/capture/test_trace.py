@@ -221,6 +221,15 @@ class IterateBatch(Block):
         return torch.stack([self.conv(image) for image in x])
 
 
+@case()
+class ExpandedToLength(Block):
+    """A number that Python made of the batch, and its multiples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        twice = torch.ones(1, 8, 1, 1).repeat(len(x) * 2, 1, 1, 1)
+        return self.conv(x) + torch.ones(8, 1, 1).expand(len(x), 8, 1, 1) + twice.reshape(2, len(x), 8, 1, 1)[0]
+
+
 @case(reason="batch size")
 class LengthOfBatch(Block):
     def forward(self, x: Tensor) -> Tensor:
