@@ -60,6 +60,8 @@ def simulate_ranks(
         share = Share.of(local, [path for index in which for path in paths[index]])
         parameters = [p for p in share.parameters() if p.requires_grad]
         made = optimizers_of(optimizer, parameters)
+        if which.start:  # of its own memory, not a part of the first rank's batch
+            values = map_tensors(values, torch.clone)
         memory = PeakMemory(share, *made, *tensors_in(values))
         message = values
         sent: list[Any] = []  # what is still on its way

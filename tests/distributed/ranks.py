@@ -9,7 +9,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ from torch.optim.swa_utils import AveragedModel
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import glcan_fx
+from glcan_fx.distributed import channel
 from glcan_fx.models import edsr, retinanet
+from glcan_fx.peak_memory import PeakMemory
 
 FOLDER, CHOSEN = Path(sys.argv[4] if __name__ == "__main__" else "."), sys.argv[5:]
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # each rank's under its parameters' names
@@ -51,6 +54,7 @@ class UNet(nn.Module):
         return self.head(self.up1(torch.cat([F.interpolate(d, scale_factor=2.0), a], 1)))
 
 
+COUNTED = ("resnet", "edsr")  # of the second, inputs and targets are a large part
 SINGLE = ("resnet", "unet", "retinanet", "edsr")  # that train on a single image
 GROUPS = partial(nn.GroupNorm, 4)
 
@@ -168,6 +172,34 @@ def pipelines(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
             optimizer.step()
         yield f"{name}: own", sorted(pipe.state_dict())
         yield f"{name}: weights", {key: t.clone() for key, t in pipe.gather().state_dict().items()}
+
+
+class AtOnce(nullcontext[Any]):
+    """Runs what is submitted, in this thread, so that what arrives ahead is counted."""
+
+    def __enter__(self) -> Any:
+        return self
+
+    def submit(self, function: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function())
+        return future
+
+
+def memory(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
+    """The peak of the third step."""
+    threads, channel.ThreadPoolExecutor = channel.ThreadPoolExecutor, AtOnce
+    for name in COUNTED:
+        pipe = glcan_fx.distributed.pipeline(build(name, devices=ranks), micro_batches=4)
+        optimizer = torch.optim.SGD(pipe.parameters(), lr=1e-2, momentum=0.9)
+        for step in range(3):
+            optimizer.zero_grad()
+            batch = batch_of(name, step) if rank == 0 else ()
+            with PeakMemory(pipe, optimizer) as counted:
+                pipe.step(*batch)
+                optimizer.step()
+        yield name, counted.bytes
+    channel.ThreadPoolExecutor = threads
 
 
 def curves(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
@@ -436,7 +468,7 @@ def deaths(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
 
 
 PARTS = {part.__name__: part for part in (
-    pipelines, curves, data_parallel, accumulated, uneven, sharded, both, checkpoints, deaths, different)}
+    pipelines, memory, curves, data_parallel, accumulated, uneven, sharded, both, checkpoints, deaths, different)}
 
 
 def run(what: str, ranks: int, folder: Path, names: Sequence[str] = ()) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ CASES = [pytest.param(name, marks=[] if name in SMALL else pytest.mark.slow) for
 ALONE = [case for case in CASES if case.values[0] in ranks.SINGLE]
 
 
-TOGETHER = ("pipelines", "data_parallel", "accumulated", "uneven", "sharded", "checkpoints",
+TOGETHER = ("pipelines", "memory", "data_parallel", "accumulated", "uneven", "sharded", "checkpoints",
             "different")  # in the same processes
 
 
@@ -59,6 +59,13 @@ def test_gradients_and_weights_are_those_of_one_process(seen, name, count):
         assert_same(seen[f"{name}: weights"], expected["weights"])
     keys = sorted(key for seen in pipelines for key in seen[f"{name}: own"])
     assert keys == sorted(expected["weights"])
+
+
+@pytest.mark.parametrize("name", ranks.COUNTED)
+def test_the_memory_of_each_rank_is_what_the_plan_foretells(seen, name):
+    planned = ranks.build(name, devices=2).plan.on_ranks(4)
+    for rank, counted in zip(planned, seen("memory"), strict=True):
+        assert counted[name] == pytest.approx(rank.peak, rel=0.03)
 
 
 @pytest.mark.slow
