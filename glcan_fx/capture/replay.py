@@ -44,7 +44,7 @@ def calls_of(
     """Run a real copy of ``model`` in training mode on random values of the given sizes, or on the given values; what
     it called, in order."""
     with torch.random.fork_rng(devices=[]), kept_python_random(), torch.enable_grad():
-        torch.manual_seed(0)  # the same run whenever the model is planned
+        seed()  # the same run whenever the model is planned
         copy = replicate(model, real_copy).train()
         found: list[Call] = []
         events = _Events()

@@ -136,8 +136,9 @@ class LocalModel(nn.Module):
         for stage, run, paths in zip(stages, step.runs, self.paths_by_stage(), strict=True):
             stage.hold(self, paths)
             stage.__dict__["forward"] = partial(called, run, self)
-        if "_links" not in self.__dict__:  # before anything is sharded: that would take apart what is shared
-            self.__dict__["_links"] = links_of(self)
+        for first, last, why in links_of(self):
+            for index in (first, last):
+                stages[index].__dict__["needs"] = (*(self.plan.modules[i].name for i in (first, last)), why)
         return stages
 
     def paths_by_stage(self) -> list[list[str]]:

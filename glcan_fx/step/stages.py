@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from glcan_fx.capture.modules import hooks_on
+from glcan_fx.errors import UnsupportedError
 from glcan_fx.fx_utils import function_of, with_headlines
 from glcan_fx.step import output as passing
 
@@ -239,10 +240,18 @@ class Stage(Share):
 
     reads: tuple[str, ...]
     makes: tuple[str, ...]
+    needs: tuple[str, ...]
 
     def __init__(self, piece: Piece) -> None:
         super().__init__()
-        self.__dict__.update(reads=piece.reads, makes=piece.makes)
+        self.__dict__.update(reads=piece.reads, makes=piece.makes, needs=())  # needs: two local modules' names, and why
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "__class__" and self.needs:  # by fully_shard()
+            first, last, why = self.needs
+            raise UnsupportedError(f"fully_shard() on single local modules, but '{first}' and '{last}' need each other: "
+                                   f"{why}. Shard the whole compiled model: fully_shard(local).")
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         return f"{', '.join(self.reads)} -> {', '.join(self.makes)}"

@@ -318,9 +318,10 @@ class Dropped(nn.Module):
 
 
 class Token(nn.Module):
-    """Tokens with a parameter that belongs to the network itself; ``late``: and one behind the blocks."""
+    """Tokens with a parameter that belongs to the network itself; ``late``: and one behind the blocks; ``tied``, ``shared``:
+    blocks have a parameter, or a layer, in common."""
 
-    def __init__(self, late: bool = False, tied: bool = False) -> None:
+    def __init__(self, late: bool = False, tied: bool = False, shared: bool = False) -> None:
         super().__init__()
         self.patch = nn.Conv2d(3, 16, 8, 8)
         self.place = nn.Parameter(torch.zeros(1, 16, 16))
@@ -328,6 +329,8 @@ class Token(nn.Module):
         self.blocks = nn.Sequential(*(nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.GELU()) for _ in range(3)))
         if tied:
             self.blocks[2][1].weight = self.blocks[0][1].weight
+        if shared:
+            self.blocks[2][1] = self.blocks[0][1]
         self.head = nn.Linear(16, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -384,6 +387,7 @@ def different(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
     yield refused("token", lambda: shard(token()))
     yield refused("late token", lambda: shard(token(late=True)))
     yield refused("tied", lambda: shard(token(tied=True)))
+    yield refused("shared", lambda: shard(token(shared=True)))
     yield refused("micro-batches", lambda: glcan_fx.distributed.pipeline(build("resnet"), micro_batches=2 + 2 * rank))
     yield refused("no micro-batches", lambda: glcan_fx.distributed.pipeline(build("resnet"), micro_batches=0))
     pipe = glcan_fx.distributed.pipeline(build("resnet"), micro_batches=2)
