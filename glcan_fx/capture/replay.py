@@ -16,7 +16,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map_only
 
-from glcan_fx.capture.shadow import kept_python_random, random_like, real_copy, replicate
+from glcan_fx.capture.shadow import kept_python_random, random_like, real_copy, replicate, seed
 from glcan_fx.capture.trace import within
 from glcan_fx.errors import UnsupportedError
 from glcan_fx.initialization import freshen, moments, unhooked_copy

@@ -225,7 +225,6 @@ class LocalModel(nn.Module):
         if given.get("targets") is None and not torch.is_grad_enabled():
             return None
         self.task.check(next(iter(given.values()), None), given.get("targets"))
-        refuse_sharded(self)
         self.check_guards()
         self._warn_of_unused()
         if not self.__dict__["_compared"]:
@@ -262,7 +261,9 @@ class LocalModel(nn.Module):
         return given
 
     def check_guards(self) -> None:
-        """Raise ModelChangedError where the model is no longer what the training step was written for."""
+        """Raise ModelChangedError where the model is no longer what the training step was written for, UnsupportedError
+        where it is sharded in a way that the step cannot do."""
+        refuse_sharded(self)
         self._sync()
         self.__dict__["_guards"].check()
 
@@ -291,35 +292,26 @@ class LocalModel(nn.Module):
         return result
 
     @uncompiled
-    def run_stages(
-        self, step: Step, values: dict[str, Any], which: range, behind: Callable[[int], None] | None = None
-    ) -> None:
-        """Run some local modules on the values of the step so far, in place; ``behind`` is called after each."""
+    def run_stages(self, step: Step, values: dict[str, Any], which: range) -> None:
+        """Run some local modules on the values of the step so far, in place."""
         several = self.plan.k > 1
         twice = several and self.plan.method.agreement  # fast attention has no second derivative
         with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext(), private_graph() if several else nullcontext():
             for index in which:
                 step.run(self, self.__dict__["_stages"][index], values, index)
-                if behind is not None:
-                    behind(index)
 
-    def differentiate_stages(
-        self, step: Step, values: dict[str, Any], which: range, weight: float, losses: dict[str, Tensor],
-        behind: Callable[[int], None] | None = None,
+    def differentiate_stage(
+        self, step: Step, values: dict[str, Any], index: int, weight: float, losses: dict[str, Tensor]
     ) -> None:
-        """Run some local modules on values, in place; differentiate each loss, times ``weight``, as soon as it exists,
-        and add it to ``losses``, by the name of its value. ``behind`` is called after each module."""
-        def differentiate(index: int) -> None:
-            for name in [name for name in step.pieces[index].makes if name in step.losses]:
-                loss = values.pop(name)
-                scalar = total(loss[0] if isinstance(loss, tuple) else loss) * weight
-                if scalar.requires_grad:
-                    scalar.backward()
-                losses[name] = losses.get(name, 0) + scalar.detach()
-            if behind is not None:
-                behind(index)
-
-        self.run_stages(step, values, which, differentiate)
+        """Run a local module on values, in place; differentiate its loss, times ``weight``, and add it to ``losses``,
+        by the name of its value."""
+        self.run_stages(step, values, range(index, index + 1))
+        for name in [name for name in step.pieces[index].makes if name in step.losses]:
+            loss = values.pop(name)
+            scalar = total(loss[0] if isinstance(loss, tuple) else loss) * weight
+            if scalar.requires_grad:
+                scalar.backward()
+            losses[name] = losses.get(name, 0) + scalar.detach()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_step(self, result: Any) -> None:

@@ -249,8 +249,8 @@ class Stage(Share):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "__class__" and self.needs:  # by fully_shard()
             first, last, why = self.needs
-            raise UnsupportedError(f"fully_shard() on single local modules, but '{first}' and '{last}' need each other: "
-                                   f"{why}. Shard the whole compiled model: fully_shard(local).")
+            raise UnsupportedError(f"fully_shard() on single local modules, but '{first}' and '{last}' need each "
+                                   f"other: {why}. Shard the whole compiled model: fully_shard(local).")
         super().__setattr__(name, value)
 
     def extra_repr(self) -> str:

@@ -4,6 +4,7 @@ Run as a script, ``ranks.py WHAT,... RANK RANKS FOLDER NETWORK...`` is one proce
 ``FOLDER/rank<RANK>.pt``.
 """
 
+import copy
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torchvision.models.resnet import BasicBlock, ResNet
@@ -127,7 +130,9 @@ def loss_of(out: Any) -> Tensor:
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad.detach().clone() for name, p in module.named_parameters() if p.grad is not None}
+    """Of a module's parameters; whole ones, of those that are sharded."""
+    return {name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad.detach().clone()
+            for name, p in module.named_parameters() if p.grad is not None}
 
 
 def in_one_process(name: str, steps: int = 2, parts: int = 2, **options: Any) -> dict[str, Any]:
@@ -202,41 +207,65 @@ def memory(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
     channel.ThreadPoolExecutor = threads
 
 
-def curves(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
-    """The losses of 50 steps, by local module."""
-    for name in CHOSEN:
-        pipe = glcan_fx.distributed.pipeline(build(name), micro_batches=2)
-        optimizer = torch.optim.SGD(pipe.parameters(), lr=1e-2)
-        found = []
-        for step in range(50):
-            optimizer.zero_grad()
-            found.append(pipe.step(*batch_of(name, step % 5)).losses)
-            optimizer.step()
-        yield name, found
-
-
 def half(name: str, seed: int, rank: int, ranks: int = 2) -> tuple[Any, ...]:
     size = 4 // ranks
     return tuple(part[rank * size:(rank + 1) * size] for part in batch_of(name, seed))
 
 
+WAYS = ("plain", "overlap", "stages", "whole")  # of DistributedDataParallel, and of fully_shard
+
+
+def divided(name: str, way: str) -> tuple[nn.Module, glcan_fx.LocalModel]:
+    """What is called with each rank's half of a batch, and the compiled model in it."""
+    local = build(name)
+    if way in ("stages", "whole"):
+        for root in local.stages if way == "stages" else [local]:
+            fully_shard(root, mesh=init_device_mesh("cpu", (2,)))
+        return local, local
+    parallel = DistributedDataParallel(local, broadcast_buffers=False)
+    return glcan_fx.distributed.overlap(parallel) if way == "overlap" else parallel, local
+
+
 def data_parallel(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
     """Each rank trains on its half of the batch."""
-    for name in CHOSEN:
-        for way in ("plain", "overlap"):
-            local = build(name)
-            parallel = DistributedDataParallel(local, broadcast_buffers=False)
-            if way == "overlap":
-                glcan_fx.distributed.overlap(parallel)
-            optimizer = torch.optim.SGD(parallel.parameters(), lr=1e-2)
-            for step in range(2):
-                optimizer.zero_grad()
-                with sizes_sent() as sent:
-                    loss = loss_of(parallel(*half(name, step, rank)))
-                yield f"{name}, {way}: sent", sum(sent)
+    for name, way in product(CHOSEN, WAYS):
+        called, local = divided(name, way)
+        optimizer = torch.optim.SGD(local.parameters(), lr=1e-2)
+        for step in range(2):
+            optimizer.zero_grad()
+            with sizes_sent() as sent:
+                loss = loss_of(called(*half(name, step, rank)))
+            yield f"{name}, {way}: sent", sum(sent)
+            loss.backward()
+            yield f"{name}, {way}: gradients {step}", gradients(local)
+            optimizer.step()
+        if name == "resnet":
+            dcp.save({"model": local.state_dict()}, checkpoint_id=FOLDER / way)
+            plain = {"model": resnet().state_dict()}
+            dcp.load(plain, checkpoint_id=FOLDER / way)
+            yield f"{way}: plain", plain["model"]
+
+
+def curves(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
+    """The sum of this rank's losses in 50 steps."""
+    for name, way in product(CHOSEN, ("pipeline", *WAYS)):
+        called: Any
+        if way == "pipeline":
+            local = called = glcan_fx.distributed.pipeline(build(name), micro_batches=2)
+        else:
+            called, local = divided(name, way)
+        optimizer = torch.optim.SGD(local.parameters(), lr=1e-2)
+        found = []
+        for step in range(50):
+            optimizer.zero_grad()
+            if way == "pipeline":
+                loss = torch.stack(list(called.step(*batch_of(name, step % 5)).losses.values())).sum()
+            else:
+                loss = loss_of(called(*half(name, step % 5, rank)))
                 loss.backward()
-                yield f"{name}, {way}: gradients {step}", gradients(local)
-                optimizer.step()
+            found.append(loss.detach())
+            optimizer.step()
+        yield f"{name}, {way}", torch.stack(found)
 
 
 @contextmanager
@@ -280,30 +309,18 @@ def uneven(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
         yield f"{way}: weights", {key: t.clone() for key, t in parallel.module.state_dict().items()}
 
 
-def sharded(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
-    """FSDP2 on every local module, and on the whole."""
+def mixed(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
+    """FSDP2 on every local module, in mixed precision."""
     mesh = init_device_mesh("cpu", (ranks,))
-    for name in CHOSEN:
-        for way in ("stages", "whole"):
-            local = build(name)
-            for root in local.stages if way == "stages" else [local]:
-                fully_shard(root, mesh=mesh)
-            optimizer = torch.optim.SGD(local.parameters(), lr=1e-2)
-            for step in range(2):
-                optimizer.zero_grad()
-                loss_of(local(*half(name, step, rank))).backward()
-                yield f"{name}, {way}: gradients {step}", {
-                    key: p.grad.full_tensor() for key, p in local.named_parameters() if p.grad is not None}
-                optimizer.step()
     local = regression()
     for stage in local.stages:
         fully_shard(stage, mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
     local(*(part[2 * rank:2 * rank + 2] for part in regression_batch())).loss.backward()
-    yield "mixed: targets", SEEN
-    yield "mixed: gradients", {key: p.grad.full_tensor() for key, p in local.named_parameters()}
+    yield "targets", SEEN
+    yield "gradients", gradients(local)
     norm = nn.utils.clip_grad_norm_(local.parameters(), 1e-3)
-    yield "mixed: norm", norm.full_tensor()
-    yield "mixed: clipped", {key: p.grad.full_tensor() for key, p in local.named_parameters()}
+    yield "norm", norm.full_tensor()
+    yield "clipped", gradients(local)
 
 
 class Dropped(nn.Module):
@@ -318,8 +335,8 @@ class Dropped(nn.Module):
 
 
 class Token(nn.Module):
-    """Tokens with a parameter that belongs to the network itself; ``late``: and one behind the blocks; ``tied``, ``shared``:
-    blocks have a parameter, or a layer, in common."""
+    """Tokens with a parameter that belongs to the network itself; ``late``: and one behind the blocks; ``tied``,
+    ``shared``: blocks have a parameter, or a layer, in common."""
 
     def __init__(self, late: bool = False, tied: bool = False, shared: bool = False) -> None:
         super().__init__()
@@ -381,13 +398,24 @@ def different(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
         for stage in local.stages:
             fully_shard(stage, mesh=init_device_mesh("cpu", (ranks,)))
         local(*half("resnet", 0, rank)).loss.backward()
-        return {key: p.grad.full_tensor() for key, p in local.named_parameters()}
+        return gradients(local)
+
+    def synchronised() -> Any:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(build("batchnorm"))
+
+    def replaced() -> None:
+        pipe = glcan_fx.distributed.pipeline(build("resnet"))
+        pipe.local.conv1 = pipe.local.fc = nn.Linear(1, 1)
+        pipe.step()
 
     yield refused("weighted", weighted)
     yield refused("token", lambda: shard(token()))
     yield refused("late token", lambda: shard(token(late=True)))
     yield refused("tied", lambda: shard(token(tied=True)))
     yield refused("shared", lambda: shard(token(shared=True)))
+    yield refused("synchronised", lambda: DistributedDataParallel(synchronised())(*half("resnet", 0, rank)))
+    yield refused("synchronised pipeline", lambda: glcan_fx.distributed.pipeline(synchronised()).step())
+    yield refused("replaced", replaced)
     yield refused("micro-batches", lambda: glcan_fx.distributed.pipeline(build("resnet"), micro_batches=2 + 2 * rank))
     yield refused("no micro-batches", lambda: glcan_fx.distributed.pipeline(build("resnet"), micro_batches=0))
     pipe = glcan_fx.distributed.pipeline(build("resnet"), micro_batches=2)
@@ -408,6 +436,52 @@ def different(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
         yield refused("fails", lambda: pipe.step(x, y))
     if rank == ranks - 1:
         yield refused("behind a failure", lambda: pipe.step(x, y))
+
+
+class Dropping(nn.Sequential):
+    """Random numbers are drawn in the last local module, and in auxiliary networks."""
+
+    def __init__(self) -> None:
+        blocks = [nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.GroupNorm(2, 8), nn.ReLU()) for _ in range(3)]
+        super().__init__(nn.Conv2d(3, 8, 3, 2, 1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5),
+                         nn.Linear(8, 5))
+
+
+def random_numbers(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
+    """Of each rank; all train on the same batch."""
+    batch = batch_of("resnet", 0)
+
+    def compiled() -> glcan_fx.LocalModel:
+        return glcan_fx.transform(Dropping(), k=2, task="classification", example_inputs=batch[0]).train()
+
+    torch.manual_seed(rank)
+    parallel = DistributedDataParallel(compiled())
+    alone, state = copy.deepcopy(parallel.module), torch.get_rng_state()
+    glcan_fx.distributed.overlap(parallel)
+    yield "parallel", parallel(*batch).loss.detach()
+    torch.set_rng_state(state)
+    yield "parallel, alone", alone(*batch).loss.detach()
+    pipe = glcan_fx.distributed.pipeline(compiled(), micro_batches=1)
+    alone, state = copy.deepcopy(pipe.gather()), torch.get_rng_state()
+    yield "pipeline", list(pipe.step(*batch).losses.values())
+    torch.set_rng_state(state)
+    yield "pipeline, alone", [alone(*batch).losses[rank].detach()]
+
+
+def sharded_pipeline(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
+    """Each rank's local modules are sharded, among as many ranks as run them: one."""
+    mesh = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("data", "pipeline"))
+    local = build("resnet")
+    pipe = glcan_fx.distributed.pipeline(local, micro_batches=2, group=mesh["pipeline"].get_group(),
+                                         data_group=mesh["data"].get_group())
+    for stage in pipe.stages:
+        fully_shard(stage, mesh=mesh["data"])
+    pipe.step(*batch_of("resnet", 0))
+    yield "gradients", gradients(pipe)
+    try:
+        pipe.gather()
+    except glcan_fx.UnsupportedError as error:
+        yield "gather", str(error)
 
 
 def both(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
@@ -472,7 +546,8 @@ def deaths(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
 
 
 PARTS = {part.__name__: part for part in (
-    pipelines, memory, curves, data_parallel, accumulated, uneven, sharded, both, checkpoints, deaths, different)}
+    pipelines, memory, curves, data_parallel, accumulated, uneven, mixed, both, checkpoints, deaths, different,
+    random_numbers, sharded_pipeline)}
 
 
 def run(what: str, ranks: int, folder: Path, names: Sequence[str] = ()) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Several ranks train as one process does: pipelines, data parallel, sharded; checkpoints, and ranks that end."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -22,8 +23,8 @@ CASES = [pytest.param(name, marks=[] if name in SMALL else pytest.mark.slow) for
 ALONE = [case for case in CASES if case.values[0] in ranks.SINGLE]
 
 
-TOGETHER = ("pipelines", "memory", "data_parallel", "accumulated", "uneven", "sharded", "checkpoints",
-            "different")  # in the same processes
+TOGETHER = ("pipelines", "memory", "data_parallel", "accumulated", "uneven", "mixed", "checkpoints",
+            "different", "random_numbers", "sharded_pipeline")  # in the same processes
 
 
 @pytest.fixture(scope="module")
@@ -68,23 +69,36 @@ def test_the_memory_of_each_rank_is_what_the_plan_foretells(seen, name):
         assert counted[name] == pytest.approx(rank.peak, rel=0.03)
 
 
+@cache
+def curve(name: str) -> torch.Tensor:
+    """The losses of 50 steps in one process."""
+    return torch.stack([sum(losses.values()) for losses in ranks.in_one_process(name, steps=50)["losses"]])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [case.values[0] for case in CASES])
-def test_the_losses_of_50_steps_are_those_of_one_process(seen, name):
-    expected = ranks.in_one_process(name, steps=50)["losses"]
-    first, second = (rank[name] for rank in seen("curves"))
-    for step in range(50):
-        assert_same(first[step] | second[step], expected[step], rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("way", ["pipeline", *ranks.WAYS])
+@pytest.mark.parametrize("name", ranks.NETWORKS)
+def test_the_losses_of_50_steps_are_those_of_one_process(seen, name, way):
+    first, second = (rank[f"{name}, {way}"] for rank in seen("curves"))
+    found = first + second if way == "pipeline" else (first + second) / 2
+    torch.testing.assert_close(found, curve(name), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("part", "way"), [("data_parallel", "plain"), ("data_parallel", "overlap"),
-                                           ("sharded", "stages"), ("sharded", "whole")])
+@pytest.mark.parametrize("way", ranks.WAYS)
 @pytest.mark.parametrize("name", CASES)
-def test_data_parallel(seen, name, part, way):
+def test_data_parallel(seen, name, way):
     expected = ranks.in_one_process(name)
-    for rank in seen(part):
+    for rank in seen("data_parallel"):
         for step in range(2):
             assert_same(rank[f"{name}, {way}: gradients {step}"], expected[f"gradients {step}"])
+
+
+@pytest.mark.parametrize("way", ranks.WAYS)
+def test_a_checkpoint_is_one_of_the_plain_model(seen, way):
+    expected = ranks.in_one_process("resnet")["weights"]
+    for rank in seen("data_parallel"):
+        found = rank[f"{way}: plain"]
+        assert_same(found, {name: expected[name] for name in found})
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -118,14 +132,14 @@ def test_uneven_inputs(seen):
 def test_sharded_in_mixed_precision(seen):
     local = ranks.regression()
     local(*ranks.regression_batch()).loss.backward()
-    for rank in seen("sharded"):
-        assert rank["mixed: targets"] == [torch.float32] * 3  # features are rounded, targets are not
+    for rank in seen("mixed"):
+        assert rank["targets"] == [torch.float32] * 3  # features are rounded, targets are not
         for name, grad in ranks.gradients(local).items():
-            error = (rank["mixed: gradients"][name] - grad).norm() / grad.norm()
+            error = (rank["gradients"][name] - grad).norm() / grad.norm()
             assert 0 < error < 0.05, name
-        total = torch.stack([grad.norm() for grad in rank["mixed: gradients"].values()]).norm()
-        torch.testing.assert_close(rank["mixed: norm"], total)
-        clipped = torch.stack([grad.norm() for grad in rank["mixed: clipped"].values()]).norm()
+        total = torch.stack([grad.norm() for grad in rank["gradients"].values()]).norm()
+        torch.testing.assert_close(rank["norm"], total)
+        clipped = torch.stack([grad.norm() for grad in rank["clipped"].values()]).norm()
         torch.testing.assert_close(clipped, torch.tensor(1e-3), rtol=1e-2, atol=0)
 
 
@@ -168,7 +182,11 @@ def test_a_parameter_of_the_network_itself_is_sharded(seen):
 @pytest.mark.parametrize(("what", "said"), [
     ("weighted", "UnsupportedError: the loss is multiplied by 1 on one rank and by 2 on another"),
     ("late token", "UnsupportedError: parameter 'place' was sharded by fully_shard() on a local module, but belongs"),
-    ("tied", "both train the parameter"),
+    ("tied", "both train the parameter 'blocks.2.1.weight'. Shard the whole compiled model"),
+    ("shared", "both train the parameter 'blocks.2.1.bias'. Shard the whole compiled model"),
+    ("synchronised", "ValueError: SyncBatchNorm layers only work with GPU modules"),
+    ("synchronised pipeline", "of class SyncBatchNorm synchronises with ranks that run other local modules"),
+    ("replaced", "ModelChangedError: parameter '"),
     ("micro-batches", "UnsupportedError: the ranks were given different micro_batches"),
     ("no micro-batches", "UnsupportedError: micro_batches=0: a number"),
     ("float16", "UnsupportedError: float16 needs a GradScaler"),
@@ -177,6 +195,22 @@ def test_a_parameter_of_the_network_itself_is_sharded(seen):
 def test_what_cannot_work_is_refused_on_every_rank(seen, what, said):
     for rank in seen("different"):
         assert said in rank[what]
+
+
+def test_every_rank_draws_its_own_random_numbers(seen):
+    """As it would alone, with its own seed."""
+    first, second = seen("random_numbers")
+    for rank in (first, second):
+        assert torch.equal(rank["parallel"], rank["parallel, alone"])
+        assert rank["pipeline"] == rank["pipeline, alone"]
+    assert not torch.equal(first["parallel"], second["parallel"])
+
+
+def test_local_modules_of_a_pipeline_are_sharded(seen):
+    found = seen("sharded_pipeline")
+    assert_same(found[0]["gradients"] | found[1]["gradients"], ranks.in_one_process("resnet", steps=1)["gradients 0"])
+    for rank in found:
+        assert rank["gather"].startswith("gather() cannot bring together local modules that fully_shard() divides")
 
 
 def test_a_pipeline_after_an_exception(seen):

@@ -7,7 +7,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 import glcan_fx
 
@@ -64,10 +64,18 @@ def test_synchronised_batch_norm_is_compiled_within_a_process_group(group):
         local(*ranks.batch_of("resnet", 0))
 
 
-def test_compiling_seeds_no_gpu(monkeypatch):
+class Asking(nn.Sequential):
+    """Asks for a value, so that it is recorded by running it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+@pytest.mark.parametrize("make", [network, lambda: Asking(*network())])
+def test_compiling_seeds_no_gpu(monkeypatch, make):
     """All ranks would draw the same random numbers afterwards."""
     seeded: list[int] = []
-    net, state = network(), torch.get_rng_state()
+    net, state = make(), torch.get_rng_state()
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     glcan_fx.transform(net, k=2, task="classification", example_inputs=torch.empty(4, 3, 32, 32))
     assert torch.equal(torch.get_rng_state(), state)
