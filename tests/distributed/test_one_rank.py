@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+import divided_networks as networks
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ import glcan_fx
 
 def compiled(model: nn.Module) -> glcan_fx.LocalModel:
     torch.manual_seed(1)
-    return glcan_fx.transform(model, k=3, task="classification", example_inputs=ranks.batch_of("resnet", 0)[0]).train()
+    images = networks.batch_of("resnet", 0)[0]
+    return glcan_fx.transform(model, k=3, task="classification", example_inputs=images).train()
 
 
 def network() -> nn.Module:
@@ -28,7 +29,7 @@ def trained(local: glcan_fx.LocalModel) -> dict[str, Any]:
     optimizer = torch.optim.SGD(local.parameters(), lr=1e-2)
     for step in range(2):
         optimizer.zero_grad()
-        local(*ranks.batch_of("resnet", step)).loss.backward()
+        local(*networks.batch_of("resnet", step)).loss.backward()
         optimizer.step()
     return local.state_dict()
 
@@ -61,7 +62,7 @@ def test_synchronised_batch_norm_is_compiled_within_a_process_group(group):
     assert not any("forward" in vars(part) for part in local.modules())
     assert local.plan.memory.plan.peak > 0
     with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on GPU"):
-        local(*ranks.batch_of("resnet", 0))
+        local(*networks.batch_of("resnet", 0))
 
 
 class Asking(nn.Sequential):
