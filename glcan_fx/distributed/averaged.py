@@ -27,8 +27,10 @@ class Averaged:
             self._sent.append((work, list(zip(places, [grad.shape for grad in grads], own, strict=True)), flat))
 
     def arrived(self) -> torch.futures.Future[Any]:
-        """Is complete when ``averages()`` are."""
-        return torch.futures.collect_all([work.get_future() for work, _, _ in self._sent])
+        """Is complete when ``averages()`` are, of gradients of one type on one device; what is done then is done behind
+        them on a GPU, too (collect_all() of several futures would not wait there)."""
+        [(work, _, _)] = self._sent
+        return work.get_future()
 
     def wait(self) -> list[Tensor | None]:
         """Wait for the averages."""

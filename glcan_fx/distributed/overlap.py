@@ -114,6 +114,10 @@ def _average_the_rest(
 ) -> torch.futures.Future[Tensor]:
     """DistributedDataParallel's communication hook: averages what of a ``GradBucket`` is not averaged yet."""
     left = [grad for p, grad in zip(bucket.parameters(), bucket.gradients(), strict=True) if id(p) not in reducer.done]
+    if not left:
+        nothing: torch.futures.Future[Tensor] = torch.futures.Future()
+        nothing.set_result(bucket.buffer())
+        return nothing
     averaged = Averaged([(grad, grad) for grad in left], reducer.group)
 
     def finished(_: Any) -> Tensor:

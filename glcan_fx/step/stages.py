@@ -239,7 +239,7 @@ class Stage(Share):
         self.__dict__.update(reads=piece.reads, makes=piece.makes, needs=())  # needs: two local modules' names, and why
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "__class__" and self.needs:  # by fully_shard()
+        if name == "__class__" and self.needs and any(base.__name__ == "FSDPModule" for base in value.__mro__):
             first, last, why = self.needs
             raise UnsupportedError(f"fully_shard() on single local modules, but '{first}' and '{last}' need each "
                                    f"other: {why}. Shard the whole compiled model: fully_shard(local).")
