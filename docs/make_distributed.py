@@ -92,14 +92,14 @@ def rank(name: str, index: int, folder: Path) -> None:
     pipe = glcan_fx.distributed.pipeline(local, micro_batches=MICRO)
     optimizer = torch.optim.SGD(pipe.parameters(), lr=1e-3, momentum=0.9)
     busy = [0.0]
-    run = local.differentiate_stages
+    run = local.differentiate_stage
 
     def timed(*args: Any) -> None:
         began = time.perf_counter()
         run(*args)
         busy[0] += time.perf_counter() - began
 
-    local.__dict__["differentiate_stages"] = timed
+    local.__dict__["differentiate_stage"] = timed
     x, y = batch(name)
 
     def step() -> None:

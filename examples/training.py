@@ -560,7 +560,7 @@ class _Seeded(Dataset[Any]):
     def __getitem__(self, item: tuple[int, int]) -> Any:
         index, seed = item
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # the CPU's: a rank's GPU draws its own
             return self.data[index]
 
 

@@ -16,7 +16,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map_only
 
-from glcan_fx.capture.shadow import kept_python_random, random_like, real_copy, replicate
+from glcan_fx.capture.shadow import kept_python_random, random_like, real_copy, replicate, seed
 from glcan_fx.capture.trace import within
 from glcan_fx.errors import UnsupportedError
 from glcan_fx.initialization import freshen, moments, unhooked_copy
@@ -44,7 +44,7 @@ def calls_of(
     """Run a real copy of ``model`` in training mode on random values of the given sizes, or on the given values; what
     it called, in order."""
     with torch.random.fork_rng(devices=[]), kept_python_random(), torch.enable_grad():
-        torch.manual_seed(0)  # the same run whenever the model is planned
+        seed()  # the same run whenever the model is planned
         copy = replicate(model, real_copy).train()
         found: list[Call] = []
         events = _Events()

@@ -6,7 +6,7 @@ import sys
 import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -126,6 +126,8 @@ class _Copies:
             new["forward"] = types.MethodType(getattr(type(module).forward, _COMPILED), self.modules[id(module)])
         if self.fake and isinstance(module, nn.modules.batchnorm._NormBase) and module.momentum is None:
             new["momentum"] = 0.1  # to average over all batches, it would ask for the number of batches, a value
+        if isinstance(module, nn.SyncBatchNorm):  # a copy runs on this rank alone, whatever device it is on
+            new["forward"] = types.MethodType(nn.BatchNorm2d.forward, self.modules[id(module)])
 
     # ---- tensors
 
@@ -295,6 +297,15 @@ def kept_python_random() -> Iterator[None]:
         random.setstate(state)
         if numpy is not None:
             numpy.random.set_state(numbers)
+
+
+def seed(devices: Sequence[torch.device] = ()) -> None:
+    """Let the random numbers of the CPU, and of these GPUs, begin as always. ``torch.manual_seed`` would do that on all
+    GPUs, and all ranks of a distributed run would draw the same numbers from then on."""
+    torch.default_generator.manual_seed(0)
+    for device in devices:
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(0)
 
 
 def cuda_devices(model: nn.Module) -> list[torch.device]:

@@ -1,7 +1,6 @@
 """Gradients averaged over ranks, in the background."""
 
 from collections.abc import Sequence
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -11,29 +10,39 @@ from torch import Tensor
 
 class Averaged:
     """The mean over a group of each of some gradients. given: pairs of a parameter and its gradient; None, where this
-    rank has none, counts as zeros. averages: one for each, complete after ``wait()``."""
+    rank has none, counts as zeros."""
 
     def __init__(self, given: Sequence[tuple[Tensor, Tensor | None]], group: dist.ProcessGroup | None) -> None:
-        ranks = dist.get_world_size(group)
-        self.missing = [place for place, (_, grad) in enumerate(given) if grad is None]
-        values = [torch.zeros_like(p) if grad is None else grad for p, grad in given]
-        self.averages: list[Any] = [None] * len(values)
-        self._sent: list[tuple[Any, Tensor]] = []
-        self._present: dict[int, Tensor] = {}  # how many ranks had a gradient, relative
-        order = sorted(range(len(values)), key=lambda place: (str(values[place].dtype), str(values[place].device)))
-        for _, same in groupby(order, key=lambda place: (values[place].dtype, values[place].device)):
-            places = list(same)
-            present = torch.tensor([float(given[place][1] is not None) for place in places])
-            flat = torch.cat([*(values[place].reshape(-1) for place in places),
-                              present.to(values[places[0]])]).div_(ranks)
-            self._sent.append((dist.all_reduce(flat, group=group, async_op=True), flat))
-            parts = flat.split([*(values[place].numel() for place in places), len(places)])
-            for number, place in enumerate(places):
-                self.averages[place] = parts[number].view_as(values[place])
-                self._present[place] = parts[-1][number]
+        self._count = len(given)
+        self._sent: list[tuple[Any, list[tuple[int, torch.Size, bool]], Tensor]] = []
+        kinds: dict[Any, list[int]] = {}
+        for place, (parameter, _) in enumerate(given):
+            kinds.setdefault((parameter.dtype, parameter.device), []).append(place)
+        for places in kinds.values():
+            grads = [torch.zeros_like(p) if grad is None else grad for p, grad in map(given.__getitem__, places)]
+            own = [given[place][1] is not None for place in places]
+            flat = torch.cat([*(grad.reshape(-1) for grad in grads), torch.tensor(own).to(grads[0])])
+            flat.div_(dist.get_world_size(group))
+            work = dist.all_reduce(flat, group=group, async_op=True)
+            self._sent.append((work, list(zip(places, [grad.shape for grad in grads], own, strict=True)), flat))
 
-    def wait(self) -> list[int]:
-        """Wait for them; returns the places of those that no rank has."""
-        for work, _ in self._sent:
+    def arrived(self) -> torch.futures.Future[Any]:
+        """Is complete when ``averages()`` are, of gradients of one type on one device; what is done then is done behind
+        them on a GPU, too (collect_all() of several futures would not wait there)."""
+        [(work, _, _)] = self._sent
+        return work.get_future()
+
+    def wait(self) -> list[Tensor | None]:
+        """Wait for the averages."""
+        for work, _, _ in self._sent:
             work.wait()
-        return [place for place in self.missing if not self._present[place].item()]
+        return self.averages()
+
+    def averages(self) -> list[Tensor | None]:
+        """Of each of the given gradients; None where no rank has one."""
+        found: list[Tensor | None] = [None] * self._count
+        for _, parts, flat in self._sent:
+            *values, present = flat.split([*(shape.numel() for _, shape, _ in parts), len(parts)])
+            for number, (place, shape, own) in enumerate(parts):
+                found[place] = values[number].view(shape) if own or present[number].item() else None
+        return found

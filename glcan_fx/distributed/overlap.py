@@ -47,7 +47,6 @@ class _Reducer:
 
     def __init__(self, parallel: DistributedDataParallel) -> None:
         self.parallel, self.group = parallel, parallel.process_group
-        self.ranks = dist.get_world_size(self.group)
         local: Any = parallel.module
         self.alone = {id(p) for own in local.trained_alone().values() for p in own}
         self.done: set[int] = set()
@@ -69,29 +68,30 @@ class _Reducer:
             self.done -= keys
             self.waiting |= keys
             return None
-        before = [p.grad for _, p in own if id(p) in self.waiting and p.grad is not None]
+        before = [p for _, p in own if id(p) in self.waiting]
         self.waiting -= keys
         self.done |= keys
-        sums = [Averaged([(p, stash[index]) for index, p in own], self.group)]
-        for (index, _), average in zip(own, sums[0].averages, strict=True):
-            stash[index] = average
-        if before:
-            sums.append(Averaged([(grad, grad) for grad in before], self.group))
-        return partial(self._finish, sums, [index for index, _ in own], stash, before)
+        averaged = Averaged([*((p, stash[index]) for index, p in own), *((p, p.grad) for p in before)], self.group)
+        places = [index for index, _ in own]
+        for index in places:
+            stash[index] = None
+        return partial(self._finish, averaged, places, stash, before)
 
     def _finish(
-        self, sums: list[Averaged], places: list[int], stash: list[Tensor | None], before: list[Tensor], factor: Tensor
+        self, averaged: Averaged, places: list[int], stash: list[Tensor | None], before: list[Tensor], factor: Tensor
     ) -> None:
         if not self._arrived:
             self._arrived = True
             self._compare(factor)
-        for index in (places[place] for place in sums[0].wait()):
-            stash[index] = None
-        for one in sums[1:]:
-            one.wait()
-            for grad, average in zip(before, one.averages, strict=True):
-                grad.copy_(average)
-        sums.clear()
+        averages = averaged.wait()
+        for index, average in zip(places, averages[:len(places)], strict=True):
+            stash[index] = average
+        for parameter, average in zip(before, averages[len(places):], strict=False):
+            if parameter.grad is not None and average is not None:
+                parameter.grad.copy_(average)
+            else:
+                parameter.grad = average
+        before.clear()  # not again, where a graph is retained
 
     def _compare(self, factor: Tensor) -> None:
         """Raise UnsupportedError where ranks weight their losses differently: gradients were averaged before."""
@@ -113,20 +113,16 @@ def _average_the_rest(
     reducer: _Reducer, bucket: dist.GradBucket  # type: ignore[name-defined]
 ) -> torch.futures.Future[Tensor]:
     """DistributedDataParallel's communication hook: averages what of a ``GradBucket`` is not averaged yet."""
-    buffer = bucket.buffer()
     left = [grad for p, grad in zip(bucket.parameters(), bucket.gradients(), strict=True) if id(p) not in reducer.done]
     if not left:
-        made: torch.futures.Future[Tensor] = torch.futures.Future()
-        made.set_result(buffer)
-        return made
-    whole = len(left) == len(bucket.parameters())
-    flat = (buffer if whole else torch.cat([grad.reshape(-1) for grad in left])).div_(reducer.ranks)
+        nothing: torch.futures.Future[Tensor] = torch.futures.Future()
+        nothing.set_result(bucket.buffer())
+        return nothing
+    averaged = Averaged([(grad, grad) for grad in left], reducer.group)
 
-    def finished(future: Any) -> Tensor:
-        if not whole:
-            for grad, part in zip(left, flat.split([grad.numel() for grad in left]), strict=True):
-                grad.copy_(part.view_as(grad))
-        return buffer
+    def finished(_: Any) -> Tensor:
+        for grad, average in zip(left, averaged.averages(), strict=True):
+            grad.copy_(average)
+        return bucket.buffer()
 
-    work: Any = dist.all_reduce(flat, group=reducer.group, async_op=True)
-    return work.get_future().then(finished)
+    return averaged.arrived().then(finished)

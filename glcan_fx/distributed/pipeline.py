@@ -3,12 +3,12 @@ forward, differentiates its own losses, and goes on: nothing comes back, and nob
 """
 
 from collections.abc import Iterator, Sequence
-from functools import partial
+from itertools import accumulate, chain, pairwise
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
@@ -16,7 +16,7 @@ from glcan_fx.capture.modules import hooks_on
 from glcan_fx.config import check_count
 from glcan_fx.distributed.averaged import Averaged
 from glcan_fx.distributed.channel import Channel, check_backend
-from glcan_fx.errors import RankError, UnsupportedError
+from glcan_fx.errors import ModelChangedError, RankError, UnsupportedError
 from glcan_fx.pytree import map_tensors
 from glcan_fx.simulate.ranks import Load, balanced, divisible, loads_of, parts_of_batch
 from glcan_fx.step.learning import is_half
@@ -73,10 +73,7 @@ def pipeline(
     sizes = tuple(stages)
     _check_sizes(local, sizes, ranks, links)
     _check_alike(local, sizes, micro_batches, group)
-    pipe = Pipeline(local, sizes, rank, micro_batches, device, group)
-    if data_group is not None:
-        pipe.average_over(data_group)
-    return pipe
+    return Pipeline(local, sizes, rank, micro_batches, device, group, data_group)
 
 
 class Pipeline(Share):
@@ -87,52 +84,41 @@ class Pipeline(Share):
     sizes: tuple[int, ...]
     rank: int
     group: dist.ProcessGroup | None
+    data_group: dist.ProcessGroup | None
     _stages: list[Stage]
 
     def __init__(
         self, local: LocalModel, sizes: tuple[int, ...], rank: int, micro_batches: int,
-        device: str | torch.device | None, group: dist.ProcessGroup | None,
+        device: str | torch.device | None, group: dist.ProcessGroup | None, data_group: dist.ProcessGroup | None,
     ) -> None:
         super().__init__()
+        self.__dict__.update(local=local, sizes=sizes, rank=rank, group=group, data_group=data_group,
+                             _stages=local.own_stages())
+        ends = list(accumulate(sizes, initial=0))
+        self._which = range(ends[rank], ends[rank + 1])
         paths = local.paths_by_stage()
-        bounds = [sum(sizes[:index]) for index in range(len(sizes) + 1)]
-        self._which = range(bounds[rank], bounds[rank + 1])
-        own = [path for index in self._which for path in paths[index]]
-        self.hold(local, own)
-        self.__dict__.update(local=local, sizes=sizes, rank=rank, group=group, _stages=local.own_stages())
-        self._paths = [[path for index in range(*bounds[r:r + 2]) for path in paths[index]] for r in range(len(sizes))]
+        self._paths = [list(chain.from_iterable(paths[start:stop])) for start, stop in pairwise(ends)]
+        self.hold(local, self._paths[rank])
         self.micro_batches = micro_batches
         if device is not None:
             self.to(device)
         self._broken = False
-        self._data_group: dist.ProcessGroup | None = None
-        at = next((t.device for t in [*self.parameters(), *self.buffers()]), torch.device("cpu"))
-        self._before = Channel(rank - 1, group, at) if rank else None
-        self._behind = Channel(rank + 1, group, at) if rank + 1 < len(sizes) else None
-        self._device = at
+        self._device = next((t.device for t in [*self.parameters(), *self.buffers()]), torch.device("cpu"))
+        self._before = Channel(rank - 1, group, self._device) if rank else None
+        self._behind = Channel(rank + 1, group, self._device) if rank + 1 < len(sizes) else None
+        if data_group is not None:
+            with torch.no_grad():
+                for tensor in [*self.parameters(), *self.buffers()]:
+                    dist.broadcast(tensor, dist.get_global_rank(data_group, 0), data_group)
 
     @property
-    def is_first(self) -> bool:
-        """Whether this rank is given the batches."""
-        return self._before is None
-
-    @property
-    def is_last(self) -> bool:
-        """Whether this rank has the model's output."""
-        return self._behind is None
+    def stages(self) -> list[Stage]:
+        """This rank's local modules, to be sharded among the ranks of ``data_group``, or given hooks."""
+        return self._stages[self._which.start:self._which.stop]
 
     def extra_repr(self) -> str:
         names = [self.local.plan.modules[index].name for index in self._which]
         return f"rank {self.rank} of {len(self.sizes)}: {', '.join(names)}"
-
-    def average_over(self, group: dist.ProcessGroup) -> None:
-        """Average gradients with the ranks that run the same local modules, which begin with the first one's weights.
-        """
-        self._data_group = group
-        source = dist.get_global_rank(group, 0)
-        with torch.no_grad():
-            for tensor in [*self.parameters(), *self.buffers()]:
-                dist.broadcast(tensor, source, group)
 
     def step(self, *args: Any, **kwargs: Any) -> PipelineOutput:
         """One batch: forward and backward through this rank's local modules; then call ``optimizer.step()``.
@@ -143,18 +129,20 @@ class Pipeline(Share):
 
         Raises RankError where another rank has ended.
         """
-        local = self.local
+        local, count = self.local, self.micro_batches
         step = self._ready()
-        count = self.micro_batches
         parts = self._parts(step, args, kwargs) if self._before is None else self._before.messages(count)
         losses: dict[str, Tensor] = {}
         weights, outputs = [], []
-        sent: list[Any] = []
-        for index, (weight, values) in enumerate(parts):
+        sent: list[tuple[list[nn.Parameter], Averaged]] = []
+        for number, (weight, values) in enumerate(parts, 1):
             self._broken = True  # until the step is done: other ranks go on with what they were sent
-            last = index == count - 1
-            local.differentiate_stages(step, values, self._which, weight, losses,
-                                       partial(self._send_gradients, sent) if last else None)
+            for index in self._which:
+                local.differentiate_stage(step, values, index, weight, losses)
+                if number == count and self.data_group is not None:
+                    parameters = [p for p in self._stages[index].parameters() if p.requires_grad and not isinstance(
+                        p, DTensor)]  # those FSDP2 averages
+                    sent.append((parameters, Averaged([(p, p.grad) for p in parameters], self.data_group)))
             if self._behind is not None:
                 read = step.passed_on(self._which.stop)
                 self._behind.send((weight, {name: values[name] for name in read}))
@@ -165,20 +153,13 @@ class Pipeline(Share):
         if self._behind is not None:
             self._behind.flush()
         for parameters, averaged in sent:
-            nowhere = averaged.wait()
-            for place, (parameter, average) in enumerate(zip(parameters, averaged.averages, strict=True)):
-                parameter.grad = None if place in nowhere else average
+            for parameter, average in zip(parameters, averaged.wait(), strict=True):
+                parameter.grad = average
         local.aux.get_submodule("scale").update()  # type: ignore[operator]
         self._broken = False
         names = [module.name for module in local.plan.modules]
         return PipelineOutput({names[step.losses.index(name)]: loss for name, loss in losses.items()},
-                              _joined(outputs, weights) if self.is_last else None)
-
-    def _send_gradients(self, sent: list[Any], index: int) -> None:
-        """Begin to average the gradients of a local module whose last micro-batch is done."""
-        if self._data_group is not None:
-            parameters = [p for p in self._stages[index].parameters() if p.requires_grad]
-            sent.append((parameters, Averaged([(p, p.grad) for p in parameters], self._data_group)))
+                              _joined(outputs, weights) if self._behind is None else None)
 
     def train(self, mode: bool = True) -> "Pipeline":
         """Set the mode of the whole compiled model."""
@@ -222,8 +203,27 @@ class Pipeline(Share):
                 raise UnsupportedError(f"{type(part).__name__} as a whole has a hook, but no rank runs it as a whole. "
                                        "Put the hook on modules inside it, or on local.stages.")
         local.check_guards()
+        self._check_parts()
         step: Step = local.__dict__["_step"]
         return step
+
+    def _check_parts(self) -> None:
+        """Raise where this rank's parts of the model are others than when ``pipeline()`` was called, or synchronise
+        with ranks that run others."""
+        now = Share.of(self.local, self._paths[self.rank])
+        own = dict(self.named_parameters())
+        for name, parameter in now.named_parameters():
+            if own.get(name) is not parameter:
+                raise ModelChangedError(f"parameter '{name}' is another one than when pipeline() was called, whose "
+                                        "parameters() do not have it. Call pipeline() again, and make the optimizer of "
+                                        "what it returns.")
+        copies = [dist.get_rank()] if self.data_group is None else dist.get_process_group_ranks(self.data_group)
+        for name, part in now.named_modules():
+            if isinstance(part, nn.SyncBatchNorm) and dist.get_process_group_ranks(part.process_group) != copies:
+                raise UnsupportedError(
+                    f"module '{name}' of class SyncBatchNorm synchronises with ranks that run other local modules, and "
+                    "would wait for ever. Convert with the group of those that run the same ones, "
+                    "torch.nn.SyncBatchNorm.convert_sync_batchnorm(local, data_group), or not at all.")
 
     def _parts(self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[float, Any]]:
         """The batch's parts, each with its weight in the mean, and what a step begins with."""

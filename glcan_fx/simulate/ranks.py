@@ -1,8 +1,8 @@
 """Local modules on several ranks: which may be apart, how they balance, and what each rank needs."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations, pairwise
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +60,8 @@ def simulate_ranks(
         share = Share.of(local, [path for index in which for path in paths[index]])
         parameters = [p for p in share.parameters() if p.requires_grad]
         made = optimizers_of(optimizer, parameters)
+        if which.start:  # of its own memory, not a part of the first rank's batch
+            values = map_tensors(values, torch.clone)
         memory = PeakMemory(share, *made, *tensors_in(values))
         message = values
         sent: list[Any] = []  # what is still on its way
@@ -70,7 +72,8 @@ def simulate_ranks(
                 values = message
                 message = {} if last else map_tensors(values, torch.clone) if which.start else dict(values)
                 outputs += [[torch.empty_like(tensor) for tensor in outputs[0]] for _ in range(number - len(outputs))]
-                local.differentiate_stages(step, values, which, 1 / micro_batches, {})
+                for index in which:
+                    local.differentiate_stage(step, values, index, 1 / micro_batches, {})
                 outputs.append(list(tensors_in(step.outputs(values))) if which.stop == local.plan.k else [])
                 values = {name: values[name] for name in step.passed_on(which.stop)}
                 sent[:] = [values]
@@ -141,26 +144,17 @@ def balanced(loads: Sequence[Load], links: Sequence[Link], ranks: int) -> tuple[
     """How many neighbouring local modules each rank runs, so that the busiest has the least to do; of equals, that with
     the least memory in one place."""
     k = len(loads)
-    bounds = _bounds(k, links)
-    work = [sum(load.flops for load in loads[:index]) for index in range(k + 1)]
-    if math.comb(len(bounds), ranks - 1) > 50_000:  # a table of the best ends instead of all of them
-        return _by_table(work, bounds, ranks)
+    ends = [*_bounds(k, links), k]
+    work, peak = ([0, *accumulate(column)] for column in zip(*loads, strict=True))
 
-    def worst(inner: tuple[int, ...]) -> tuple[float, float]:
-        spans = list(pairwise([0, *inner, k]))
-        return (max(work[stop] - work[start] for start, stop in spans),
-                max(sum(load.peak for load in loads[start:stop]) for start, stop in spans))
+    def divided(cost: Callable[[int, int], float]) -> tuple[float, tuple[int, ...]]:
+        """The division whose costliest part, from one local module to another, costs least; and that cost."""
+        best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # of the first so many local modules
+        for _ in range(ranks):
+            best = {end: min((max(most, cost(start, end)), (*sizes, end - start))
+                             for start, (most, sizes) in best.items() if start < end)
+                    for end in ends if end > min(best)}
+        return best[k]
 
-    best = min(combinations(bounds, ranks - 1), key=worst)
-    return tuple(stop - start for start, stop in zip((0, *best), (*best, k), strict=True))
-
-
-def _by_table(work: Sequence[float], bounds: Sequence[int], ranks: int) -> tuple[int, ...]:
-    k = len(work) - 1
-    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
-    for rank in range(1, ranks + 1):
-        ends = bounds if rank < ranks else [k]
-        best = {end: min((max(cost, work[end] - work[start]), (*sizes, end - start))
-                         for start, (cost, sizes) in best.items() if start < end)
-                for end in ends if any(start < end for start in best)}
-    return best[k][1]
+    busiest, _ = divided(lambda start, stop: work[stop] - work[start])
+    return divided(lambda start, stop: peak[stop] - peak[start] if work[stop] - work[start] <= busiest else math.inf)[1]

@@ -129,8 +129,9 @@ class LocalModel(SharedMembers):
         for stage, run, paths in zip(stages, step.runs, self.paths_by_stage(), strict=True):
             stage.hold(self, paths)
             stage.__dict__["forward"] = partial(called, run, self)
-        if "_links" not in self.__dict__:  # before anything is sharded: that would take apart what is shared
-            self.__dict__["_links"] = links_of(self)
+        for first, last, why in links_of(self):
+            for index in (first, last):
+                stages[index].__dict__["needs"] = (*(self.plan.modules[i].name for i in (first, last)), why)
         return stages
 
     def paths_by_stage(self) -> list[list[str]]:
@@ -220,7 +221,6 @@ class LocalModel(SharedMembers):
         if given.get("targets") is None and not torch.is_grad_enabled():
             return None
         self.task.check(next(iter(given.values()), None), given.get("targets"))
-        refuse_sharded(self)
         self.check_guards()
         reached = {part.name: part.delivered for part in self.trained()}
         reached.setdefault(self.plan.modules[-1].name, self.__dict__["_last_reached"])
@@ -259,7 +259,9 @@ class LocalModel(SharedMembers):
         return given
 
     def check_guards(self) -> None:
-        """Raise ModelChangedError where the model is no longer what the training step was written for."""
+        """Raise ModelChangedError where the model is no longer what the training step was written for, UnsupportedError
+        where it is sharded in a way that the step cannot do."""
+        refuse_sharded(self)
         self._sync()
         self.__dict__["_guards"].check()
 
@@ -288,35 +290,26 @@ class LocalModel(SharedMembers):
         return result
 
     @uncompiled
-    def run_stages(
-        self, step: Step, values: dict[str, Any], which: range, behind: Callable[[int], None] | None = None
-    ) -> None:
-        """Run some local modules on the values of the step so far, in place; ``behind`` is called after each."""
+    def run_stages(self, step: Step, values: dict[str, Any], which: range) -> None:
+        """Run some local modules on the values of the step so far, in place."""
         several = self.plan.k > 1
         twice = several and self.plan.method.agreement  # fast attention has no second derivative
         with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext(), private_graph() if several else nullcontext():
             for index in which:
                 step.run(self, self.__dict__["_stages"][index], values, index)
-                if behind is not None:
-                    behind(index)
 
-    def differentiate_stages(
-        self, step: Step, values: dict[str, Any], which: range, weight: float, losses: dict[str, Tensor],
-        behind: Callable[[int], None] | None = None,
+    def differentiate_stage(
+        self, step: Step, values: dict[str, Any], index: int, weight: float, losses: dict[str, Tensor]
     ) -> None:
-        """Run some local modules on values, in place; differentiate each loss, times ``weight``, as soon as it exists,
-        and add it to ``losses``, by the name of its value. ``behind`` is called after each module."""
-        def differentiate(index: int) -> None:
-            for name in [name for name in step.pieces[index].makes if name in step.losses]:
-                loss = values.pop(name)
-                scalar = total(loss[0] if isinstance(loss, tuple) else loss) * weight
-                if scalar.requires_grad:
-                    scalar.backward()
-                losses[name] = losses.get(name, 0) + scalar.detach()
-            if behind is not None:
-                behind(index)
-
-        self.run_stages(step, values, which, differentiate)
+        """Run a local module on values, in place; differentiate its loss, times ``weight``, and add it to ``losses``,
+        by the name of its value."""
+        self.run_stages(step, values, range(index, index + 1))
+        for name in [name for name in step.pieces[index].makes if name in step.losses]:
+            loss = values.pop(name)
+            scalar = total(loss[0] if isinstance(loss, tuple) else loss) * weight
+            if scalar.requires_grad:
+                scalar.backward()
+            losses[name] = losses.get(name, 0) + scalar.detach()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_step(self, result: Any) -> None:

@@ -86,7 +86,3 @@ def refuse_sharded(local: "LocalModel") -> None:
                 f"parameter '{name}' is sharded by fully_shard() on a part of a local module, whose hooks the compiled "
                 "training step does not run. Shard local modules, for stage in local.stages: fully_shard(stage), or "
                 "the whole compiled model, fully_shard(local), and nothing inside.")
-    for first, last, why in local.__dict__["_links"] if stages else ():
-        names = [local.plan.modules[index].name for index in (first, last)]
-        raise UnsupportedError(f"fully_shard() on single local modules, but '{names[0]}' and '{names[1]}' need each "
-                               f"other: {why}. Shard the whole compiled model: fully_shard(local).")

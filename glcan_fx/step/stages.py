@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from glcan_fx.capture.modules import hooks_on
+from glcan_fx.errors import UnsupportedError
 from glcan_fx.fx_utils import function_of, with_headlines
 from glcan_fx.step import output as passing
 
@@ -37,26 +38,18 @@ class Piece:
 
 def pieces_of(graph: fx.Graph) -> list[Piece]:
     """Of every local module its part of a step, and last what puts the result together."""
+    *nodes, output = (node for node in graph.nodes if node.op != "placeholder")
     groups: list[list[fx.Node]] = [[]]
-    begun = False
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            continue
-        if node.op == "output":
-            result = node.args[0]
-        elif "headline" in node.meta and begun:
-            groups.append([node])
-        else:
-            groups[-1].append(node)
-        begun = begun or "headline" in node.meta
-    if isinstance(result, fx.Node) and groups[-1][-1:] == [result]:
-        groups.append([groups[-1].pop()])
-    else:
-        groups.append([])
-    return [_piece(group, result if group is groups[-1] else None) for group in groups]
+    for node in nodes:
+        if "headline" in node.meta and any("headline" in before.meta for before in groups[-1]):
+            groups.append([])
+        groups[-1].append(node)
+    [result] = output.args
+    end = [groups[-1].pop()] if groups[-1] and groups[-1][-1] is result else []
+    return [*map(_piece, groups), _piece(end, result)]
 
 
-def _piece(nodes: Sequence[fx.Node], result: Any) -> Piece:
+def _piece(nodes: Sequence[fx.Node], result: Any = None) -> Piece:
     """Some nodes, with all that others read of them; or with a ``result`` of their own."""
     inside = set(nodes)
     reads = dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in inside)
@@ -75,7 +68,7 @@ def _piece(nodes: Sequence[fx.Node], result: Any) -> Piece:
 
 def _ends(graph: fx.Graph) -> tuple[tuple[str, ...], Any]:
     """The values that are the local losses, in order, and that which is the model's output: a nested structure."""
-    result: Any = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
+    result: Any = next(iter(reversed(graph.nodes))).args[0]
     if not isinstance(result, fx.Node) or result.target not in (passing.collect, passing.merge):
         return (), None
     losses: Any
@@ -239,10 +232,18 @@ class Stage(Share):
 
     reads: tuple[str, ...]
     makes: tuple[str, ...]
+    needs: tuple[str, ...]
 
     def __init__(self, piece: Piece) -> None:
         super().__init__()
-        self.__dict__.update(reads=piece.reads, makes=piece.makes)
+        self.__dict__.update(reads=piece.reads, makes=piece.makes, needs=())  # needs: two local modules' names, and why
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "__class__" and self.needs and any(base.__name__ == "FSDPModule" for base in value.__mro__):
+            first, last, why = self.needs
+            raise UnsupportedError(f"fully_shard() on single local modules, but '{first}' and '{last}' need each "
+                                   f"other: {why}. Shard the whole compiled model: fully_shard(local).")
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         return f"{', '.join(self.reads)} -> {', '.join(self.makes)}"

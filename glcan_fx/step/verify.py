@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from glcan_fx.capture.shadow import kept_python_random, replicate
+from glcan_fx.capture.shadow import cuda_devices, kept_python_random, replicate, seed
 from glcan_fx.errors import ModelChangedError, NotLearningError, TraceError
 from glcan_fx.pytree import map_tensors, tensors_in
 from glcan_fx.step import output as passing
@@ -40,8 +40,7 @@ def verify(local: LocalModel, emitted: Emitted, structure: Structure, targets: A
     if multiply_adds(structure) > _AFFORDABLE.get(device.type, 0):
         log.info("not verified: a forward pass of %s takes long on %s", type(model).__name__, device)
         return False
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), kept_python_random(), torch.no_grad():
+    with torch.random.fork_rng(devices=cuda_devices(model)), kept_python_random(), torch.no_grad():
         hooks = structure.trace.hooks
         _run_both(local, emitted.forward, device, hooks)
         if local.task.result() == "output" and local.plan.around is None and not emitted_differs(local):
@@ -67,7 +66,7 @@ def _probe(local: LocalModel, structure: Structure, targets: Any, device: torch.
         small = min(batch, _PROBED) - batch
         values = _random(local.plan.inputs, batch, small, device)
         given = values if isinstance(values, dict) else dict(zip(local.names(), values, strict=False))
-        torch.manual_seed(0)
+        seed(cuda_devices(local.original))
         with kept_python_random(), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trial.run_step(
@@ -125,7 +124,7 @@ def _run_both(local: LocalModel, forward: fx.Graph, device: torch.device, hooks:
         network = plain.get_submodule(path)
         step = _module(local, other, graph)
         try:
-            torch.manual_seed(0)
+            seed(cuda_devices(model))
             with kept_python_random():
                 expected = _call(network, _fresh(values))
         except Exception as error:  # noqa: BLE001
@@ -133,7 +132,7 @@ def _run_both(local: LocalModel, forward: fx.Graph, device: torch.device, hooks:
                 return  # this model runs at one batch size only, which the trace's report says
             raise TraceError(f"{type(model).__name__} does not run on random values of the example's sizes: "
                              f"{error}. If it runs on yours, pass options=glcan_fx.Options(verify=False).") from error
-        torch.manual_seed(0)
+        seed(cuda_devices(model))
         try:
             with kept_python_random():
                 found = _call(step, _fresh(values))

@@ -1,158 +1,53 @@
-"""Networks that are trained on several ranks, and what a rank of gloo does with them.
+"""What one of several processes sees, which are ranks of gloo.
 
 Run as a script, ``ranks.py WHAT,... RANK RANKS FOLDER NETWORK...`` is one process; it leaves what it saw in
 ``FOLDER/rank<RANK>.pt``.
 """
 
+import copy
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.nn.functional as F
+from divided_networks import (
+    SEEN,
+    SINGLE,
+    Dropping,
+    batch_of,
+    build,
+    dropping,
+    gradients,
+    loss_of,
+    regression,
+    regression_batch,
+    resnet,
+    token,
+)
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
-from torchvision.models.resnet import BasicBlock, ResNet
 
 import glcan_fx
-from glcan_fx.models import edsr, retinanet
+from glcan_fx.distributed import channel
+from glcan_fx.peak_memory import PeakMemory
 
 FOLDER, CHOSEN = Path(sys.argv[4] if __name__ == "__main__" else "."), sys.argv[5:]
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # each rank's under its parameters' names
-
-
-class UNet(nn.Module):
-    """Two levels; a value made early is read late."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        def block(inputs: int, outputs: int, stride: int = 1) -> nn.Module:
-            return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1), nn.GroupNorm(2, outputs), nn.ReLU())
-        self.down1, self.down2, self.down3 = block(3, 8), block(8, 16, 2), block(16, 16, 2)
-        self.up2, self.up1, self.head = block(32, 16), block(24, 8), nn.Conv2d(8, 4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = self.down1(x)
-        b = self.down2(a)
-        c = self.down3(b)
-        d = self.up2(torch.cat([F.interpolate(c, scale_factor=2.0), b], 1))
-        return self.head(self.up1(torch.cat([F.interpolate(d, scale_factor=2.0), a], 1)))
-
-
-SINGLE = ("resnet", "unet", "retinanet", "edsr")  # that train on a single image
-GROUPS = partial(nn.GroupNorm, 4)
-
-
-def resnet(norm: Callable[[int], nn.Module] = GROUPS) -> nn.Module:
-    net = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5, norm_layer=norm)
-    net.conv1 = nn.Conv2d(3, 64, 3, 2, 1, bias=False)
-    return net
-
-
-def small_retinanet() -> nn.Module:
-    return retinanet(18, num_classes=3, fpn_channels=32, extra_levels=False, min_size=64, max_size=96,
-                     trainable_layers=5)
-
-
-def batch_of(name: str, seed: int, count: int = 4) -> tuple[Any, ...]:
-    made = torch.Generator().manual_seed(seed)
-    if name == "retinanet":  # of other sizes in every step
-        side = 64 + 16 * (seed % 3)
-        images = [torch.rand(3, 64, side, generator=made) for _ in range(count)]
-        return images, [{"boxes": torch.tensor([[4.0 + i, 5.0, 40.0, 50.0 + i]] * (1 + i)),
-                         "labels": torch.ones(1 + i, dtype=torch.long)} for i in range(count)]
-    x = torch.randn(count, 3, 32, 32, generator=made)
-    if name == "unet":
-        return x, torch.randint(0, 4, (count, 32, 32), generator=made)
-    if name == "edsr":
-        return x, torch.rand(count, 3, 64, 64, generator=made)
-    return x, torch.randint(0, 5, (count,), generator=made)
-
-
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "resnet": (resnet, "classification"),
-    "batchnorm": (lambda: resnet(nn.BatchNorm2d), "classification"),
-    "unet": (UNet, "segmentation"),
-    "retinanet": (small_retinanet, "detection"),
-    "edsr": (lambda: edsr(blocks=4, channels=8, scale=2), "super_resolution"),
-}
-
-
-def build(name: str, k: int = 3, **options: Any) -> glcan_fx.LocalModel:
-    """A compiled network, with the same weights at every call."""
-    torch.manual_seed(0)
-    model, task = NETWORKS[name][0](), NETWORKS[name][1]
-    inputs = [torch.rand(3, 64, 64)] * 2 if task == "detection" else batch_of(name, 0)[0]
-    return glcan_fx.transform(model, k=k, task=task, example_inputs=inputs, **options).train()
-
-
-SEEN: list[torch.dtype] = []
-
-
-def regression() -> glcan_fx.LocalModel:
-    """A U-Net with a criterion that notes what type targets are of."""
-    def criterion(outputs: Tensor, targets: Tensor) -> Tensor:
-        SEEN.append(targets.dtype)
-        return F.mse_loss(outputs.float(), targets)
-
-    torch.manual_seed(0)
-    local = glcan_fx.transform(UNet(), k=3, criterion=criterion, example_inputs=torch.rand(2, 3, 32, 32)).train()
-    SEEN.clear()
-    return local
-
-
-def regression_batch() -> tuple[Tensor, Tensor]:
-    made = torch.Generator().manual_seed(0)
-    return torch.randn(4, 3, 32, 32, generator=made), torch.randn(4, 4, 32, 32, generator=made)
-
-
-def loss_of(out: Any) -> Tensor:
-    return sum(out.values()) if isinstance(out, dict) else out.loss
-
-
-def gradients(module: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad.detach().clone() for name, p in module.named_parameters() if p.grad is not None}
-
-
-def in_one_process(name: str, steps: int = 2, parts: int = 2, **options: Any) -> dict[str, Any]:
-    """The same batches with accumulation over the same parts."""
-    local = build(name, **options)
-    optimizer = torch.optim.SGD(local.parameters(), lr=1e-2)
-    seen: dict[str, Any] = {}
-    seen["losses"] = []
-    for step in range(steps):
-        optimizer.zero_grad()
-        inputs, targets = batch_of(name, step % 5)
-        losses: dict[str, Tensor] = {}
-        size = len(inputs) // parts
-        for start in range(0, len(inputs), size):
-            out = local(inputs[start:start + size], targets[start:start + size])
-            (loss_of(out) / parts).backward()
-            own = [v for k, v in out.items() if k.startswith("loss_local")] if isinstance(out, dict) else out.losses
-            if isinstance(out, dict):
-                own.append(loss_of(out) - sum(own))
-            for module, loss in zip(local.plan.modules, own, strict=True):
-                losses[module.name] = losses.get(module.name, 0) + loss.detach() / parts
-        seen["losses"].append(losses)
-        seen[f"gradients {step}"] = gradients(local)
-        optimizer.step()
-    seen["weights"] = {name: t.clone() for name, t in local.state_dict().items()}
-    return seen
-
-
-# ------------------------------------------------------------ one of several processes
+COUNTED = ("resnet", "edsr")  # of the second, inputs and targets are a large part
+WAYS = ("plain", "overlap", "stages", "whole")  # of DistributedDataParallel, and of fully_shard
 
 
 def pipelines(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
@@ -167,20 +62,35 @@ def pipelines(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
             yield f"{name}: losses {step}", out.losses
             optimizer.step()
         yield f"{name}: own", sorted(pipe.state_dict())
-        yield f"{name}: weights", {key: t.clone() for key, t in pipe.gather().state_dict().items()}
+        yield f"{name}: weights", pipe.gather().state_dict()
 
 
-def curves(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
-    """The losses of 50 steps, by local module."""
-    for name in CHOSEN:
-        pipe = glcan_fx.distributed.pipeline(build(name), micro_batches=2)
-        optimizer = torch.optim.SGD(pipe.parameters(), lr=1e-2)
-        found = []
-        for step in range(50):
+class AtOnce(nullcontext[Any]):
+    """Runs what is submitted, in this thread, so that what arrives ahead is counted."""
+
+    def __enter__(self) -> Any:
+        return self
+
+    def submit(self, function: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function())
+        return future
+
+
+def memory(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
+    """The peak of the third step."""
+    threads, channel.ThreadPoolExecutor = channel.ThreadPoolExecutor, AtOnce
+    for name in COUNTED:
+        pipe = glcan_fx.distributed.pipeline(build(name, devices=ranks), micro_batches=4)
+        optimizer = torch.optim.SGD(pipe.parameters(), lr=1e-2, momentum=0.9)
+        for step in range(3):
             optimizer.zero_grad()
-            found.append(pipe.step(*batch_of(name, step % 5)).losses)
-            optimizer.step()
-        yield name, found
+            batch = batch_of(name, step) if rank == 0 else ()
+            with PeakMemory(pipe, optimizer) as counted:
+                pipe.step(*batch)
+                optimizer.step()
+        yield name, counted.bytes
+    channel.ThreadPoolExecutor = threads
 
 
 def half(name: str, seed: int, rank: int, ranks: int = 2) -> tuple[Any, ...]:
@@ -188,23 +98,57 @@ def half(name: str, seed: int, rank: int, ranks: int = 2) -> tuple[Any, ...]:
     return tuple(part[rank * size:(rank + 1) * size] for part in batch_of(name, seed))
 
 
+def divided(name: str, way: str) -> tuple[nn.Module, glcan_fx.LocalModel]:
+    """What is called with each rank's half of a batch, and the compiled model in it."""
+    local = build(name)
+    if way in ("stages", "whole"):
+        for root in local.stages if way == "stages" else [local]:
+            fully_shard(root, mesh=init_device_mesh("cpu", (2,)))
+        return local, local
+    parallel = DistributedDataParallel(local, broadcast_buffers=False)
+    return glcan_fx.distributed.overlap(parallel) if way == "overlap" else parallel, local
+
+
 def data_parallel(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
     """Each rank trains on its half of the batch."""
-    for name in CHOSEN:
-        for way in ("plain", "overlap"):
-            local = build(name)
-            parallel = DistributedDataParallel(local, broadcast_buffers=False)
-            if way == "overlap":
-                glcan_fx.distributed.overlap(parallel)
-            optimizer = torch.optim.SGD(parallel.parameters(), lr=1e-2)
-            for step in range(2):
-                optimizer.zero_grad()
-                with sizes_sent() as sent:
-                    loss = loss_of(parallel(*half(name, step, rank)))
-                yield f"{name}, {way}: sent", sum(sent)
+    for name, way in product(CHOSEN, WAYS):
+        called, local = divided(name, way)
+        optimizer = torch.optim.SGD(local.parameters(), lr=1e-2)
+        for step in range(2):
+            optimizer.zero_grad()
+            with sizes_sent() as sent:
+                loss = loss_of(called(*half(name, step, rank)))
+            yield f"{name}, {way}: sent", sum(sent)
+            loss.backward()
+            yield f"{name}, {way}: gradients {step}", gradients(local)
+            optimizer.step()
+        if name == "resnet":
+            dcp.save({"model": local.state_dict()}, checkpoint_id=FOLDER / way)
+            plain = {"model": resnet().state_dict()}
+            dcp.load(plain, checkpoint_id=FOLDER / way)
+            yield f"{way}: plain", plain["model"]
+
+
+def curves(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
+    """The sum of this rank's losses in 50 steps."""
+    for name, way in product(CHOSEN, ("pipeline", *WAYS)):
+        called: Any
+        if way == "pipeline":
+            local = called = glcan_fx.distributed.pipeline(build(name), micro_batches=2)
+        else:
+            called, local = divided(name, way)
+        optimizer = torch.optim.SGD(local.parameters(), lr=1e-2)
+        found = []
+        for step in range(50):
+            optimizer.zero_grad()
+            if way == "pipeline":
+                loss = torch.stack(list(called.step(*batch_of(name, step % 5)).losses.values())).sum()
+            else:
+                loss = loss_of(called(*half(name, step % 5, rank)))
                 loss.backward()
-                yield f"{name}, {way}: gradients {step}", gradients(local)
-                optimizer.step()
+            found.append(loss.detach())
+            optimizer.step()
+        yield f"{name}, {way}", torch.stack(found)
 
 
 @contextmanager
@@ -245,79 +189,21 @@ def uneven(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
                 optimizer.zero_grad()
                 parallel(*half("resnet", step, rank)).loss.backward()
                 optimizer.step()
-        yield f"{way}: weights", {key: t.clone() for key, t in parallel.module.state_dict().items()}
+        yield f"{way}: weights", parallel.module.state_dict()
 
 
-def sharded(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
-    """FSDP2 on every local module, and on the whole."""
-    mesh = init_device_mesh("cpu", (ranks,))
-    for name in CHOSEN:
-        for way in ("stages", "whole"):
-            local = build(name)
-            for root in local.stages if way == "stages" else [local]:
-                fully_shard(root, mesh=mesh)
-            optimizer = torch.optim.SGD(local.parameters(), lr=1e-2)
-            for step in range(2):
-                optimizer.zero_grad()
-                loss_of(local(*half(name, step, rank))).backward()
-                yield f"{name}, {way}: gradients {step}", {
-                    key: p.grad.full_tensor() for key, p in local.named_parameters() if p.grad is not None}
-                optimizer.step()
+def mixed(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
+    """FSDP2 on every local module, in mixed precision."""
     local = regression()
     for stage in local.stages:
-        fully_shard(stage, mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        fully_shard(stage, mesh=init_device_mesh("cpu", (ranks,)), mp_policy=policy)
     local(*(part[2 * rank:2 * rank + 2] for part in regression_batch())).loss.backward()
-    yield "mixed: targets", SEEN
-    yield "mixed: gradients", {key: p.grad.full_tensor() for key, p in local.named_parameters()}
+    yield "targets", SEEN
+    yield "gradients", gradients(local)
     norm = nn.utils.clip_grad_norm_(local.parameters(), 1e-3)
-    yield "mixed: norm", norm.full_tensor()
-    yield "mixed: clipped", {key: p.grad.full_tensor() for key, p in local.named_parameters()}
-
-
-class Dropped(nn.Module):
-    """Of two layers one runs, as the flag says."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.first = nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 1, 1), True
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu((self.a if self.first else self.b)(x))
-
-
-class Token(nn.Module):
-    """Tokens with a parameter that belongs to the network itself; ``late``: and one behind the blocks."""
-
-    def __init__(self, late: bool = False, tied: bool = False) -> None:
-        super().__init__()
-        self.patch = nn.Conv2d(3, 16, 8, 8)
-        self.place = nn.Parameter(torch.zeros(1, 16, 16))
-        self.scale = nn.Parameter(torch.ones(16)) if late else None
-        self.blocks = nn.Sequential(*(nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.GELU()) for _ in range(3)))
-        if tied:
-            self.blocks[2][1].weight = self.blocks[0][1].weight
-        self.head = nn.Linear(16, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks(self.patch(x).flatten(2).transpose(1, 2) + self.place)
-        return self.head((x if self.scale is None else x * self.scale).mean(1))
-
-
-def dropping(rank: int) -> glcan_fx.LocalModel:
-    torch.manual_seed(0)
-    blocks = [nn.Conv2d(3, 8, 3, 2, 1), *(Dropped() for _ in range(2)), nn.Conv2d(8, 8, 3, 2, 1)]
-    local = glcan_fx.transform(nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)), k=3,
-                               task="classification", example_inputs=batch_of("resnet", 0)[0]).train()
-    for part in local.modules():
-        if isinstance(part, Dropped):
-            part.first = rank == 0
-    return local
-
-
-def token(**options: bool) -> glcan_fx.LocalModel:
-    torch.manual_seed(0)
-    return glcan_fx.transform(Token(**options), k=3, task="classification",
-                              example_inputs=batch_of("resnet", 0)[0]).train()
+    yield "norm", norm.full_tensor()
+    yield "clipped", gradients(local)
 
 
 def different(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
@@ -326,8 +212,9 @@ def different(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
         parallel = DistributedDataParallel(dropping(rank), find_unused_parameters=True)
         if way == "overlap":
             glcan_fx.distributed.overlap(parallel)
-        for step in range(2):
-            parallel(*half("resnet", step, rank)).loss.backward()
+        for step in range(3):
+            with parallel.no_sync() if step == 0 else nullcontext():
+                parallel(*half("resnet", step, rank)).loss.backward()
         yield f"dropped, {way}", gradients(parallel.module)
     averaged = AveragedModel(parallel)
     yield "average", torch.equal(averaged.eval()(batch_of("resnet", 0)[0]), parallel.eval()(batch_of("resnet", 0)[0]))
@@ -339,19 +226,30 @@ def different(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
             return what, f"{type(error).__name__}: {error}"
 
     def weighted() -> None:
-        parallel = glcan_fx.distributed.overlap(DistributedDataParallel(build("resnet")))
-        (parallel(*half("resnet", 0, rank)).loss * (1 + rank)).backward()
+        (divided("resnet", "overlap")[0](*half("resnet", 0, rank)).loss * (1 + rank)).backward()
 
     def shard(local: glcan_fx.LocalModel) -> dict[str, Tensor]:
         for stage in local.stages:
             fully_shard(stage, mesh=init_device_mesh("cpu", (ranks,)))
         local(*half("resnet", 0, rank)).loss.backward()
-        return {key: p.grad.full_tensor() for key, p in local.named_parameters()}
+        return gradients(local)
+
+    def synchronised() -> Any:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(build("batchnorm"))
+
+    def replaced() -> None:
+        pipe = glcan_fx.distributed.pipeline(build("resnet"))
+        pipe.local.conv1 = pipe.local.fc = nn.Linear(1, 1)
+        pipe.step()
 
     yield refused("weighted", weighted)
     yield refused("token", lambda: shard(token()))
     yield refused("late token", lambda: shard(token(late=True)))
     yield refused("tied", lambda: shard(token(tied=True)))
+    yield refused("shared", lambda: shard(token(shared=True)))
+    yield refused("synchronised", lambda: DistributedDataParallel(synchronised())(*half("resnet", 0, rank)))
+    yield refused("synchronised pipeline", lambda: glcan_fx.distributed.pipeline(synchronised()).step())
+    yield refused("replaced", replaced)
     yield refused("micro-batches", lambda: glcan_fx.distributed.pipeline(build("resnet"), micro_batches=2 + 2 * rank))
     yield refused("no micro-batches", lambda: glcan_fx.distributed.pipeline(build("resnet"), micro_batches=0))
     pipe = glcan_fx.distributed.pipeline(build("resnet"), micro_batches=2)
@@ -372,6 +270,43 @@ def different(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
         yield refused("fails", lambda: pipe.step(x, y))
     if rank == ranks - 1:
         yield refused("behind a failure", lambda: pipe.step(x, y))
+
+
+def random_numbers(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
+    """Of each rank; all train on the same batch."""
+    batch = batch_of("resnet", 0)
+
+    def compiled() -> glcan_fx.LocalModel:
+        return glcan_fx.transform(Dropping(), k=2, task="classification", example_inputs=batch[0]).train()
+
+    torch.manual_seed(rank)
+    parallel = DistributedDataParallel(compiled())
+    alone, state = copy.deepcopy(parallel.module), torch.get_rng_state()
+    glcan_fx.distributed.overlap(parallel)
+    yield "parallel", parallel(*batch).loss.detach()
+    torch.set_rng_state(state)
+    yield "parallel, alone", alone(*batch).loss.detach()
+    pipe = glcan_fx.distributed.pipeline(compiled(), micro_batches=1)
+    alone, state = copy.deepcopy(pipe.gather()), torch.get_rng_state()
+    yield "pipeline", list(pipe.step(*batch).losses.values())
+    torch.set_rng_state(state)
+    yield "pipeline, alone", [alone(*batch).losses[rank].detach()]
+
+
+def sharded_pipeline(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
+    """Each rank's local modules are sharded, among as many ranks as run them: one."""
+    mesh = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("data", "pipeline"))
+    local = build("resnet")
+    pipe = glcan_fx.distributed.pipeline(local, micro_batches=2, group=mesh["pipeline"].get_group(),
+                                         data_group=mesh["data"].get_group())
+    for stage in pipe.stages:
+        fully_shard(stage, mesh=mesh["data"])
+    pipe.step(*batch_of("resnet", 0))
+    yield "gradients", gradients(pipe)
+    try:
+        pipe.gather()
+    except glcan_fx.UnsupportedError as error:
+        yield "gather", str(error)
 
 
 def both(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
@@ -416,7 +351,7 @@ def checkpoints(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
     pipe.load_state_dict(found["model"])
     set_optimizer_state_dict(pipe, optimizer, found["optimizer"], options=FLAT)
     train(pipe, optimizer, 1)
-    yield "resumed", {key: t.clone() for key, t in pipe.state_dict().items()}
+    yield "resumed", pipe.state_dict()
 
 
 def deaths(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
@@ -436,7 +371,8 @@ def deaths(rank: int, ranks: int) -> Iterator[tuple[str, Any]]:
 
 
 PARTS = {part.__name__: part for part in (
-    pipelines, curves, data_parallel, accumulated, uneven, sharded, both, checkpoints, deaths, different)}
+    pipelines, memory, curves, data_parallel, accumulated, uneven, mixed, both, checkpoints, deaths, different,
+    random_numbers, sharded_pipeline)}
 
 
 def run(what: str, ranks: int, folder: Path, names: Sequence[str] = ()) -> list[dict[str, Any]]:
