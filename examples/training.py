@@ -19,7 +19,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -42,8 +41,8 @@ from tqdm import tqdm
 import glcan_fx
 from glcan_fx import FeatureInfo
 from glcan_fx.demo.images import DataError
-from glcan_fx.demo.train import peak_of
-from glcan_fx.files import replacing, write
+from glcan_fx.files import replacing, write, write_figure
+from glcan_fx.measure import peak_of, timed
 from glcan_fx.pytree import map_tensors
 from glcan_fx.simulate.estimate import backpropagated, minimised
 from glcan_fx.tasks import make_task
@@ -349,15 +348,13 @@ def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
             "[{elapsed}<{remaining}{postfix}]") as bar:
         for inputs, targets in batches:
             inputs, targets = map_tensors((inputs, targets), lambda tensor: tensor.to(device, non_blocking=True))
+            call = partial(step, inputs, targets)
             if state.step in _MEASURED:
-                loss, peak = peak_of(partial(step, inputs, targets), pipe or model, optimizer, device)
+                loss, peak = peak_of(call, (pipe or model, optimizer), device)
                 state.peak = max(state.peak, peak)
             else:
-                begin = time.perf_counter()
-                loss = step(inputs, targets)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                times.append(time.perf_counter() - begin)
+                loss, seconds = timed(call, device)
+                times.append(seconds)
             schedule.step()
             state.step += 1
             value = float(loss)
@@ -599,5 +596,4 @@ def _curves(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
         axes.plot([line["epoch"] for line in metrics], [line[name] for line in metrics], marker=".")
         axes.set(xlabel="epoch", ylabel=name)
         axes.grid(alpha=0.3)
-    with replacing(path) as file:
-        figure.savefig(file, dpi=120)
+    write_figure(path, figure)

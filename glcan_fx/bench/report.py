@@ -20,16 +20,13 @@ from rich.table import Table
 from glcan_fx import __version__
 from glcan_fx.bench.job import Job
 from glcan_fx.bench.measured import COMPILE_BUDGET, PRECISION
-from glcan_fx.bench.rows import EXPLAINED, Row
-from glcan_fx.files import replacing, write
+from glcan_fx.bench.rows import METHODS, Row
+from glcan_fx.files import write, write_figure
 from glcan_fx.presets import PRESETS
 from glcan_fx.report.page import page
 from glcan_fx.units import size
 
 WIDTH = 100  # columns: of the table at most, and where the width is not known
-COLOURS = {"bp": "tab:blue", "checkpoint": "tab:green", "nested": "tab:olive", "selective": "tab:cyan",
-           "offload": "tab:gray", "accumulate": "tab:brown", "compile": "tab:purple", "exact": "tab:pink",
-           "glcan": "tab:orange", "budget": "tab:red"}
 
 _Figure = Callable[[Row], float | None]
 
@@ -113,10 +110,9 @@ def _in(value: float | None, unit: float) -> float | None:
 
 def explanation(rows: Sequence[Row], job: Job) -> list[str]:
     """What the figures are, in a few lines."""
-    sizes = ", ".join("x".join(map(str, given)) for given in job.inputs)
     amp = ", autocast to bfloat16" if job.amp else ""
     lines = [
-        f"{job.target}, {sizes} {job.dtype}, {job.optimizer}{amp}.",
+        f"{job.target}, {job.sizes} {job.dtype}, {job.optimizer}{amp}.",
         "Estimated: live tensor bytes of a step simulated on fake tensors, without library workspaces.",
         "Compute: floating-point operations of convolutions, matrix products and attention.",
     ]
@@ -145,8 +141,8 @@ def lists() -> None:
         arguments = ", ".join(f"{key}={value}" for key, value in preset.kwargs.items())
         presets.add_row(name, f"{preset.target}({arguments})", sizes, str(preset.k), preset.optimizer)
     methods = Table("method", "", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for name, text in EXPLAINED.items():
-        methods.add_row(name, text)
+    for name, method in METHODS.items():
+        methods.add_row(name, method.explained)
     console.print(presets)
     console.print(methods)
 
@@ -169,10 +165,8 @@ def write_plot(path: Path, rows: Sequence[Row], name: str, job: Job) -> None:
     left, right = figure.subplots(1, 2)
     _compared(left, rows)
     _course(right, rows)
-    sizes = ", ".join("x".join(map(str, given)) for given in job.inputs)
-    figure.suptitle(f"{name}, {sizes}")
-    with replacing(path) as file:
-        figure.savefig(file, dpi=120, format=path.suffix.removeprefix("."))
+    figure.suptitle(f"{name}, {job.sizes}")
+    write_figure(path, figure)
 
 
 def write_report(path: Path, rows: Sequence[Row], name: str, job: Job) -> None:
@@ -186,9 +180,8 @@ def write_report(path: Path, rows: Sequence[Row], name: str, job: Job) -> None:
               "live": row.curve, "phases": []}
              for row in rows if row.curve and row.parts and row.estimated]
     columns, lines = cells(rows, job)
-    sizes = ", ".join("x".join(map(str, given)) for given in job.inputs)
     write(path, page({
-        "title": name, "subtitle": f"training methods compared, {sizes}", "graphs": [], "modules": [], "report": [],
+        "title": name, "subtitle": f"training methods compared, {job.sizes}", "graphs": [], "modules": [], "report": [],
         "memory": {"text": "Peak memory of a training step, simulated", "steps": steps} if steps else None,
         "table": {"columns": [{"name": title.strip(), "align": "left" if title == "method" else "right"}
                               for title in columns], "rows": lines, "totals": []},
@@ -223,7 +216,7 @@ def _course(axes: Any, rows: Sequence[Row]) -> None:
     for row in rows:
         if row.method in ("bp", "checkpoint", "exact", "glcan") and row.curve:
             share = [100 * (index + 1) / len(row.curve) for index in range(len(row.curve))]
-            axes.plot(share, [size / unit for size in row.curve], color=COLOURS[row.method], label=row.title)
+            axes.plot(share, [size / unit for size in row.curve], color=METHODS[row.method].colour, label=row.title)
     axes.set(xlabel="course of a step, % of the bytes that it allocates and releases",
              ylabel=f"live memory, {name} (estimated)", xlim=(0, 100), ylim=(0, None),
              title="Memory over a training step")
