@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torchvision.models import resnet18
 
 import glcan_fx
 from glcan_fx import Options
+from glcan_fx.measure import medians
 from glcan_fx.models import edsr, retinanet, yolo
 from glcan_fx.models.load import load
 from glcan_fx.presets import PRESETS
@@ -132,20 +134,10 @@ def depths() -> list[dict[str, Any]]:
     return rows
 
 
-def side_by_side(
-    model: nn.Module, plan: glcan_fx.Plan, x: Tensor, y: Tensor, repeats: int
-) -> tuple[float, float]:
+def side_by_side(model: nn.Module, plan: glcan_fx.Plan, x: Tensor, y: Tensor, turns: int) -> list[float]:
     """Median seconds of a step of backpropagation and of the plan, in turns."""
     local = glcan_fx.transform(model, plan=plan).train()
-    steps = (lambda: F.cross_entropy(model(x), y).backward(), lambda: local(x, y).loss.backward())
-    times: tuple[list[float], list[float]] = ([], [])
-    for turn in range(repeats + 2):
-        for step, found in zip(steps, times, strict=True):
-            start = time.perf_counter()
-            step()
-            if turn > 1:
-                found.append(time.perf_counter() - start)
-    return statistics.median(times[0]), statistics.median(times[1])
+    return medians((lambda: F.cross_entropy(model(x), y).backward(), lambda: local(x, y).loss.backward()), turns)
 
 
 def overhead() -> dict[str, float]:
@@ -227,30 +219,22 @@ def times() -> list[dict[str, Any]]:
         y = targets_of(task, size, device)
         inputs = list(x) if task == "detection" else x
         trained = [plan.build(verify=False).train() for plan in plans.values()]
-        found: list[list[float]] = [[] for _ in plans]
-        for turn in range(11):
-            for local, seconds in zip(trained, found, strict=True):
-                local.zero_grad()
-                synchronise(device)
-                start = time.perf_counter()
-                out = local(inputs, y)
-                (sum(out.values()) if isinstance(out, dict) else out.loss).backward()
-                synchronise(device)
-                if turn > 2:
-                    seconds.append(time.perf_counter() - start)
+        steps = [partial(step, local, inputs, y) for local in trained]
         plain = one.simulate(None)
-        for (what, plan), seconds in zip(plans.items(), found, strict=True):
-            step = plan.simulate(None)
-            rows.append({"model": name, "what": what, "seconds": statistics.median(seconds),
-                         "estimated": step.seconds(device), "time": step.relative_to(plain, device),
-                         "compute": step.relative_to(plain), "device": device})
+        for (what, plan), seconds in zip(plans.items(), medians(steps, 8, warm_up=3, device=device), strict=True):
+            estimate = plan.simulate(None)
+            rows.append({"model": name, "what": what, "seconds": seconds, "estimated": estimate.seconds(device),
+                         "time": estimate.relative_to(plain, device), "compute": estimate.relative_to(plain),
+                         "device": device})
             print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
 
-def synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def step(local: nn.Module, inputs: Any, targets: Any) -> None:
+    """Forward and backward."""
+    local.zero_grad()
+    out = local(inputs, targets)
+    (sum(out.values()) if isinstance(out, dict) else out.loss).backward()
 
 
 def targets_of(task: str, size: tuple[int, ...], device: str) -> Any:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))
-from records import EXACT, Groups, Record, devices, groups, key, order, scores, setting, table
+from records import EXACT, Groups, Record, devices, groups, key, order, scores, setting, table  # noqa: E402
 
 RECORDS, PAGE = HERE / "results.json", HERE / "results.md"
 _LINES = 10  # more are not told apart in a picture
@@ -39,22 +39,22 @@ def said(method: str, k: str, given: str) -> str:
     return method if method in EXACT else f"{method} k={k}" + (f", {given}" if given != "–" else "")
 
 
-def curves(name: str, score: str, groups: Groups, drawn_before: set[str]) -> list[str]:
+def curves(name: str, score: str, found: Groups, drawn_before: set[str]) -> list[str]:
     """Draws the score over the epochs, the mean of the seeds; ``drawn_before``: names of pictures."""
-    drawn = {key: group for key, group in groups.items() if all(len(run.get("curve", [])) > 2 for run in group)}
+    drawn = {row: group for row, group in found.items() if all(len(run.get("curve", [])) > 2 for run in group)}
     if len(drawn) > _LINES:  # without ablations
         ablated = ("aux", "rules", "predictors")
-        drawn = {key: group for key, group in drawn.items() if not any(name in key[2] for name in ablated)}
+        drawn = {row: group for row, group in drawn.items() if not any(name in row[2] for name in ablated)}
     if len(drawn) < 2:
         return []
     figure = Figure(figsize=(8.5, 3.6), layout="constrained")
     axes = figure.subplots()
     styles = {"bp": "-", "checkpoint": ":", "dgl": "--", "glcan": "-"}
-    for key, group in sorted(drawn.items(), key=lambda item: (order(item[0][0]), item[0][1])):
+    for row, group in sorted(drawn.items(), key=lambda item: (order(item[0][0]), item[0][1])):
         runs = [dict(map(tuple, run["curve"])) for run in group]
         epochs = sorted(set.intersection(*map(set, runs)))
         means = [statistics.fmean(run[epoch] for run in runs) for epoch in epochs]
-        axes.plot(epochs, means, styles.get(key[0], "-."), label=said(*key), color="black" if key[0] == "bp" else None)
+        axes.plot(epochs, means, styles.get(row[0], "-."), label=said(*row), color="black" if row[0] == "bp" else None)
     axes.set(xlabel="epoch", ylabel=score)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
@@ -66,14 +66,14 @@ def curves(name: str, score: str, groups: Groups, drawn_before: set[str]) -> lis
     return [f"![{score} over the epochs](pictures/{file})", ""]
 
 
-def alignment(groups: Groups) -> list[str]:
+def alignment(found: Groups) -> list[str]:
     """Cosines between the gradients of local losses and of backpropagation, at the end of training."""
     lines = []
-    for key, group in groups.items():
-        found = [run["cosines"] for run in group if "cosines" in run]
-        if found:
-            means = [statistics.fmean(values) for values in zip(*(run.values() for run in found), strict=True)]
-            lines.append(f"| {said(*key)} | {' '.join(f'{mean:.2f}' for mean in means[:-1])} |")
+    for row, group in found.items():
+        aligned = [run["cosines"] for run in group if "cosines" in run]
+        if aligned:
+            means = [statistics.fmean(values) for values in zip(*(run.values() for run in aligned), strict=True)]
+            lines.append(f"| {said(*row)} | {' '.join(f'{mean:.2f}' for mean in means[:-1])} |")
     head = ["Cosine between the gradients of the local losses and of backpropagation, on one batch at the end, from "
             "the first module on:", "", "| | modules |", "|---|---|"]
     return [*head, *lines, ""] if lines else []
