@@ -22,28 +22,26 @@ every block takes."""
 
 
 class Method(NamedTuple):
-    """How a method is called in the table, what `--list` says of it, and its colour in plots."""
+    """How a method is called in the table, and what `--list` says of it."""
 
     title: str
     explained: str
-    colour: str
 
 
 METHODS = {
-    "bp": Method("backpropagation", "a plain training step: what the others are compared with", "tab:blue"),
-    "checkpoint": Method("checkpoint", "torch.utils.checkpoint on every block", "tab:green"),
-    "nested": Method("nested checkpoint", "groups of sqrt(n) blocks are recomputed, and every block inside again",
-                     "tab:olive"),
+    "bp": Method("backpropagation", "a plain training step: what the others are compared with"),
+    "checkpoint": Method("checkpoint", "torch.utils.checkpoint on every block"),
+    "nested": Method("nested checkpoint", "groups of sqrt(n) blocks are recomputed, and every block inside again"),
     "selective": Method("selective checkpoint", "convolutions and matrix products are kept, the rest of every block is "
-                        "recomputed", "tab:cyan"),
-    "offload": Method("save_on_cpu", "torch.autograd.graph.save_on_cpu: tensors saved for backward move to main memory",
-                      "tab:gray"),
-    "accumulate": Method("accumulation", "gradient accumulation over micro-batches of one image", "tab:brown"),
-    "compile": Method("torch.compile", "torch.compile with activation_memory_budget = 0.5", "tab:purple"),
+                        "recomputed"),
+    "offload": Method("save_on_cpu",
+                      "torch.autograd.graph.save_on_cpu: what is saved for backward moves to main memory"),
+    "accumulate": Method("accumulation", "gradient accumulation over micro-batches of one image"),
+    "compile": Method("torch.compile", "torch.compile with activation_memory_budget = 0.5"),
     "exact": Method("glcan_fx, exact", "backpropagation's gradients: glcan_fx chooses which blocks are recomputed, for "
-                    f"the least memory at {EXACT_COMPUTE} of the compute (or --compute-budget)", "tab:pink"),
-    "glcan": Method("glcan", "gradient-isolated local modules, as glcan_fx plans them", "tab:orange"),
-    "budget": Method("glcan, budget", "the same, planned for --memory-budget", "tab:red"),
+                    f"the least memory at {EXACT_COMPUTE} of the compute (or --compute-budget)"),
+    "glcan": Method("glcan", "gradient-isolated local modules, as glcan_fx plans them"),
+    "budget": Method("glcan, budget", "the same, planned for --memory-budget"),
 }
 OURS = ("exact", "glcan", "budget")
 """Methods that are plans."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 EPILOG = """examples:
   glcan-fx bench tiny
-  glcan-fx bench retinanet-r50 --device estimate -o memory.png
+  glcan-fx bench retinanet-r50 --device estimate -o memory.html
   glcan-fx bench train.py:build --kwargs '{"classes": 3}' --input 8x3x512x512 --task segmentation
   glcan-fx bench torchvision.models:resnet50 --input 64x3x224x224 --task classification
 
@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--largest-batch", action="store_true", help="on cuda: search the largest batch that fits")
     out = parser.add_argument_group("output")
     out.add_argument("--json", action="store_true", help="print all figures as JSON instead of the table")
-    add_output(out, (".json", ".png", ".svg", ".pdf", ".html"), "write the comparison to a file, in the format of its "
-               "ending: .json has all figures, .png, .svg and .pdf a plot, .html a page")
+    add_output(out, (".json", ".html"), "write the comparison to a file: .json has all figures, .html is a page with "
+               "memory over a step")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,11 +66,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         report.show(rows, job)
     for path in args.output:
-        if path.suffix == ".json":
-            write(path, f"{report.as_json(rows, job, device)}\n")
-        else:
-            draw = report.write_report if path.suffix == ".html" else report.write_plot
-            draw(path, rows, args.target, job)
+        json = path.suffix.lower() == ".json"
+        write(path, f"{report.as_json(rows, job, device)}\n" if json else report.as_page(rows, args.target, job))
     return 0 if any(row.peak is not None for row in rows) else 1
 
 

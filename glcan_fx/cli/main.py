@@ -39,13 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         part.set_defaults(run=module.run)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that cannot print a sign still shows the rest
+            stream.reconfigure(errors="replace")  # a terminal that cannot print a character still shows the rest
     options = parser.parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO if options.verbose else logging.WARNING,
                         format="%(name)s: %(message)s")
     try:
-        return int(options.run(options))
-    except BrokenPipeError:  # whoever reads has seen enough
+        status = int(options.run(options))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (OSError, LoadError) as error:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import figure as plots
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torchvision.utils import draw_bounding_boxes
 
 from glcan_fx.demo.data import CocoFolder
 from glcan_fx.demo.train import MIB, Outcome, Recipe
 from glcan_fx.files import write, write_figure
+from glcan_fx.report.comparison import Figure, cells, comparison_table
 
 COLOURS = {"bp": "tab:blue", "checkpoint": "tab:green", "glcan": "tab:orange"}
 TRUTH_COLOUR, PREDICTION_COLOUR = (0, 230, 0), (255, 60, 200)
@@ -28,31 +28,17 @@ SHOWN_SCORE = 0.4  # predictions below this are not drawn
 
 def results_table(outcomes: Sequence[Outcome], recipe: Recipe) -> Table:
     """One row per method, each figure followed by its ratio to BP's where BP ran."""
-    # Units stand in the header so that the table fits 80 columns, what rich assumes when the output is piped.
-    columns: dict[str, tuple[str, Callable[[Outcome], float | None]]] = {
-        f"peak MiB\nbatch {recipe.batch_size}": (".0f", lambda outcome: outcome.peak_bytes / MIB),
-        f"peak MiB\nbatch {recipe.memory_batch}": (".0f", lambda outcome: outcome.large_peak_bytes / MIB),
-        "step\nms": (".0f", lambda outcome: outcome.step_seconds and outcome.step_seconds * 1000),
-        "\nAP": (".3f", lambda outcome: score(outcome, "AP")),
-        "\nAP50": (".3f", lambda outcome: score(outcome, "AP50")),
-    }
     bp = next((outcome for outcome in outcomes if outcome.method == "bp"), None)
-    table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False)
-    table.add_column("method", no_wrap=True)
-    for title in columns:
-        table.add_column(title, justify="right", no_wrap=True)
-        if bp:
-            table.add_column("vs\nBP", justify="right", no_wrap=True, style="cyan")
-    for outcome in outcomes:
-        cells = []
-        for form, figure in columns.values():
-            value, reference = figure(outcome), figure(bp) if bp else None
-            # A method without AP was only measured: its gradients are BP's, and so is its accuracy.
-            cells.append(format(value, form) if value is not None else "as BP" if reference is not None else "-")
-            if bp:
-                cells.append(f"{value / reference:.2f}" if value is not None and reference else "")
-        table.add_row(outcome.title, *cells)
-    return table
+    as_bp = "as BP" if bp else "–"  # a method without AP was only measured: its gradients are BP's
+    # Units stand in the header so that the table fits 80 columns, what rich assumes when the output is piped.
+    figures: list[Figure[Outcome]] = [
+        Figure(f"peak MiB\nbatch {recipe.batch_size}", ".0f", lambda outcome: outcome.peak_bytes / MIB),
+        Figure(f"peak MiB\nbatch {recipe.memory_batch}", ".0f", lambda outcome: outcome.large_peak_bytes / MIB),
+        Figure("step\nms", ".0f", lambda outcome: outcome.step_seconds and outcome.step_seconds * 1000),
+        Figure("\nAP", ".3f", lambda outcome: score(outcome, "AP"), unknown=as_bp),
+        Figure("\nAP50", ".3f", lambda outcome: score(outcome, "AP50"), unknown=as_bp),
+    ]
+    return comparison_table(*cells([(outcome.title, outcome) for outcome in outcomes], figures, bp), padding=0)
 
 
 def score(outcome: Outcome, name: str) -> float | None:
@@ -80,7 +66,7 @@ def write_curves(path: Path, outcomes: Sequence[Outcome]) -> Path:
     The loss is that of the detector's own head, which all methods have; local losses come on top of it.
     """
     trained = [outcome for outcome in outcomes if outcome.evaluations]
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = plots.Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for outcome in trained:
         colour = COLOURS[outcome.method]
@@ -116,7 +102,7 @@ def write_detections(path: Path, outcomes: Sequence[Outcome], dataset: CocoFolde
     """The same held-out images once per trained method: predicted boxes with scores, and the truth."""
     trained = [outcome for outcome in outcomes if outcome.detections]
     chosen = [round(i * (len(dataset) - 1) / max(count - 1, 1)) for i in range(min(count, len(dataset)))]
-    figure = Figure(figsize=(2.6 * len(chosen), 2.75 * len(trained) + 0.4), layout="constrained")
+    figure = plots.Figure(figsize=(2.6 * len(chosen), 2.75 * len(trained) + 0.4), layout="constrained")
     axes = figure.subplots(len(trained), len(chosen), squeeze=False)
     for outcome, row in zip(trained, axes, strict=True):
         for index, cell in zip(chosen, row, strict=True):

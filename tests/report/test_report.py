@@ -14,7 +14,9 @@ import torch
 from torchvision.models import resnet18
 
 import glcan_fx
-from glcan_fx.cli import main as cli
+from glcan_fx.bench.job import Job
+from glcan_fx.bench.report import as_page
+from glcan_fx.bench.rows import Row
 from glcan_fx.report import page as report
 
 STATIC = files("glcan_fx.report") / "static"
@@ -306,12 +308,11 @@ def test_a_plan_s_report(opened: Any, tmp_path: Path) -> None:
 
 
 def test_a_bench_s_report(opened: Any, tmp_path: Path) -> None:
-    path = tmp_path / "bench.html"
-    model = tmp_path / "model.py"
-    model.write_text("from torchvision.models import resnet18\n")
-    assert cli.main(["bench", f"{model}:resnet18", "--input", "2x3x64x64", "--task", "classification", "--device",
-                     "estimate", "--methods", "bp,glcan", "-k", "9", "-o", str(path)]) == 0
-    page = opened(path)
+    rows = [Row(name, name, 3 * MIB, 100, when="forward", parts={"activations": 3 * MIB}, curve=[0, 3 * MIB, 0])
+            for name in ("bp", "glcan")]
+    rows[1].update({"k": 9})
+    (tmp_path / "bench.html").write_text(as_page(rows, "model.py:net", Job("model.py:net", {}, [[2, 3, 64, 64]])))
+    page = opened(tmp_path / "bench.html")
     page.wait_for_selector("#memory .chart")
     assert page.locator("#modules tbody tr").count() == 2 and not page.is_visible("#details")
     assert "glcan, k=9" in page.inner_text("#memory") and "glcan, k=9" in page.inner_text("#modules")
