@@ -392,8 +392,8 @@ def page(records: dict[str, Any]) -> str:
 
 TEXT = """# Memory, compute and time
 
-What training steps take by backpropagation, by what one would use otherwise, and by glcan_fx: simulated, and measured
-on a CPU. Nothing here was measured on a GPU yet. What to make of it: [choose](choose.md).
+What training steps take with backpropagation, with the usual alternatives, and with glcan_fx: simulated, and measured
+on a CPU. Nothing here has been measured on a GPU yet. How to read it: [choose](choose.md).
 
 ## The models of the paper, at its sizes
 
@@ -402,19 +402,19 @@ Peak memory of a training step in GiB, relative to backpropagation's, and comput
 96 x 96 for EDSR x2 (Adam), 256 at 224 x 224 for ResNet-34; float32, trainable batch norm, SGD with momentum elsewhere.
 *glcan_fx* is at the paper's k (RetinaNet) or the natural one, *fewest* is the default: the fewest local modules with as
 little memory as the natural k. *Budget* is the first again, with `memory_budget=` ({budgets}): the last module in
-slices, blocks that run again, where needed.
+slices, recomputed blocks, where needed.
 
 {estimates}
 
 *checkpoint per block* recomputes every block that is one call of a sub-module. *save_on_cpu* and *accumulation* need
-less memory than glcan_fx: the one moves what backward needs to main memory and back (24 GiB a step for
+less memory than glcan_fx: the first moves what backward needs to main memory and back (24 GiB a step for
 RetinaNet-R50), the other changes what batch norm sees, and is exact and free for EDSR, which has none. All but glcan_fx
 compute backpropagation's gradients; glcan_fx trains with local ones.
 
 ## Exact gradients first
 
 What a step takes at least with backpropagation's own gradients, where it may take so much of its compute (`k=1`, losses
-from class ids, and blocks that run again, nested, as a dynamic programme chooses them), and the default plan: as little
+from class ids, and recomputed blocks, nested, as a dynamic program chooses them), and the default plan: as little
 memory as one local module per block, with the fewest of them, at 5 % more compute at most. Peaks in GiB, simulated
 (`glcan-fx inspect PRESET --frontier`); planning on one core that other work shared.
 
@@ -453,8 +453,8 @@ are those of the ordinary loop. Simulated peaks:
 
 {stepping}
 
-It pays where the peak comes late, when the gradients of many modules wait, and weights are a large part of it; not
-where the first modules are the peak.
+It helps when the peak comes late, while the gradients of many modules wait, and weights are a large part of it; not
+when the first modules are the peak.
 
 ## Overheads
 

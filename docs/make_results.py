@@ -82,11 +82,11 @@ def alignment(found: Groups) -> list[str]:
 TEXT = """# Results of training
 
 Written by `python docs/make_results.py` from docs/results.json, one record a run of the programs in examples/. Every
-method goes through the same loop, with the same data in the same order. In brackets: beside backpropagation in the same
-table, AP and memory as a ratio, accuracy, mIoU and dB as a difference; ±: half of the range over seeds. Runs shared two
-CPU cores, so that their times say nothing: for those see [performance](performance.md).
+method goes through the same loop, with the same data in the same order. In brackets: relative to backpropagation in the
+same table, AP and memory as a ratio, accuracy, mIoU and dB as a difference; ±: half of the range over seeds. Runs
+shared two CPU cores, so their times mean little: see [performance](performance.md) instead.
 
-What they say so far, on one or two seeds:
+What they show so far, on one or two seeds:
 
 - Fewer local modules lose less, and the natural k often takes no less memory than a few: so `k="fewest"` is the
   default. Two modules of a detector keep all of AP50 and almost all of AP in the memory of nine, two of a U-Net nearly
@@ -98,10 +98,10 @@ What they say so far, on one or two seeds:
   less compute; the U-Net as much less; the CIFAR ResNet, whose blocks are many and small, hardly less.
 - Classification: GLCAN leads DGL at every k, by several points at the natural one. It owes that to the hidden layers in
   front of the mean: without them it is no better than DGL, and a copied block of the trunk instead of them buys less,
-  for twice the compute. Half the width loses where each network predicts from its own output alone (`head lean`).
-- A loss behind the next block (`ahead=1`), and windows of two local modules (`window=2`), close a third and a half of
+  for twice the compute. Half the width loses where each network predicts from its own output only (`head lean`).
+- A loss after the next block (`ahead=1`), and windows of two local modules (`window=2`), close a third and a half of
   the gap at the natural k, for a third and two thirds of backpropagation's compute and twice the memory, on one seed.
-  Four local modules with `compute_budget=1.3` lose less, in less of both. Richer networks behind the next block bought
+  Four local modules with `compute_budget=1.3` lose less, in less of both. Richer networks after the next block bought
   nothing more.
 - Reading the model's own last layer (`predictors="model"`) helps at k=4, by a point, and costs nothing; with
   `compute_budget=1.3`, and at the natural k, it changes no more than a seed does.

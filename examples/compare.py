@@ -103,19 +103,19 @@ another may have as its base. All of them work on any network that can be cut: a
 | a detector | `k=2`, or `"fewest"` | the plain method keeps almost all of AP |
 | super-resolution, a U-Net | `compute_budget=1.3` | decoders in auxiliary networks |
 
-At equal memory fewer local modules of the plain method are better than what couples more of them; the other methods are
-here to compare with, and for what has not been tried yet.
+At equal memory, fewer local modules with the plain method are better than more modules that are coupled. The other
+methods are here for comparison, and for what has not been tried yet.
 
-What came out of training with them: [results](results.md).
+Results of training with them: [results](results.md).
 
 ## The methods
 """
 
 AHEAD = (
-    "`ahead=r`, an option of every method with auxiliary networks of its own: the loss of a local module is taken "
-    "behind the next r blocks. They are read, and not trained by it, and their forward pass is the one that the next "
-    "local module runs anyway; what it costs are gradients of their inputs, and that two local modules are alive "
-    "together. `window=w` trains the last w local modules with each loss instead, the windows of HPFF without its "
+    "`ahead=r`, an option of every method with its own auxiliary networks: the loss of a local module is computed "
+    "after the next r blocks. It does not train these blocks, and their forward pass is the one that the next local "
+    "module runs anyway. The cost: gradients of their inputs, and two local modules that are alive at the same time."
+    " `window=w` trains the last w local modules with each loss instead, the windows of HPFF without its "
     "patches.")
 
 
@@ -124,14 +124,14 @@ def main() -> None:
     if "--" in own:
         own, rest = own[:own.index("--")], own[own.index("--") + 1:]
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0],
-                                     epilog="What stands behind -- is passed to every run of the training program.")
-    parser.add_argument("task", nargs="?", choices=TASKS, help="whose training program is run; none for the page alone")
+                                     epilog="Options after -- are passed to every run of the training program.")
+    parser.add_argument("task", nargs="?", choices=TASKS, help="the program to run; none: only write the page")
     parser.add_argument("--data", type=Path, nargs="+", metavar="DIR", help="as the training program's")
     parser.add_argument("--methods", nargs="+", default=["glcan", "dgl"], metavar="NAME",
                         help='each with options, such as "glcan --ahead 1" (%(default)s)')
     parser.add_argument("--k", nargs="+", default=["natural"], metavar="K", help="(%(default)s)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="N", help="(%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="the runs (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="their folder (%(default)s)")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the page: docs/methods.md")
     args = parser.parse_args(own)
     if args.task is None and args.page is None:

@@ -29,7 +29,7 @@ from glcan_fx.step.local_model import LocalModel
 from glcan_fx.tasks import Spec, Task, specs
 
 WARM_UP_STEPS = 3  # neither timed nor measured: allocators, kernels and the optimizer's state settle
-COMPILE_BUDGET = 0.5  # of the activations that torch.compile keeps without a budget
+COMPILE_BUDGET = 0.5  # of the activations that torch.compile saves without a budget
 PRECISION = 32  # the largest batch is searched to one part in so many
 LEARNING_RATE = 1e-6  # the weights stay as they were initialised, so that every step costs the same
 
@@ -38,7 +38,7 @@ def measured(job: Job, method: str, blocks: Sequence[str]) -> dict[str, Any]:
     """Train a few steps on the device: peak memory in bytes, median time of a step in seconds."""
     device = torch.device(job.device)
     if method == "offload" and device.type == "cpu":
-        raise Skipped("not measured: on a CPU there is nowhere else to move to")
+        raise Skipped("not measured: on a CPU, tensors are in main memory already")
     if method == "compile" and device.type == "cpu":
         raise Skipped("not measured: memory of compiled code cannot be counted on a CPU")
     torch.manual_seed(job.seed)

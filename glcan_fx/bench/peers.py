@@ -73,7 +73,7 @@ def _in_turn(group: Sequence[nn.Module], value: Any) -> Any:
 
 def _some(blocks: Sequence[str]) -> Sequence[str]:
     if not blocks:
-        raise Skipped("no block of the model was found that is one call of a sub-module with parts")
+        raise Skipped("no block of the model is a single call of a sub-module that has children")
     return blocks
 
 

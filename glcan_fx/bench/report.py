@@ -91,11 +91,11 @@ def explanation(rows: Sequence[Row], job: Job) -> list[str]:
         how = ("torch.cuda.max_memory_allocated" if job.device.startswith("cuda") else
                "live tensor bytes (glcan_fx.peak_memory.PeakMemory)")
         lines += [f"Measured: {how}.",
-                  f"Step: median of {job.steps}, after a warm-up; every method in a process of its own."]
+                  f"Step: median of {job.steps} after a warm-up; every method runs in its own process."]
     if job.largest_batch:
-        lines.append(f"Largest batch: to one part in {PRECISION}.")
+        lines.append(f"Largest batch: to within 1/{PRECISION}.")
     if job.task is None:
-        lines.append("No --task: the loss is the mean square of the outputs, which stands for yours.")
+        lines.append("No --task: the loss is the mean square of the outputs, a stand-in for yours.")
     if any(row.method in ("glcan", "budget") and row.peak for row in rows):
         lines.append("glcan trains with local gradients; the others compute those of backpropagation.")
     return lines

@@ -61,7 +61,7 @@ def _estimated(
 ) -> dict[str, Any]:
     """base: of the same model, whatever it is cut into; plan: of this method, where it has one."""
     if method == "compile":
-        raise Skipped("not estimated: what torch.compile keeps is known only where it runs")
+        raise Skipped("not estimated: what torch.compile saves for backward is known only where it runs")
     draft: Simulator = _given(base).simulator
     optimizer = job.optimizer
     if method in OURS:
@@ -84,8 +84,8 @@ def _estimated(
                 return losses(model)
 
         return _message(simulate_plain(shadow, draft.inputs, offloaded, optimizer),
-                        [f"{size(moved.bytes)} a step go to main memory and back; only what stays on the device "
-                         "counts"])
+                        [f"{size(moved.bytes)} per step move to main memory and back; only what stays on the "
+                         "device is counted"])
     if method in PREPARE:
         PREPARE[method](shadow, blocks)
     return _message(simulate_plain(shadow, draft.inputs, losses, optimizer, units if method == "bp" else None))

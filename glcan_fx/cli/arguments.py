@@ -24,11 +24,11 @@ def add_model(parser: argparse.ArgumentParser, *, optional: bool = False) -> Any
     model.add_argument("--kwargs", type=kwargs_of, default={}, metavar="JSON",
                        help="arguments of the class or function")
     model.add_argument("--input", type=sizes_of, action="append", metavar="8x3x800x1066",
-                       help="size of an input, batch first; once per positional input")
+                       help="shape of an input, batch first; once for each positional input")
     model.add_argument("--input-dtype", type=dtype_of, default="float32", metavar="TYPE",
-                       help="of the inputs (%(default)s)")
+                       help="dtype of the inputs (%(default)s)")
     model.add_argument("--task", metavar="NAME", help="detection, classification, segmentation or super_resolution; "
-                       "without it, the loss is the mean square of the outputs")
+                       "default: the loss is the mean square of the outputs")
     training = parser.add_argument_group("training")
     training.add_argument("-k", type=modules_of, metavar="K", help="number of local modules: a number; natural, one "
                           "per block; fewest, as few as possible in about the memory of natural (default: fewest, or "
@@ -38,7 +38,8 @@ def add_model(parser: argparse.ArgumentParser, *, optional: bool = False) -> Any
                           "local modules; least: as little memory as possible")
     training.add_argument("--compute-budget", type=float, metavar="1.3", help="compute that a step may take, relative "
                           "to backpropagation")
-    training.add_argument("--optimizer", choices=("sgd", "adam"), help="sgd has momentum (sgd, or the preset's)")
+    training.add_argument("--optimizer", choices=("sgd", "adam"), help="sgd (with momentum) or adam (default: sgd, or "
+                          "the preset's)")
     return training
 
 
@@ -91,7 +92,7 @@ def kwargs_of(text: str) -> dict[str, Any]:
 
 def sizes_of(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a size: numbers above 0 with x between, as in 8x3x224x224")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a shape: positive integers with x between: 8x3x224x224")
     return tuple(map(int, text.split("x")))
 
 
@@ -114,13 +115,13 @@ def budget_of(text: str) -> str:
 
 def count_of(text: str) -> int:
     if not re.fullmatch(r"[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"'{text}': a number above 0")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive integer")
     return int(text)
 
 
 def modules_of(text: str) -> int | str:
     if text not in ("fewest", "natural") and not re.fullmatch(r"[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"'{text}': a number above 0, fewest or natural")
+        raise argparse.ArgumentTypeError(f"'{text}': give a positive integer, fewest or natural")
     return int(text) if text.isdecimal() else text
 
 
@@ -140,7 +141,7 @@ def file_of(endings: Collection[str]) -> Callable[[str], Path]:
     def read(text: str) -> Path:
         path = Path(text)
         if path.suffix.lower() not in endings:
-            raise argparse.ArgumentTypeError(f"'{text}': a file that ends in {', '.join(endings)}")
+            raise argparse.ArgumentTypeError(f"'{text}': the file must end in {', '.join(endings)}")
         if path.is_dir():
             raise argparse.ArgumentTypeError(f"'{text}' is a folder: name a file")
         return path

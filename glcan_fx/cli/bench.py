@@ -29,16 +29,16 @@ exit codes: 0 done, 1 the model cannot be used as asked, 2 usage or file error""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `glcan-fx bench` to `parser`."""
     training = add_model(parser, optional=True)
-    parser.add_argument("--list", action="store_true", help="list presets and methods, and do nothing else")
-    training.add_argument("--amp", choices=("bf16",), help="autocast")
-    training.add_argument("--seed", type=int, default=0, help="of weights and inputs (%(default)s)")
+    parser.add_argument("--list", action="store_true", help="list presets and methods, and exit")
+    training.add_argument("--amp", choices=("bf16",), help="autocast to bfloat16")
+    training.add_argument("--seed", type=int, default=0, help="seed of weights and inputs (%(default)s)")
     run = parser.add_argument_group("run")
-    run.add_argument("--methods", type=names_of(METHODS), metavar="a,b", help=f"of {', '.join(METHODS)} (all)")
+    run.add_argument("--methods", type=names_of(METHODS), metavar="a,b", help=f"which of {', '.join(METHODS)} (all)")
     run.add_argument("--device", type=_device, metavar="DEVICE",
                      help="cuda, cpu, or estimate: a simulation only (cuda if there is a GPU, else estimate)")
     run.add_argument("--steps", type=count_of, default=10, metavar="N", help="timed steps, after a warm-up "
                      "(%(default)s)")
-    run.add_argument("--largest-batch", action="store_true", help="on cuda: search the largest batch that fits")
+    run.add_argument("--largest-batch", action="store_true", help="on cuda: find the largest batch that fits")
     out = parser.add_argument_group("output")
     out.add_argument("--json", action="store_true", help="print all figures as JSON instead of the table")
     add_output(out, (".json", ".html"), "write the comparison to a file: .json has all figures, .html is a page with "

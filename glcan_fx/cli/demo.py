@@ -35,23 +35,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="COCO-format detection folder with "
                         "instances_train.json and instances_val.json, or a Pascal VOC folder (default: handwritten "
                         "digits in photographs, composed from scikit-learn's data)")
-    for name, said in (("image_size", "longer side, pixels"), ("train_images", "at most"),
-                       ("val_images", "held out, at most"), ("steps", "training steps"),
-                       ("batch_size", "images a step"), ("memory_batch", "images of one more step, whose peak memory "
-                                                         "is measured")):
+    for name, said in (("image_size", "longer side of images in pixels"), ("train_images", "training images"),
+                       ("val_images", "held-out images"), ("steps", "training steps"), ("batch_size", "batch size"),
+                       ("memory_batch", "batch size of one more step, to measure its peak memory")):
         digits, data = (value or "all" for value in DEFAULTS[name])
         usual = f"({digits})" if digits == data else f"({digits}; with --data {data})"
         parser.add_argument(f"--{name.replace('_', '-')}", type=count_of, metavar="N", help=f"{said} {usual}")
     parser.add_argument("--lr", type=float, help=f"peak learning rate of AdamW ({DEFAULTS['lr'][0]})")
-    parser.add_argument("--seed", type=int, default=0, help="of data, weights and order (%(default)s)")
-    parser.add_argument("--device", type=_device, help="cpu, cuda, ... (cuda if there is one)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data, weights and order (%(default)s)")
+    parser.add_argument("--device", type=_device, help="cpu, cuda, ... (cuda if there is a GPU)")
     parser.add_argument("--methods", type=names_of(METHODS), default=list(METHODS), metavar="a,b",
-                        help=f"of {', '.join(METHODS)} (all); checkpoint, activation checkpointing of every residual "
-                        "block, is measured for a few steps and not trained: its gradients are those of bp")
+                        help=f"which of {', '.join(METHODS)} (all). checkpoint is activation checkpointing of every "
+                        "residual block; it is measured for a few steps and not trained: its gradients are those of bp")
     parser.add_argument("-k", "--k", type=modules_of, default="fewest",
                         help="number of local modules: a number, fewest, or natural (%(default)s)")
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/demo"), metavar="DIR",
-                        help="results go here (%(default)s)")
+                        help="folder for the results (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

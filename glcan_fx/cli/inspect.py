@@ -129,7 +129,7 @@ def _print_frontier(plan: PlannedModel) -> None:
 
     from glcan_fx.report.frontier import frontier_table, frontier_text
 
-    with Console(stderr=True).status("simulating what else can be had"):
+    with Console(stderr=True).status("simulating the trade-offs"):
         points = plan.frontier
     console = Console(highlight=False)
     if console.is_terminal:

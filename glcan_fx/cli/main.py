@@ -14,11 +14,11 @@ from glcan_fx.cli import inspect as inspection
 from glcan_fx.errors import GlcanFxError, LoadError
 
 COMMANDS: dict[str, tuple[Any, str]] = {
-    "demo": (demo, "train a small detector by backpropagation and by glcan_fx, and compare"),
-    "inspect": (inspection, "show how a model would be cut, and what that costs"),
+    "demo": (demo, "train a small detector with backpropagation and with glcan_fx, and compare"),
+    "inspect": (inspection, "show how a model would be split into local modules, and what that costs"),
     "bench": (bench, "compare memory and speed of training methods on your own model"),
-    "check": (check, "read a data set as the training programs do, and say what is in it"),
-    "export": (export, "write the plain model's weights, from a checkpoint of training"),
+    "check": (check, "read a detection data set as the training programs do, and summarise it"),
+    "export": (export, "extract the plain model's weights from a training checkpoint"),
 }
 
 

@@ -120,7 +120,7 @@ def test_other_methods_are_said_and_drawn(file: Path, tmp_path: Path, capsys: py
     assert "MAN: next block, learned + averaged" in said and "windows of 2 local modules" in said
     assert "MAN: next block" in made.read_text() and "loss 1 back" in made.read_text()
     assert cli.main([*command, "--ahead", "1"]) == 0
-    assert "behind" in capsys.readouterr().out and "behind the next block" not in made.read_text()
+    assert "after" in capsys.readouterr().out and "behind the next block" not in made.read_text()
     assert cli.main([*command, "--method", "mna"]) == 1
     assert "choose one of" in capsys.readouterr().err
 

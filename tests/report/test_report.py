@@ -303,7 +303,7 @@ def test_a_plan_s_report(opened: Any, tmp_path: Path) -> None:
     assert "17.13" not in texts and "backpropagation" in page.inner_text("#memory")
     page.select_option("#which", label="blocks")
     page.wait_for_selector(".card svg text:has-text('layer2.1')")
-    page.select_option("#which", label="modules that are alike as one")
+    page.select_option("#which", label="identical modules as one")
     page.wait_for_selector(".card svg [id^=module-0]")
 
 
