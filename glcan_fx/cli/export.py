@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from glcan_fx.cli.arguments import file_of
 from glcan_fx.errors import LoadError
 
 ENDINGS = (".safetensors", ".pt", ".pth")
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `glcan-fx export` to `parser`."""
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a file written by torch.save, or "
                         ".safetensors: a state dict, or a dict that contains one, from any framework")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE",
+    parser.add_argument("-o", "--output", type=file_of(ENDINGS), required=True, metavar="FILE",
                         help="file to write: .safetensors, .pt or .pth")
     parser.add_argument("--entry", metavar="NAME", help="which state dict, if the checkpoint has more than one: "
                         "state_dict_ema, model.ema")
@@ -33,8 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command with the options of `add_arguments`; returns the exit status."""
-    if args.output.suffix not in ENDINGS:
-        raise LoadError(f"{args.output}: a file that ends in {', '.join(ENDINGS)}")
     if args.checkpoint.is_dir():
         raise IsADirectoryError(f"{args.checkpoint} is a folder: what save_pretrained() writes into one is the plain "
                                 "model already, as model.safetensors")

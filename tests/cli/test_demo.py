@@ -3,6 +3,7 @@
 import argparse
 import json
 import shutil
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -34,10 +35,8 @@ def tiny(tmp_path: Path) -> Path:
     """Two images, three categories with gaps in their ids, and what else real annotation files contain."""
     Image.new("RGB", (40, 20), "red").save(tmp_path / "a.png")
     Image.new("L", (20, 40), 128).save(tmp_path / "b.png")
-    images = [
-        {"id": 7, "file_name": "a.png", "width": 40, "height": 20},
-        {"id": 3, "file_name": "b.png", "width": 20, "height": 40},
-    ]
+    images = [{"id": 7, "file_name": "a.png", "width": 40, "height": 20},
+              {"id": 3, "file_name": "b.png", "width": 20, "height": 40}]
     boxes = [
         {"id": 0, "image_id": 7, "category_id": 90, "bbox": [10, 5, 20, 10], "area": 200, "iscrowd": 0},
         {"id": 1, "image_id": 7, "category_id": 4, "bbox": [0, 0, 8, 8]},
@@ -49,11 +48,6 @@ def tiny(tmp_path: Path) -> Path:
         content = {"images": images, "annotations": boxes, "categories": categories}
         (tmp_path / f"instances_{split}.json").write_text(json.dumps(content))
     return tmp_path
-
-
-def edit(folder: Path, split: str, **changes: object) -> None:
-    path = folder / f"instances_{split}.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def truth(dataset: CocoFolder) -> dict[int, dict[str, torch.Tensor]]:
@@ -74,32 +68,17 @@ def test_composed_set_is_valid_coco(digits: Path) -> None:
         for image in coco.imgs.values():
             with Image.open(digits / "images" / image["file_name"]) as file:
                 assert file.size == (image["width"], image["height"]) == (64, 64)
-            assert coco.imgToAnns[image["id"]]
-        for annotation in coco.anns.values():
-            x, y, w, h = annotation["bbox"]
-            assert min(x, y) >= 0 and x + w <= 64 and y + h <= 64
-            assert 64 * 0.2 < h < 64 * 0.65 and w >= 3
+            boxes = [annotation["bbox"] for annotation in coco.imgToAnns[image["id"]]]
+            assert boxes and all(overlap(a, b) <= MAX_OVERLAP for a, b in combinations(boxes, 2))
+        for x, y, w, h in (annotation["bbox"] for annotation in coco.anns.values()):
+            assert min(x, y) >= 0 and x + w <= 64 and y + h <= 64 and 64 * 0.2 < h < 64 * 0.65 and w >= 3
     assert len(seen) == SETTINGS.train + SETTINGS.val  # image ids are unique over the splits
 
 
-def test_overlap_stays_below_the_limit(digits: Path) -> None:
-    coco = COCO(digits / "instances_train.json")
-    pairs = [
-        overlap(a["bbox"], b["bbox"])
-        for annotations in coco.imgToAnns.values()
-        for a in annotations
-        for b in annotations
-        if a["id"] < b["id"]
-    ]
-    assert pairs and max(pairs) <= MAX_OVERLAP
-
-
 def test_train_and_held_out_share_no_digit_and_no_photograph_pixel(digits: Path) -> None:
-    samples = {
-        split: {a["digit_sample"] for a in COCO(digits / f"instances_{split}.json").anns.values()}
-        for split in ("train", "val")
-    }
-    assert not samples["train"] & samples["val"]
+    train, val = ({a["digit_sample"] for a in COCO(digits / f"instances_{split}.json").anns.values()}
+                  for split in ("train", "val"))
+    assert not train & val
     for photo, (first, last) in PHOTO_COLUMNS["train"].items():
         other_first, other_last = PHOTO_COLUMNS["val"][photo]
         assert last <= other_first or other_last <= first
@@ -115,9 +94,7 @@ def test_composing_depends_only_on_the_settings(digits: Path, tmp_path: Path) ->
     assert (tmp_path / "other" / name).read_bytes() != (digits / name).read_bytes()
 
 
-def test_set_is_reused_replaced_and_never_half_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_set_is_reused_replaced_and_never_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "data"
     small = DigitSettings(train=2, val=1, image_size=32)
     assert compose_digits(folder, small)
@@ -234,24 +211,14 @@ def test_a_voc_folder(tmp_path: Path) -> None:
 def test_bad_folders_are_explained(tiny: Path) -> None:
     with pytest.raises(DataError, match=r"instances_train\.json is missing.*annotations"):
         CocoFolder(tiny / "nowhere", "train", image_size=32)
-    edit(tiny, "val", categories=[], images=[])
-    with pytest.raises(DataError, match=r"instances_val\.json lists no images"):
-        CocoFolder(tiny, "val", image_size=32)
-    (tiny / "instances_val.json").write_text("{")
-    with pytest.raises(DataError, match=r"instances_val\.json is not valid JSON"):
-        CocoFolder(tiny, "val", image_size=32)
-    (tiny / "instances_val.json").write_text("{}")
-    with pytest.raises(DataError, match="no 'images'"):
-        CocoFolder(tiny, "val", image_size=32)
-    (tiny / "a.png").write_bytes(b"not a picture")
-    with pytest.raises(DataError, match=r"cannot read image .*a\.png"):
-        CocoFolder(tiny, "train", image_size=32)[1]
+    for content, message in (
+            ('{"images": [], "categories": [], "annotations": []}', r"instances_val\.json lists no images"),
+            ("{", r"instances_val\.json is not valid JSON"), ("{}", "no 'images'")):
+        (tiny / "instances_val.json").write_text(content)
+        with pytest.raises(DataError, match=message):
+            CocoFolder(tiny, "val", image_size=32)
     (tiny / "a.png").unlink()
     with pytest.raises(DataError, match=r"a\.png.*is in none of .*images"):
-        CocoFolder(tiny, "train", image_size=32)
-    Image.new("RGB", (40, 20)).save(tiny / "a.png")
-    edit(tiny, "train", annotations=[{"id": 1, "image_id": 7, "category_id": 5, "bbox": [0, 0, 1, 1]}])
-    with pytest.raises(DataError, match="category 5"):
         CocoFolder(tiny, "train", image_size=32)
 
 

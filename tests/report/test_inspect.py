@@ -62,8 +62,9 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_text(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["inspect", f"{file}:model", "-k", "natural", *OPTIONS]) == 0
+@pytest.mark.parametrize("task", [OPTIONS[2:], []])
+def test_text(file: Path, task: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", f"{file}:model", "-k", "natural", *OPTIONS[:2], *task]) == 0
     out, notes = capsys.readouterr()
     assert "3 local modules of 3 possible" in out and "backpropagation: " in out and "this plan: " in out
     assert "rung 2 of 5" in notes and "x.shape[-1] > 8" in notes and "model.py" in notes
@@ -79,11 +80,6 @@ def test_json_and_the_plan_file(file: Path, tmp_path: Path, capsys: pytest.Captu
     assert plan.k == 2 and plan.modules[0].channels == 12 and json.loads(kept.read_text()) == json.loads(text)
     assert cli.main(["inspect", f"{file}:Net", "--kwargs", '{"channels": 12}', "--plan", str(kept), "--json"]) == 0
     assert glcan_fx.Plan.from_json(capsys.readouterr().out) == plan
-
-
-def test_without_a_task(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["inspect", f"{file}:model", "--input", "4x3x32x32"]) == 0
-    assert "backpropagation: " in capsys.readouterr().out
 
 
 def test_written_files(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,6 +226,9 @@ PLANS = {
 }
 
 
+SLOW = ("swin_t", "lraspp", "mobilenet_v3_small", "yolo-r34")
+
+
 def rows_of(text: str) -> list[list[str]]:
     """The cells of the printed table, the total last; lines of wrapped cells are left out."""
     table = [re.split(r"  +", line.strip()) for line in text.split("─\n", 1)[1].partition("\n\nSaved")[0].splitlines()]
@@ -237,8 +236,7 @@ def rows_of(text: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[pytest.mark.slow] if name in ("swin_t", "lraspp", "mobilenet_v3_small") else [])
-    for name in PLANS])
+    pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in PLANS])
 def test_golden_text_and_its_totals(name: str) -> None:
     plan = PLANS[name]()
     text = f"{plan}\n"
@@ -311,12 +309,6 @@ def test_the_cache_in_the_picture() -> None:
     assert held == {"c1": ["enc1"], "c2": ["enc1", "enc2"]}
 
 
-def test_depths_are_checked() -> None:
-    plan = small_plan()
-    with pytest.raises(PlanError, match="'stages', 'modules', 'blocks', 'operators'"):
-        plan.to_dot("everything")
-
-
 def data_of(page: str) -> dict[str, object]:
     return json.loads(page.split('id="data">', 1)[1].split("</script", 1)[0])
 
@@ -336,6 +328,8 @@ def test_the_report_s_contents() -> None:
         assert [start for _, start in step["phases"]] == sorted(start for _, start in step["phases"])
     assert any("rung 1" in line for line in data["report"])
     assert [g["label"] for g in data_of(plan.to_html("operators"))["graphs"]][0] == "operators"
+    with pytest.raises(PlanError, match="'stages', 'modules', 'blocks', 'operators'"):
+        plan.to_dot("everything")
 
 
 def test_a_notebook_shows_it() -> None:
@@ -484,10 +478,10 @@ def test_plans_from_files(file: Path, tmp_path: Path, content: str | None, optio
 
 
 def test_memory_is_for_the_optimizer(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shown = []
-    for optimizer in ("sgd", "adam"):
+    peaks = []
+    for optimizer, said in (("sgd", "with SGD and momentum"), ("adam", "with Adam")):
         assert cli.main(["inspect", f"{file}:model", *OPTIONS, "--optimizer", optimizer]) == 0
-        shown.append(capsys.readouterr().out)
-    assert "with SGD and momentum" in shown[0] and "with Adam" in shown[1]
-    peaks = [re.search(r"this plan: ([\d.]+)", text)[1] for text in shown]
-    assert float(peaks[0]) < float(peaks[1])
+        shown = capsys.readouterr().out
+        assert said in shown
+        peaks.append(float(re.search(r"this plan: ([\d.]+)", shown)[1]))
+    assert peaks[0] < peaks[1]
