@@ -89,7 +89,7 @@ def test_what_cannot_be_exported(local, tmp_path, capfd):
     torch.save({"epoch": 3}, tmp_path / "none.pt")
     for file, output, code, said in [("none.pt", "a.pt", 1, "there is no state dict in it"),
                                      (".", "a.pt", 2, "a folder"),
-                                     ("nowhere.pt", "a.pt", 2, "no such file"), ("none.pt", "a.txt", 2, "ends in"),
+                                     ("nowhere.pt", "a.pt", 2, "no such file"), ("none.pt", "a.txt", 2, "must end in"),
                                      ("objects.pt", "a.pt", 2, "--unsafe")]:
         try:
             found = cli.main(["export", str(tmp_path / file), "-o", str(tmp_path / output)])

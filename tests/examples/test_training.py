@@ -203,7 +203,7 @@ def test_a_stopped_run_says_how_to_go_on_and_is_prolonged(pictures: Path, tmp_pa
                 process.send_signal(signal.SIGINT)
     assert process.returncode == 130 and "2 local modules" in said and "with SGD, simulated" in said
     assert "checkpoint.pt (weights, auxiliary networks, optimizer)" in said
-    assert "Go on with:" in said and said.rstrip().endswith("--epochs 40 --resume")
+    assert "Resume with:" in said and said.rstrip().endswith("--epochs 40 --resume")
     step = torch.load(out / "checkpoint.pt", weights_only=False)["step"]
     assert f"stopped at step {step} of 240" in said and step >= 6
 
