@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from records import scores
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.nn.parallel import DistributedDataParallel
@@ -468,7 +469,7 @@ class _Run:
                   "compute": compute}
         write(out / "record.json", json.dumps(record, indent=1) + "\n")
         _curves(out / "curves.png", state.metrics)
-        found = ", ".join(f"{name} {record[name]:.4g}" for name in _scores(state.metrics[-1]))
+        found = ", ".join(f"{name} {record[name]:.4g}" for name in scores(state.metrics[-1]))
         print(f"wrote {out}/record.json: {found}, peak of a step {record['peak_bytes'] / MIB:.0f} MiB, "
               f"{record['seconds_a_step']:.3f} s a step, compute {compute:.2f} of backpropagation's")
         return record
@@ -646,16 +647,10 @@ def _identity(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any
             "torch": torch.__version__}
 
 
-def _scores(metrics: Mapping[str, Any]) -> list[str]:
-    """Names of what says how good the model is."""
-    known = {"step", "epoch", "peak_bytes", "loss", "seconds_a_step", "cosines"}
-    return [name for name in metrics if name not in known]
-
-
 def _curves(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
     from matplotlib.figure import Figure
 
-    quality = _scores(metrics[0])[0]
+    quality = scores(metrics[0])[0]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), ("loss", quality), strict=True):
         axes.plot([line["epoch"] for line in metrics], [line[name] for line in metrics], marker=".")
