@@ -51,7 +51,7 @@ class Patches(Dataset[Any]):
         pairs = [reduced(rgb(path), scale) for path in paths]
         small = sum(min(low.size) < size for _, low in pairs)
         if small:
-            print(f"{small} of {len(pairs)} training images are smaller than a patch, and left out", file=sys.stderr)
+            print(f"{small} of {len(pairs)} training images are smaller than a patch, and skipped", file=sys.stderr)
         self.pairs = [(v2.functional.pil_to_tensor(low), v2.functional.pil_to_tensor(high)) for high, low in pairs
                       if min(low.size) >= size]
         if not self.pairs:

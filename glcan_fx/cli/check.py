@@ -46,7 +46,7 @@ def _sizes(found: CocoFolder) -> str:
     boxes = sorted((box["bbox"][2] * box["bbox"][3]) ** 0.5 for box in found.coco.dataset["annotations"])
     said = "images " + ", ".join(f"{width} x {height}" for _, width, height in _three(images))
     if boxes:
-        said += "; boxes as squares " + ", ".join(f"{side:.0f}" for side in _three(boxes)) + " pixels wide"
+        said += "; boxes, root of area, " + ", ".join(f"{side:.0f}" for side in _three(boxes)) + " pixels"
     return f"{said} (smallest, median, largest)"
 
 

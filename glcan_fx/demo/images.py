@@ -25,7 +25,7 @@ def opened(path: Path) -> Image.Image:
         raise DataError(f"{path} has more pixels than Pillow reads: {error}. If you trust it, set PIL.Image."
                         "MAX_IMAGE_PIXELS, or make it smaller.") from error
     except (UnidentifiedImageError, OSError) as error:
-        what = "is empty" if path.is_file() and path.stat().st_size == 0 else f"is no image that can be read: {error}"
+        what = "is empty" if path.is_file() and path.stat().st_size == 0 else f"is not a readable image: {error}"
         raise DataError(f"cannot read image {path}: it {what}. Replace it, or remove its entry.") from error
 
 

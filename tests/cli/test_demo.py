@@ -129,7 +129,7 @@ def test_wrong_settings(wrong: dict[str, int]) -> None:
 def test_tiny_folder(tiny: Path) -> None:
     dataset = CocoFolder(tiny, "train", image_size=80)
     assert dataset.category_ids == [4, 13, 90] and dataset.classes == ["x", "y", "z"]
-    assert dataset.image_ids == [3, 7] and dataset.changed == {"boxes without area left out": 1}
+    assert dataset.image_ids == [3, 7] and dataset.changed == {"boxes without area dropped": 1}
     empty_image, empty = dataset[0]
     assert empty_image.shape == (3, 80, 40) and empty["boxes"].shape == (0, 4) and len(empty["labels"]) == 0
     image, target = dataset[1]
@@ -269,7 +269,7 @@ def test_user_data_and_a_second_method(
     out = tmp_path / "out"
     assert call("--data", tiny, "--methods", "checkpoint,bp", "--out", out, *SHORT) == 0
     said = capsys.readouterr().err
-    assert said.count("1 box without area left out") == 2 and "1 image without objects" in said
+    assert said.count("1 box without area dropped") == 2 and "1 image without objects" in said
     methods = json.loads((out / "results.json").read_text())["methods"]
     assert methods["checkpoint"]["AP"] is None and not methods["checkpoint"]["evaluations"]
     # The same start, the same images, exact gradients: the same losses.

@@ -120,7 +120,7 @@ def test_a_data_set_is_summed_up(folder, capfd):
     assert cli.main(["check", str(folder)]) == 0
     out = capfd.readouterr().out
     assert "train: 2 images, 2 boxes of 2 classes (cat 1, dog 1)" in out and "val: 2 images, 2 boxes of 1 class" in out
-    assert "images 40 x 30, 40 x 30, 40 x 30; boxes as squares 10, 14, 14 pixels wide" in out
+    assert "images 40 x 30, 40 x 30, 40 x 30; boxes, root of area, 10, 14, 14 pixels" in out
     assert "only in train: dog" in out
 
 

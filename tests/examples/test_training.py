@@ -216,13 +216,16 @@ def test_a_stopped_run_says_how_to_go_on_and_is_prolonged(pictures: Path, tmp_pa
     assert record["epoch"] == 41 and record["epochs"] == 41
 
 
+def on_two_processes(script: Path, *options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", script, *options]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=script.parent)
+
+
 @pytest.mark.slow
 def test_two_processes_train_and_go_on(pictures: Path, tmp_path: Path) -> None:
     options = ["--data", pictures, *SMALL, "--method", "glcan", "-k", "2", "-o", tmp_path / "run"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-               str(EXAMPLES / "train_classification.py")]
     for more in ([], ["--resume", "--epochs", 5]):
-        done = subprocess.run([*command, *map(str, [*options, *more])], capture_output=True, text=True)
+        done = on_two_processes(EXAMPLES / "train_classification.py", *options, *more)
         assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["processes"] == 2 and record["epoch"] == 5 and record["accuracy"] > 10
@@ -231,28 +234,21 @@ def test_two_processes_train_and_go_on(pictures: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_pipeline_of_two_processes_trains_and_goes_on(pictures: Path, tmp_path: Path) -> None:
     """With the numbers of a run that was not stopped; what is saved is a whole model."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-               str(EXAMPLES / "train_classification.py"), "--data", pictures, *SMALL, "--method", "glcan", "-k", "2",
-               "--pipeline", "2", "--micro-batches", "2"]
-    kill = "import training; s = training._State.save; training._State.save = lambda self: (s(self), exit(3))"
-    runs = {"straight": [[]], "stopped": [["-c", kill], ["--resume"]]}
+    whole, stops = EXAMPLES / "train_classification.py", tmp_path / "stops.py"  # behind its first checkpoint
+    stops.write_text(f"import sys; sys.path.insert(0, {str(EXAMPLES)!r})\nimport train_classification, training\n"
+                     "save = training._State.save\ntraining._State.save = lambda self: (save(self), exit(3))\n"
+                     "train_classification.main()\n")
+    options = ["--data", pictures, *SMALL, "--method", "glcan", "-k", "2", "--pipeline", 2, "--micro-batches", 2]
+    for out, script, more in (("straight", whole, ()), ("stopped", stops, ()), ("stopped", whole, ("--resume",))):
+        done = on_two_processes(script, *options, "-o", tmp_path / out, *more)
+        assert (done.returncode == 0) == (script == whole), done.stderr
     found = {}
-    for name, parts in runs.items():
-        for more in parts:
-            words = [*map(str, command), "-o", str(tmp_path / name)]
-            if more[:1] == ["-c"]:  # ends behind its first checkpoint
-                script = tmp_path / "stops.py"
-                script.write_text(f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); {kill}\n"
-                                  "import train_classification; train_classification.main()\n")
-                words[words.index(str(EXAMPLES / "train_classification.py"))] = str(script)
-                more = []
-            done = subprocess.run([*words, *more], capture_output=True, text=True, cwd=tmp_path)
-            assert (done.returncode == 0) == (not (tmp_path / "stops.py").exists() or "--resume" in more), done.stderr
-        content = torch.load(tmp_path / name / "checkpoint.pt", weights_only=False)
-        found[name] = content["model"]
-        record = json.loads((tmp_path / name / "record.json").read_text())
+    for out in ("straight", "stopped"):
+        content = torch.load(tmp_path / out / "checkpoint.pt", weights_only=False)
+        found[out] = content["model"]
+        record = json.loads((tmp_path / out / "record.json").read_text())
         assert record["processes"] == 2 and record["epoch"] == 4 and record["accuracy"] > 60
-        assert [path.name for path in (tmp_path / name).glob("optimizer-*")] == [f"optimizer-{content['step']}"]
+        assert [path.name for path in (tmp_path / out).glob("optimizer-*")] == [f"optimizer-{content['step']}"]
     assert found["straight"].keys() == found["stopped"].keys()
     assert all(torch.equal(found["straight"][key], found["stopped"][key]) for key in found["straight"])
 
