@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 from torchvision.datasets import VOCDetection
 
-from glcan_fx.demo.images import ENDINGS, DataError, sizes
+from glcan_fx.demo.images import DataError, image_named, sizes
 
 _SLACK = 1.0  # pixels by which a box may be outside without a word
 
@@ -107,8 +107,7 @@ def _images(
         names = dict.fromkeys((entry["file_name"], PureWindowsPath(entry["file_name"]).name))
         files = [place / name for name in names for place in places if (place / name).is_file()]
         if not files and not Path(entry["file_name"]).suffix:
-            files = [file for place in places for ending in ENDINGS
-                     for file in (place / f"{entry['file_name']}{ending}",) if file.is_file()]
+            files = [file for place in places if (file := image_named(place, entry["file_name"]))]
         if not files:
             raise DataError(f"{entry['file_name']}, listed in {path}, is in none of {', '.join(map(str, places))}.")
         found.images.append({**entry, "path": files[0], "upright": True})
@@ -257,7 +256,7 @@ def _voc_image(path: Path) -> tuple[dict[str, Any], list[tuple[str, list[float],
     content = VOCDetection.parse_voc_xml(ElementTree.parse(path).getroot())["annotation"] or {}
     given, images = content.get("filename"), path.parent.parent / "JPEGImages"
     entry: dict[str, Any] = {"file_name": path.stem}
-    if given and not any((images / f"{path.stem}{ending}").is_file() for ending in ENDINGS):
+    if given and image_named(images, path.stem) is None:
         entry["file_name"] = given
     size = content.get("size")
     if isinstance(size, dict) and size.get("width") and int(float(size["width"])) > 0:

@@ -17,6 +17,17 @@ class DataError(GlcanFxError):
     """Something about data, or the demo's options, that the user can put right."""
 
 
+def images_in(folder: Path) -> list[Path]:
+    """The image files of a folder and of those inside it, sorted; hidden files are none."""
+    return sorted(path for path in folder.rglob("*")
+                  if path.suffix.lower() in ENDINGS and not path.name.startswith("."))
+
+
+def image_named(folder: Path, stem: str) -> Path | None:
+    """The image file of this name, whatever its ending."""
+    return next((path for ending in ENDINGS if (path := folder / f"{stem}{ending}").is_file()), None)
+
+
 def opened(path: Path) -> Image.Image:
     """An image file, whose pixels are not read yet. Raises DataError where it is none."""
     try:
