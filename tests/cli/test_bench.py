@@ -1,6 +1,7 @@
 """`glcan-fx bench`: methods that do what they say, figures that agree, and rows instead of aborts."""
 import argparse
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from glcan_fx.bench.rows import EXACT_COMPUTE, METHODS, Row
 from glcan_fx.bench.simulated import estimates
 from glcan_fx.cli import arguments
 from glcan_fx.cli import main as cli
+from glcan_fx.measure import medians
 from glcan_fx.peak_memory import PeakMemory
 from glcan_fx.simulate.estimate import curve
 
@@ -201,6 +203,17 @@ def test_largest_batch(limit, batch):
     assert len(tried) < 20
 
 
+def test_steps_are_timed_in_turns_after_a_warm_up():
+    called = []
+
+    def step(name: str, seconds: float) -> None:
+        called.append(name)
+        time.sleep(seconds * (len(called) > 4))
+
+    slow, fast = medians([lambda: step("slow", 0.02), lambda: step("fast", 0)], 3, warm_up=2)
+    assert called == ["slow", "fast"] * 5 and fast < 0.02 <= slow
+
+
 def test_a_curve_has_the_peak_and_is_even_in_bytes():
     live = [10] + [10 + 100 * index for index in range(1, 101)] + [10]
     points = curve(live)
@@ -309,6 +322,8 @@ def test_bfloat16(file, tmp_path):
 def test_a_model_that_cannot_be_used(file, tmp_path, capfd):
     assert command(tmp_path, f"{file}:Broken", "--input", "2x3x16x16", "--device", "estimate")[0] == 1
     assert "nonsense" in capfd.readouterr().out
+    assert cli.main(["bench", "nowhere.py", "--input", "2x3", "--device", "estimate"]) == 2
+    assert "there is no such file" in capfd.readouterr().err
     assert cli.main(["bench", f"{file}:nothing", "--input", "2x3x16x16", "--device", "estimate"]) == 2
     assert "there is no 'nothing'" in capfd.readouterr().err
     assert cli.main(["bench", "tiny", "--task", "poetry", "--device", "estimate"]) == 1
@@ -318,7 +333,6 @@ def test_a_model_that_cannot_be_used(file, tmp_path, capfd):
 @pytest.mark.parametrize(("arguments", "message"), [
     ([], "name a model"),
     (["nets.py"], "pass --input"),
-    (["nowhere.py", "--input", "2x3", "--device", "estimate"], "there is no such file"),
     (["tiny", "--methods", "budget"], "needs --memory-budget"),
     (["tiny", "--input-dtype", "float33"], "float33"),
     (["tiny", "--methods", "bp,magic"], "choose from bp"),

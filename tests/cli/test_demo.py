@@ -268,8 +268,8 @@ def test_user_data_and_a_second_method(
 ) -> None:
     out = tmp_path / "out"
     assert call("--data", tiny, "--methods", "checkpoint,bp", "--out", out, *SHORT) == 0
-    said = capsys.readouterr().err
-    assert said.count("1 box without area dropped") == 2 and "1 image without objects" in said
+    shown, said = capsys.readouterr()
+    assert "as BP" in shown and said.count("1 box without area dropped") == 2 and "1 image without objects" in said
     methods = json.loads((out / "results.json").read_text())["methods"]
     assert methods["checkpoint"]["AP"] is None and not methods["checkpoint"]["evaluations"]
     # The same start, the same images, exact gradients: the same losses.
