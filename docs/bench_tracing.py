@@ -8,9 +8,7 @@ import argparse
 import copy
 import gc
 import inspect
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,24 +24,13 @@ from torchvision.models.feature_extraction import NodePathTracer, _set_default_t
 
 import glcan_fx
 from glcan_fx.capture.ladder import trace
+from glcan_fx.measure import medians
 from glcan_fx.models import retinanet
 from glcan_fx.structure.trunk import analyze
 
 PAGE = Path(__file__).with_name("tracing.md")
 DEPTHS = (18, 34, 50, 101, 152)
 REPEATS = 3
-
-
-def seconds_of(run: Callable[[], Any]) -> float:
-    """Median of a few runs."""
-    times = []
-    for _ in range(REPEATS):
-        gc.collect()
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    gc.collect()
-    return statistics.median(times)
 
 
 def times() -> str:
@@ -55,8 +42,10 @@ def times() -> str:
         plan = glcan_fx.plan(model, k="natural", **given)
         inputs = [torch.empty(spec.shape, device="meta") for spec in plan.inputs]
         nodes = len(trace(model, inputs, path=plan.network).graph.nodes)
-        captured = seconds_of(lambda m=model, i=inputs, p=plan: analyze(trace(m, i, path=p.network)))
-        whole = seconds_of(lambda m=model, g=given: glcan_fx.transform(m, k="natural", **g))
+        gc.collect()
+        steps = (lambda m=model, i=inputs, p=plan: analyze(trace(m, i, path=p.network)),
+                 lambda m=model, g=given: glcan_fx.transform(m, k="natural", **g))
+        captured, whole = medians(steps, REPEATS, warm_up=0)
         lines.append(f"| {name} | {nodes} | {captured:.2f} | {1e3 * captured / nodes:.2f} | {plan.k} | {whole:.1f} |")
         print(lines[-1], file=sys.stderr, flush=True)
     return "\n".join(lines) + "\n"

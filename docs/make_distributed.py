@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import glcan_fx
 from glcan_fx.distributed import channel
+from glcan_fx.measure import medians
 from glcan_fx.models import edsr
 from glcan_fx.models.load import load
 from glcan_fx.peak_memory import PeakMemory
@@ -74,15 +74,14 @@ def one_rank(name: str) -> float:
     local = compiled(name)
     optimizer = torch.optim.SGD(local.parameters(), lr=1e-3, momentum=0.9)
     x, y = batch(name)
-    seconds = []
-    for _ in range(STEPS):
-        began = time.perf_counter()
+
+    def step() -> None:
         optimizer.zero_grad()
         for part in zip(x.chunk(MICRO), y.chunk(MICRO), strict=True):
             (local(*part).loss / MICRO).backward()
         optimizer.step()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[1:])
+
+    return medians([step], STEPS, warm_up=1)[0]
 
 
 def rank(name: str, index: int, folder: Path) -> None:
@@ -169,15 +168,13 @@ def parallel(name: str, index: int, folder: Path) -> None:
         if way == "overlap":
             glcan_fx.distributed.overlap(local)
         optimizer = torch.optim.SGD(local.parameters(), lr=1e-3, momentum=0.9)
-        seconds = []
-        for _ in range(STEPS):
-            dist.barrier()
-            began = time.perf_counter()
+
+        def step(local: Any = local, optimizer: Any = optimizer) -> None:
             optimizer.zero_grad()
             local(x, y).loss.backward()
             optimizer.step()
-            seconds.append(time.perf_counter() - began)
-        found[way] = statistics.median(seconds[1:])
+
+        _, found[way] = medians([dist.barrier, step], STEPS, warm_up=1)
     (folder / f"{index}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

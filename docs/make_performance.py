@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torchvision.models import resnet18
 
 import glcan_fx
 from glcan_fx import Options
+from glcan_fx.measure import medians
 from glcan_fx.models import edsr, retinanet, yolo
 from glcan_fx.models.load import load
 from glcan_fx.presets import PRESETS
@@ -132,20 +134,10 @@ def depths() -> list[dict[str, Any]]:
     return rows
 
 
-def side_by_side(
-    model: nn.Module, plan: glcan_fx.Plan, x: Tensor, y: Tensor, repeats: int
-) -> tuple[float, float]:
+def side_by_side(model: nn.Module, plan: glcan_fx.Plan, x: Tensor, y: Tensor, turns: int) -> list[float]:
     """Median seconds of a step of backpropagation and of the plan, in turns."""
     local = glcan_fx.transform(model, plan=plan).train()
-    steps = (lambda: F.cross_entropy(model(x), y).backward(), lambda: local(x, y).loss.backward())
-    times: tuple[list[float], list[float]] = ([], [])
-    for turn in range(repeats + 2):
-        for step, found in zip(steps, times, strict=True):
-            start = time.perf_counter()
-            step()
-            if turn > 1:
-                found.append(time.perf_counter() - start)
-    return statistics.median(times[0]), statistics.median(times[1])
+    return medians((lambda: F.cross_entropy(model(x), y).backward(), lambda: local(x, y).loss.backward()), turns)
 
 
 def overhead() -> dict[str, float]:
@@ -227,30 +219,22 @@ def times() -> list[dict[str, Any]]:
         y = targets_of(task, size, device)
         inputs = list(x) if task == "detection" else x
         trained = [plan.build(verify=False).train() for plan in plans.values()]
-        found: list[list[float]] = [[] for _ in plans]
-        for turn in range(11):
-            for local, seconds in zip(trained, found, strict=True):
-                local.zero_grad()
-                synchronise(device)
-                start = time.perf_counter()
-                out = local(inputs, y)
-                (sum(out.values()) if isinstance(out, dict) else out.loss).backward()
-                synchronise(device)
-                if turn > 2:
-                    seconds.append(time.perf_counter() - start)
+        steps = [partial(step, local, inputs, y) for local in trained]
         plain = one.simulate(None)
-        for (what, plan), seconds in zip(plans.items(), found, strict=True):
-            step = plan.simulate(None)
-            rows.append({"model": name, "what": what, "seconds": statistics.median(seconds),
-                         "estimated": step.seconds(device), "time": step.relative_to(plain, device),
-                         "compute": step.relative_to(plain), "device": device})
+        for (what, plan), seconds in zip(plans.items(), medians(steps, 8, warm_up=3, device=device), strict=True):
+            estimate = plan.simulate(None)
+            rows.append({"model": name, "what": what, "seconds": seconds, "estimated": estimate.seconds(device),
+                         "time": estimate.relative_to(plain, device), "compute": estimate.relative_to(plain),
+                         "device": device})
             print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
 
-def synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def step(local: nn.Module, inputs: Any, targets: Any) -> None:
+    """Forward and backward."""
+    local.zero_grad()
+    out = local(inputs, targets)
+    (sum(out.values()) if isinstance(out, dict) else out.loss).backward()
 
 
 def targets_of(task: str, size: tuple[int, ...], device: str) -> Any:
@@ -408,8 +392,8 @@ def page(records: dict[str, Any]) -> str:
 
 TEXT = """# Memory, compute and time
 
-What training steps take by backpropagation, by what one would use otherwise, and by glcan_fx: simulated, and measured
-on a CPU. Nothing here was measured on a GPU yet. What to make of it: [choose](choose.md).
+What training steps take with backpropagation, with the usual alternatives, and with glcan_fx: simulated, and measured
+on a CPU. Nothing here has been measured on a GPU yet. How to read it: [choose](choose.md).
 
 ## The models of the paper, at its sizes
 
@@ -418,19 +402,19 @@ Peak memory of a training step in GiB, relative to backpropagation's, and comput
 96 x 96 for EDSR x2 (Adam), 256 at 224 x 224 for ResNet-34; float32, trainable batch norm, SGD with momentum elsewhere.
 *glcan_fx* is at the paper's k (RetinaNet) or the natural one, *fewest* is the default: the fewest local modules with as
 little memory as the natural k. *Budget* is the first again, with `memory_budget=` ({budgets}): the last module in
-slices, blocks that run again, where needed.
+slices, recomputed blocks, where needed.
 
 {estimates}
 
 *checkpoint per block* recomputes every block that is one call of a sub-module. *save_on_cpu* and *accumulation* need
-less memory than glcan_fx: the one moves what backward needs to main memory and back (24 GiB a step for
+less memory than glcan_fx: the first moves what backward needs to main memory and back (24 GiB a step for
 RetinaNet-R50), the other changes what batch norm sees, and is exact and free for EDSR, which has none. All but glcan_fx
 compute backpropagation's gradients; glcan_fx trains with local ones.
 
 ## Exact gradients first
 
 What a step takes at least with backpropagation's own gradients, where it may take so much of its compute (`k=1`, losses
-from class ids, and blocks that run again, nested, as a dynamic programme chooses them), and the default plan: as little
+from class ids, and recomputed blocks, nested, as a dynamic program chooses them), and the default plan: as little
 memory as one local module per block, with the fewest of them, at 5 % more compute at most. Peaks in GiB, simulated
 (`glcan-fx inspect PRESET --frontier`); planning on one core that other work shared.
 
@@ -469,8 +453,8 @@ are those of the ordinary loop. Simulated peaks:
 
 {stepping}
 
-It pays where the peak comes late, when the gradients of many modules wait, and weights are a large part of it; not
-where the first modules are the peak.
+It helps when the peak comes late, while the gradients of many modules wait, and weights are a large part of it; not
+when the first modules are the peak.
 
 ## Overheads
 

@@ -9,125 +9,52 @@ import itertools
 import json
 import re
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib import rcParams
+from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "examples"))
+from records import EXACT, Groups, Record, devices, groups, key, order, scores, setting, table  # noqa: E402
+
 RECORDS, PAGE = HERE / "results.json", HERE / "results.md"
-# what is said elsewhere in a row, or does not change a result
-_SAID = {"task", "data", "test", "method", "k", "k_asked", "seed", "device", "device_name", "commit", "torch", "out",
-         "step", "epoch", "peak_bytes", "compute", "loss", "seconds_a_step", "recipe", "amp"}
-_SETTING = ("limit", "epochs", "batch_size", "lr", "depth", "size", "short", "channels", "blocks", "patch", "each",
-            "scale", "model", "width", "classes", "stock")
-_OPTIONS = ("head", "aux_width", "aux_depth", "aux_hidden", "aux_stride", "aux_lr", "memory_budget", "compute_budget",
-            "predictors", "rules", "ahead", "window")
-_DEFAULTS = {"aux_lr": 1.0, "aux_depth": 0, "predictors": "own", "ahead": 0}
-_METHODS = ("bp", "checkpoint", "dgl", "glcan")
 _LINES = 10  # more are not told apart in a picture
-MIB = 2**20
 
 
-def key(record: dict[str, Any]) -> str:
-    """What a run is a function of, but for the code."""
-    known = ("task", "method", "k", "seed", "device_name", "amp", "data", *_OPTIONS, *_SETTING)
-    return json.dumps({name: record.get(name, _DEFAULTS.get(name)) for name in sorted(known)})
-
-
-def setting(record: dict[str, Any]) -> str:
-    """Data and training, the same for all methods that are compared."""
-    data = record["data"] if isinstance(record["data"], list) else [record["data"]]
-    names = " + ".join(Path(folder).name for folder in data)
-    said = ", ".join(f"{name.replace('_', ' ')} {record[name]}" for name in _SETTING if record.get(name) is not None
-                     and record.get(name) is not False)
-    return f"{record['task']}, {names}: {said}"
-
-
-def options(record: dict[str, Any]) -> str:
-    """What of the method was asked for."""
-    given = [name.replace("_", " ") if record[name] is True else f"{name.replace('_', ' ')} {record[name]}"
-             for name in _OPTIONS if record.get(name) is not None and record[name] != _DEFAULTS.get(name)]
-    return ", ".join(given) or "–"
-
-
-def modules(record: dict[str, Any]) -> str:
-    """How many local modules, and what was asked for."""
-    asked = str(record.get("k_asked", ""))
-    named = record["method"] not in ("bp", "checkpoint") and asked and not asked.isdecimal()
-    return f"{record['k']} ({asked})" if named else str(record["k"])
-
-
-def tables(records: Sequence[dict[str, Any]]) -> list[str]:
+def tables(records: Sequence[Record]) -> list[str]:
     lines: list[str] = []
     drawn_before: set[str] = set()
     for name in dict.fromkeys(map(setting, records)):
         runs = [record for record in records if setting(record) == name]
-        scores = [score for score, value in runs[0].items()
-                  if score not in _SAID | set(_SETTING) | set(_OPTIONS) and isinstance(value, float)]
-        lines += [f"## {name}", "", "| method | k | options | " + " | ".join(scores)
-                  + " | peak of a step | compute | s a step | seeds |"
-                  " commit |", "|---" * (len(scores) + 8) + "|"]
-        groups: Groups = {}
-        for run in runs:
-            groups.setdefault((run["method"], modules(run), options(run)), []).append(run)
-        plain = next((group for (method, _, _), group in groups.items() if method == "bp"), None)
-        for (method, k, given), group in sorted(groups.items(), key=lambda item: _order(item[0][0])):
-            cells = []
-            for score in scores:
-                values = [run[score] for run in group]
-                spread = f" ± {(max(values) - min(values)) / 2:.2g}" if len(values) > 1 else ""
-                gap = ""
-                if plain is not None and method != "bp":
-                    own, other = statistics.fmean(values), statistics.fmean(run[score] for run in plain)
-                    gap = f" ({own / other:.2f})" if score.startswith("AP") else f" ({own - other:+.2f})"
-                    gap = "" if score.startswith("SSIM") else gap
-                cells.append(f"{statistics.fmean(values):.4g}{spread}{gap}")
-            peak = statistics.fmean(run["peak_bytes"] for run in group)
-            against = (f" ({peak / statistics.fmean(run['peak_bytes'] for run in plain):.2f})"
-                       if plain is not None and method != "bp" else "")
-            seconds = statistics.fmean(run["seconds_a_step"] for run in group)
-            lines.append(f"| {method} | {k} | {given} | {' | '.join(cells)} | {peak / MIB:.0f} MiB{against} | "
-                         f"{group[0]['compute']:.2f} | {seconds:.2f} | "
-                         f"{', '.join(str(run['seed']) for run in group)} | "
-                         f"{', '.join(sorted({run['commit'] for run in group}))} |")
-        devices = ", ".join(sorted({run["device_name"] for run in runs}))
-        lines += ["", *curves(name, scores[0], groups, drawn_before), *alignment(groups)]
-        lines += [f"Device: {devices}, torch {', '.join(sorted({run['torch'] for run in runs}))}.", ""]
+        found = groups(runs)
+        lines += [f"## {name}", "", *table(runs), *curves(name, scores(runs[0])[0], found, drawn_before),
+                  *alignment(found), devices(runs), ""]
     return lines
 
 
-def _order(method: str) -> tuple[int, str]:
-    """Backpropagation first, then the methods of old, then the others."""
-    return _METHODS.index(method) if method in _METHODS else len(_METHODS), method
-
-
-Groups = dict[tuple[str, str, str], list[dict[str, Any]]]
-
-
 def said(method: str, k: str, given: str) -> str:
-    return method if method in ("bp", "checkpoint") else f"{method} k={k}" + (f", {given}" if given != "–" else "")
+    return method if method in EXACT else f"{method} k={k}" + (f", {given}" if given != "–" else "")
 
 
-def curves(name: str, score: str, groups: Groups, drawn_before: set[str]) -> list[str]:
+def curves(name: str, score: str, found: Groups, drawn_before: set[str]) -> list[str]:
     """Draws the score over the epochs, the mean of the seeds; ``drawn_before``: names of pictures."""
-    from matplotlib.figure import Figure
-
-    drawn = {key: group for key, group in groups.items() if all(len(run.get("curve", [])) > 2 for run in group)}
+    drawn = {row: group for row, group in found.items() if all(len(run.get("curve", [])) > 2 for run in group)}
     if len(drawn) > _LINES:  # without ablations
         ablated = ("aux", "rules", "predictors")
-        drawn = {key: group for key, group in drawn.items() if not any(name in key[2] for name in ablated)}
+        drawn = {row: group for row, group in drawn.items() if not any(name in row[2] for name in ablated)}
     if len(drawn) < 2:
         return []
     figure = Figure(figsize=(8.5, 3.6), layout="constrained")
     axes = figure.subplots()
     styles = {"bp": "-", "checkpoint": ":", "dgl": "--", "glcan": "-"}
-    for key, group in sorted(drawn.items(), key=lambda item: (_order(item[0][0]), item[0][1])):
+    for row, group in sorted(drawn.items(), key=lambda item: (order(item[0][0]), item[0][1])):
         runs = [dict(map(tuple, run["curve"])) for run in group]
         epochs = sorted(set.intersection(*map(set, runs)))
         means = [statistics.fmean(run[epoch] for run in runs) for epoch in epochs]
-        axes.plot(epochs, means, styles.get(key[0], "-."), label=said(*key), color="black" if key[0] == "bp" else None)
+        axes.plot(epochs, means, styles.get(row[0], "-."), label=said(*row), color="black" if row[0] == "bp" else None)
     axes.set(xlabel="epoch", ylabel=score)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
@@ -139,14 +66,14 @@ def curves(name: str, score: str, groups: Groups, drawn_before: set[str]) -> lis
     return [f"![{score} over the epochs](pictures/{file})", ""]
 
 
-def alignment(groups: Groups) -> list[str]:
+def alignment(found: Groups) -> list[str]:
     """Cosines between the gradients of local losses and of backpropagation, at the end of training."""
     lines = []
-    for key, group in groups.items():
-        found = [run["cosines"] for run in group if "cosines" in run]
-        if found:
-            means = [statistics.fmean(values) for values in zip(*(run.values() for run in found), strict=True)]
-            lines.append(f"| {said(*key)} | {' '.join(f'{mean:.2f}' for mean in means[:-1])} |")
+    for row, group in found.items():
+        aligned = [run["cosines"] for run in group if "cosines" in run]
+        if aligned:
+            means = [statistics.fmean(values) for values in zip(*(run.values() for run in aligned), strict=True)]
+            lines.append(f"| {said(*row)} | {' '.join(f'{mean:.2f}' for mean in means[:-1])} |")
     head = ["Cosine between the gradients of the local losses and of backpropagation, on one batch at the end, from "
             "the first module on:", "", "| | modules |", "|---|---|"]
     return [*head, *lines, ""] if lines else []
@@ -155,11 +82,11 @@ def alignment(groups: Groups) -> list[str]:
 TEXT = """# Results of training
 
 Written by `python docs/make_results.py` from docs/results.json, one record a run of the programs in examples/. Every
-method goes through the same loop, with the same data in the same order. In brackets: beside backpropagation in the same
-table, AP and memory as a ratio, accuracy, mIoU and dB as a difference; ±: half of the range over seeds. Runs shared two
-CPU cores, so that their times say nothing: for those see [performance](performance.md).
+method goes through the same loop, with the same data in the same order. In brackets: relative to backpropagation in the
+same table, AP and memory as a ratio, accuracy, mIoU and dB as a difference; ±: half of the range over seeds. Runs
+shared two CPU cores, so their times mean little: see [performance](performance.md) instead.
 
-What they say so far, on one or two seeds:
+What they show so far, on one or two seeds:
 
 - Fewer local modules lose less, and the natural k often takes no less memory than a few: so `k="fewest"` is the
   default. Two modules of a detector keep all of AP50 and almost all of AP in the memory of nine, two of a U-Net nearly
@@ -171,10 +98,10 @@ What they say so far, on one or two seeds:
   less compute; the U-Net as much less; the CIFAR ResNet, whose blocks are many and small, hardly less.
 - Classification: GLCAN leads DGL at every k, by several points at the natural one. It owes that to the hidden layers in
   front of the mean: without them it is no better than DGL, and a copied block of the trunk instead of them buys less,
-  for twice the compute. Half the width loses where each network predicts from its own output alone (`head lean`).
-- A loss behind the next block (`ahead=1`), and windows of two local modules (`window=2`), close a third and a half of
+  for twice the compute. Half the width loses where each network predicts from its own output only (`head lean`).
+- A loss after the next block (`ahead=1`), and windows of two local modules (`window=2`), close a third and a half of
   the gap at the natural k, for a third and two thirds of backpropagation's compute and twice the memory, on one seed.
-  Four local modules with `compute_budget=1.3` lose less, in less of both. Richer networks behind the next block bought
+  Four local modules with `compute_budget=1.3` lose less, in less of both. Richer networks after the next block bought
   nothing more.
 - Reading the model's own last layer (`predictors="model"`) helps at k=4, by a point, and costs nothing; with
   `compute_budget=1.3`, and at the natural k, it changes no more than a seed does.
@@ -203,7 +130,7 @@ def main() -> None:
         record = {name: value for name, value in record.items() if name not in ("out", "step", "loss")}
         data = record["data"] if isinstance(record["data"], list) else [record["data"]]
         metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        first = next(name for name, value in metrics[0].items() if name not in _SAID and isinstance(value, float))
+        first = scores(metrics[0])[0]
         record["curve"] = [[line["epoch"], round(line[first], 4)] for line in metrics]
         record["data"] = [Path(path).name for path in data]
         if "test" in record:

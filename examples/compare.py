@@ -1,12 +1,12 @@
-"""Compare local-learning methods on a task: train with each, and write a page about them.
+"""Compare local-learning methods on a task: train with each, and print a table.
 
     python examples/compare.py classification --data DIR --methods glcan "glcan --ahead 1" man+dgl --k natural 4 \\
         --seeds 0 1 -- --limit 10000 --epochs 12
-    python examples/compare.py --page docs/methods.md          # the page alone, from docs/results.json
+    python examples/compare.py --page docs/methods.md          # the page about the methods
 
-A method is what the training program's --method takes, with further options of it; what stands behind -- is for all
-runs. Backpropagation and activation checkpointing run beside them. A run that is in --out already is not run again.
-Runs are added to docs/results.json by docs/make_results.py, and the page is written from there.
+A method is a value of the training program's --method, followed by its options; options after -- are for all runs.
+Backpropagation and activation checkpointing run, too. A run that is in --out already is not run again.
+docs/make_results.py adds runs to docs/results.md.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ import inspect
 import json
 import re
 import shlex
-import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from records import EXACT, devices, table
 from train_classification import CifarResNet
 
 import glcan_fx
@@ -32,14 +31,6 @@ from glcan_fx.methods import DGL, GLCAN, HPFF, MAN, Method
 
 ROOT = Path(__file__).parents[1]
 TASKS = ("classification", "detection", "segmentation", "super_resolution")
-MIB = 2**20
-_WITHOUT_MODULES = ("bp", "checkpoint")
-_SETTING = ("task", "data", "limit", "epochs", "batch_size", "lr", "depth", "size", "channels", "blocks", "patch",
-            "scale")
-_OPTIONS = {"ahead": 0, "window": None, "head": None, "aux_width": None, "aux_depth": 0, "aux_hidden": None,
-            "compute_budget": None, "memory_budget": None, "predictors": "own", "rules": None, "aux_lr": 1.0,
-            "aux_stride": None}
-
 DRAWN: dict[str, Method] = {
     "glcan": GLCAN(), "ahead": GLCAN(ahead=1), "dgl": DGL(), "auglocal": methods.AugLocal(),
     "infopro": methods.InfoPro(), "predsim": methods.PredSim(base="dgl"), "man": MAN(base="dgl"),
@@ -51,9 +42,9 @@ def runs_of(args: argparse.Namespace, rest: Sequence[str]) -> list[Path]:
     """Train with every method, number of local modules and seed; the runs' folders."""
     folders = []
     for seed in args.seeds:
-        for text in (*_WITHOUT_MODULES, *args.methods):
+        for text in (*EXACT, *args.methods):
             name, *options = shlex.split(text)
-            for k in [None] if name in _WITHOUT_MODULES else args.k:
+            for k in [None] if name in EXACT else args.k:
                 chosen = [*options, *(["--k", k] if k else []), "--seed", str(seed), *rest]
                 words = re.sub("[^a-z0-9.]+", "-", " ".join([name, *chosen]).lower()).strip("-")
                 folder = args.out / f"{args.task}-{words}"
@@ -68,55 +59,6 @@ def runs_of(args: argparse.Namespace, rest: Sequence[str]) -> list[Path]:
     return folders
 
 
-def table(records: Iterable[dict[str, Any]]) -> list[str]:
-    """Methods of one setting side by side, beside backpropagation's: score, memory, compute and time of a step."""
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for record in records:
-        said = [f"{name.replace('_', ' ')} {record[name]}" for name, usual in _OPTIONS.items()
-                if record.get(name, usual) not in (usual, None)]
-        asked = str(record.get("k_asked") or record["k"])
-        k = f"{record['k']} ({asked})" if asked in ("natural", "fewest") and record["method"] not in (
-            _WITHOUT_MODULES) else str(record["k"])
-        groups.setdefault((record["method"], k, ", ".join(said)), []).append(record)
-    plain = next((group for (name, _, _), group in groups.items() if name == "bp"), None)
-    if plain is None:
-        return []
-    score = next(name for name, value in plain[0].items() if isinstance(value, float) and name not in (
-        "epochs", "lr", "aux_lr", "compute", "loss", "seconds_a_step", "epoch", "compute_budget", "aux_width"))
-    reference = statistics.fmean(run[score] for run in plain)
-    memory = statistics.fmean(run["peak_bytes"] for run in plain)
-    lines = [f"| method | k | options | {score} | peak of a step | compute | s a step | seeds | commit |",
-             "|---" * 9 + "|"]
-
-    def mean(group: list[dict[str, Any]], name: str) -> float:
-        return statistics.fmean(run[name] for run in group)
-
-    order = sorted(groups.items(), key=lambda item: (item[0][0] not in _WITHOUT_MODULES, int(item[0][1].split()[0]),
-                                                     -mean(item[1], score)))
-    for (name, k, said), group in order:
-        values = [run[score] for run in group]
-        spread = f" ± {(max(values) - min(values)) / 2:.2g}" if len(values) > 1 else ""
-        gap = "" if name == "bp" else f" ({statistics.fmean(values) - reference:+.2f})"
-        lines.append(
-            f"| {name} | {k} | {said or '–'} | {statistics.fmean(values):.4g}{spread}{gap} | "
-            f"{mean(group, 'peak_bytes') / MIB:.0f} MiB ({mean(group, 'peak_bytes') / memory:.2f}) | "
-            f"{mean(group, 'compute'):.2f} | {mean(group, 'seconds_a_step'):.2f} | "
-            f"{', '.join(str(run['seed']) for run in group)} | {', '.join(sorted({run['commit'] for run in group}))} |")
-    devices = ", ".join(sorted({f"{run['device_name']}, torch {run['torch']}" for run in plain}))
-    return [*lines, "", f"Device: {devices}.", ""]
-
-
-def settings(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Records by data and training, those in which more than the compared methods of old were run."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        data = record["data"] if isinstance(record["data"], list) else [record["data"]]
-        said = [" + ".join(Path(folder).name for folder in data)]
-        said += [f"{name.replace('_', ' ')} {record[name]}" for name in _SETTING[2:] if record.get(name) is not None]
-        found.setdefault(f"{record['task']}, {', '.join(said)}", []).append(record)
-    return {name: group for name, group in found.items() if len({record["method"] for record in group}) > 3}
-
-
 def paragraphs(kind: type[Method]) -> list[str]:
     """What a method is, by its own docstring; options and what they are published with stand there, too."""
     text = inspect.getdoc(kind) or ""
@@ -124,12 +66,9 @@ def paragraphs(kind: type[Method]) -> list[str]:
     return [block for block in blocks if not block.startswith("Args:") and not block.startswith("Raises ")]
 
 
-def page(path: Path, records: Sequence[dict[str, Any]]) -> None:
+def page(path: Path) -> None:
     """Write the page, and the pictures beside it."""
     lines = [TEXT]
-    for name, group in settings(records).items():
-        lines += [f"### {name}", "", *table(group)]
-    lines += ["## The methods", ""]
     example = torch.empty(128, 3, 32, 32, device="meta")
     for name, method in DRAWN.items():
         plan = glcan_fx.plan(CifarResNet(20), k=4, task="classification", example_inputs=example, method=method)
@@ -164,21 +103,19 @@ another may have as its base. All of them work on any network that can be cut: a
 | a detector | `k=2`, or `"fewest"` | the plain method keeps almost all of AP |
 | super-resolution, a U-Net | `compute_budget=1.3` | decoders in auxiliary networks |
 
-At equal memory fewer local modules of the plain method are better than what couples more of them; the other methods are
-here to compare with, and for what has not been tried yet.
+At equal memory, fewer local modules with the plain method are better than more modules that are coupled. The other
+methods are here for comparison, and for what has not been tried yet.
 
-## What was measured
+Results of training with them: [results](results.md).
 
-In brackets: beside backpropagation in the same table. ±: half of the range over seeds; one run's sampling error is
-about half a point on CIFAR-10. Compute: floating-point operations of a simulated step. Seconds a step are those of
-runs that shared a CPU: they say little.
+## The methods
 """
 
 AHEAD = (
-    "`ahead=r`, an option of every method with auxiliary networks of its own: the loss of a local module is taken "
-    "behind the next r blocks. They are read, and not trained by it, and their forward pass is the one that the next "
-    "local module runs anyway; what it costs are gradients of their inputs, and that two local modules are alive "
-    "together. `window=w` trains the last w local modules with each loss instead, the windows of HPFF without its "
+    "`ahead=r`, an option of every method with its own auxiliary networks: the loss of a local module is computed "
+    "after the next r blocks. It does not train these blocks, and their forward pass is the one that the next local "
+    "module runs anyway. The cost: gradients of their inputs, and two local modules that are alive at the same time."
+    " `window=w` trains the last w local modules with each loss instead, the windows of HPFF without its "
     "patches.")
 
 
@@ -187,29 +124,27 @@ def main() -> None:
     if "--" in own:
         own, rest = own[:own.index("--")], own[own.index("--") + 1:]
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0],
-                                     epilog="What stands behind -- is passed to every run of the training program.")
-    parser.add_argument("task", nargs="?", choices=TASKS, help="whose training program is run; none for the page alone")
+                                     epilog="Options after -- are passed to every run of the training program.")
+    parser.add_argument("task", nargs="?", choices=TASKS, help="the program to run; none: only write the page")
     parser.add_argument("--data", type=Path, nargs="+", metavar="DIR", help="as the training program's")
     parser.add_argument("--methods", nargs="+", default=["glcan", "dgl"], metavar="NAME",
                         help='each with options, such as "glcan --ahead 1" (%(default)s)')
     parser.add_argument("--k", nargs="+", default=["natural"], metavar="K", help="(%(default)s)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="N", help="(%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="the runs (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="their folder (%(default)s)")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the page: docs/methods.md")
     args = parser.parse_args(own)
     if args.task is None and args.page is None:
         parser.error("nothing to do: give a task, or --page docs/methods.md")
-    records = json.loads((ROOT / "docs" / "results.json").read_text())
     if args.task is not None:
         if not args.data:
             parser.error("--data is needed")
         folders = runs_of(args, rest)
         found = [json.loads((folder / "record.json").read_text()) for folder in folders]
-        print("\n".join(table(found)))
+        print("\n".join([*table(found), devices(found)]))
         print(f"to keep them: python docs/make_results.py {' '.join(map(str, folders))}")
-        records += found
     if args.page is not None:
-        page(args.page, records)
+        page(args.page)
 
 
 if __name__ == "__main__":

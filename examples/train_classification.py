@@ -24,7 +24,7 @@ from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
 from training import Experiment, add_arguments, refusing, run
 
-from glcan_fx.demo.images import ENDINGS, DataError, rgb
+from glcan_fx.demo.images import DataError, images_in, rgb
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -113,8 +113,7 @@ def _class_folders(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     found: list[tuple[int, int, Path]] = []
     empty = []
     for label, name in enumerate(classes_of(folder)):
-        files = sorted(path for path in (folder / split / name).glob("**/*")
-                       if path.suffix.lower() in ENDINGS and not path.name.startswith("."))
+        files = images_in(folder / split / name)
         empty += [name] * (not files)
         found += [(place, label, path) for place, path in enumerate(files)]
     if not found:

@@ -20,7 +20,7 @@ from torch import nn
 from torchvision.models.detection.retinanet import RetinaNetHead
 from training import Experiment, add_arguments, refusing, run
 
-from glcan_fx.demo.data import CocoFolder, average_precision, collate, held_out_batches
+from glcan_fx.demo.data import CocoFolder, average_precision, collate, detected
 from glcan_fx.demo.train import anchors_for_any_object
 from glcan_fx.models import retinanet, yolo
 from glcan_fx.models.yolo import COCO_ANCHORS
@@ -69,12 +69,7 @@ def main() -> None:
     print(train.summary(), held.summary(), sep="\n", file=sys.stderr)
 
     def evaluate(model: nn.Module, device: torch.device) -> dict[str, float]:
-        results = []
-        for images, targets in held_out_batches(held, args.batch_size):
-            found = model([image.to(device) for image in images])
-            results += [line for target, one in zip(targets, found, strict=True)
-                        for line in held.results(target["image_id"], one)]
-        return average_precision(held, results)
+        return average_precision(held, detected(model, held, args.batch_size, device))
 
     height, width = (args.short or args.size * 3 // 4), args.size
     experiment = Experiment(

@@ -25,7 +25,7 @@ from torchvision.transforms import v2
 from training import Experiment, add_arguments, refusing, run
 from unet import UNet
 
-from glcan_fx.demo.images import ENDINGS, DataError, opened, rgb, sizes
+from glcan_fx.demo.images import DataError, image_named, opened, rgb, sizes
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IGNORED = 255
@@ -55,7 +55,7 @@ class Masks(Dataset[Any]):
             for value, count in sorted(counts.items()) if value >= classes and value != IGNORED]
         if not any(value < classes for value in counts):
             raise DataError(f"{masks}: no pixel of the masks has a class from 0 to {classes - 1}: their values are "
-                            f"{', '.join(map(str, sorted(counts)[:9]))}. Pass --classes, or write a class a value.")
+                            f"{', '.join(map(str, sorted(counts)[:9]))}. Pass --classes, or give each class its value.")
         resize = v2.Resize(size, antialias=True)
         self.items = []
         for file in files:
@@ -82,16 +82,16 @@ def values_of(mask: Path) -> np.ndarray[Any, Any]:
     if values.ndim == 3 and (values.shape[2] == 2 or (values[..., :1] == values[..., :3]).all()):
         values = values[..., 0]  # grey, with transparency or as a colour
     if values.ndim != 2:
-        raise DataError(f"{mask} is in colours: write masks with a class a value, as grey or with a palette.")
+        raise DataError(f"{mask} is in colours: save masks with one value per class, as grey or with a palette.")
     return values
 
 
 def pair(images: Path, mask: Path) -> tuple[Tensor, np.ndarray[Any, Any]]:
     """The pixels (3, H, W) of the image that a mask belongs to, and the mask's values (H, W). Raises DataError."""
     stem = re.sub(r"[._-]mask$", "", mask.stem)
-    path = next((file for ending in ENDINGS if (file := images / f"{stem}{ending}").is_file()), None)
+    path = image_named(images, stem)
     if path is None:
-        raise DataError(f"{images}: there is no image for the mask {mask.name}: {stem}{ENDINGS[0]}, say")
+        raise DataError(f"{images}: there is no image for the mask {mask.name}, for example {stem}.jpg")
     values = values_of(mask)
     upright, stored = sizes(path)
     size = values.shape[1], values.shape[0]

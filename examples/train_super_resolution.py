@@ -24,13 +24,12 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from training import Experiment, add_arguments, refusing, run
 
-from glcan_fx.demo.images import ENDINGS, DataError, rgb
+from glcan_fx.demo.images import ENDINGS, DataError, images_in, rgb
 from glcan_fx.models import edsr
 
 
-def images_in(folder: Path) -> list[Path]:
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS
-                   and not path.name.startswith("."))
+def some_images(folder: Path) -> list[Path]:
+    found = images_in(folder)
     if not found:
         raise DataError(f"{folder}: there are no images ({', '.join(ENDINGS)})")
     return found
@@ -51,7 +50,7 @@ class Patches(Dataset[Any]):
         pairs = [reduced(rgb(path), scale) for path in paths]
         small = sum(min(low.size) < size for _, low in pairs)
         if small:
-            print(f"{small} of {len(pairs)} training images are smaller than a patch, and left out", file=sys.stderr)
+            print(f"{small} of {len(pairs)} training images are smaller than a patch, and skipped", file=sys.stderr)
         self.pairs = [(v2.functional.pil_to_tensor(low), v2.functional.pil_to_tensor(high)) for high, low in pairs
                       if min(low.size) >= size]
         if not self.pairs:
@@ -101,9 +100,9 @@ def test_pairs(folder: Path, scale: int) -> list[tuple[Image.Image, Image.Image]
     """High and low resolution of a test set."""
     lows = folder / f"LRx{scale}"
     if not lows.is_dir():
-        return [reduced(rgb(path), scale) for path in images_in(folder)]
+        return [reduced(rgb(path), scale) for path in some_images(folder)]
     found = []
-    for path in images_in(lows):
+    for path in some_images(lows):
         names = (path.name, f"{path.stem.removesuffix(f'x{scale}')}{path.suffix}")  # 0801x2.png belongs to 0801.png
         high = next((file for name in names if (file := folder / "HR" / name).is_file()), None)
         if high is None:
@@ -148,7 +147,7 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=64, help="(%(default)s)")
     args = parser.parse_args()
     with refusing():
-        paths = [path for folder in args.data for path in images_in(folder)][:args.limit]
+        paths = [path for folder in args.data for path in some_images(folder)][:args.limit]
         sets = {folder.name: test_pairs(folder, args.scale) for folder in args.test}
         train = Patches(paths, args.scale, args.patch, args.each)
 

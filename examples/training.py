@@ -19,7 +19,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from records import scores
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.nn.parallel import DistributedDataParallel
@@ -42,8 +42,8 @@ from tqdm import tqdm
 import glcan_fx
 from glcan_fx import FeatureInfo
 from glcan_fx.demo.images import DataError
-from glcan_fx.demo.train import peak_of
-from glcan_fx.files import replacing, write
+from glcan_fx.files import replacing, write, write_figure
+from glcan_fx.measure import peak_of, timed
 from glcan_fx.pytree import map_tensors
 from glcan_fx.simulate.estimate import backpropagated, minimised
 from glcan_fx.tasks import make_task
@@ -91,54 +91,61 @@ def add_arguments(parser: argparse.ArgumentParser, *, folders: bool = False, **d
     """Add the options that every program has. folders: data may be in several; defaults: epochs, batch_size, lr."""
     data = parser.add_argument_group("data")
     data.add_argument("--data", type=Path, required=True, metavar="DIR", nargs="+" if folders else None,
-                      help="folder with the data set")
+                      help="folder of the data set")
     data.add_argument("--limit", type=int, metavar="N", help="train on the first N images only")
-    data.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read data (%(default)s)")
+    data.add_argument("--workers", type=int, default=0, metavar="N", help="data loader processes (%(default)s)")
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=float, default=defaults["epochs"], metavar="N", help="(%(default)s)")
-    training.add_argument("--batch-size", type=int, default=defaults["batch_size"], metavar="N", help="(%(default)s)")
-    training.add_argument("--lr", type=float, default=defaults["lr"], help="largest learning rate (%(default)s)")
-    training.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (%(default)s)")
+    training.add_argument("--epochs", type=float, default=defaults["epochs"], metavar="N",
+                          help="training epochs (%(default)s)")
+    training.add_argument("--batch-size", type=int, default=defaults["batch_size"], metavar="N",
+                          help="images per step (%(default)s)")
+    training.add_argument("--lr", type=float, default=defaults["lr"], help="peak learning rate (%(default)s)")
+    training.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentation "
+                          "(%(default)s)")
     training.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     training.add_argument("--amp", action="store_true", help="autocast to bfloat16")
-    training.add_argument("--threads", type=int, metavar="N", help="of a CPU")
+    training.add_argument("--threads", type=int, metavar="N", help="CPU threads")
     method = parser.add_argument_group("method")
     method.add_argument("--method", default="glcan", type=_named, metavar="NAME",
                         help=f"bp, checkpoint, {', '.join(sorted(glcan_fx.methods.METHODS))}, or several, each the "
                         "base of the one before: hpff+man+dgl (%(default)s)")
-    method.add_argument("-k", "--k", default="fewest", help="local modules: a number, fewest, natural, or split points "
-                        "with commas between them (%(default)s)")
-    method.add_argument("--head", choices=("full", "light", "lean"), help="of auxiliary networks")
-    method.add_argument("--aux-width", type=float, metavar="W", help="their relative channels, 0 to 1")
-    method.add_argument("--aux-depth", type=int, default=0, metavar="N", help="trunk blocks in them (%(default)s)")
-    method.add_argument("--aux-hidden", type=int, metavar="N", help="layers in them in front of global average pooling")
-    method.add_argument("--aux-stride", type=int, metavar="N", help="finest level of a detector in them")
-    method.add_argument("--aux-lr", type=float, default=1.0, metavar="F",
-                        help="their learning rate, relative (%(default)s)")
-    method.add_argument("--ahead", type=int, default=0, metavar="N", help="blocks behind its module through which a "
-                        "local loss passes (%(default)s)")
-    method.add_argument("--window", type=int, metavar="N", help="local modules that a local loss trains")
-    method.add_argument("--memory-budget", metavar="6GiB", help="plan for a step in so much")
-    method.add_argument("--compute-budget", type=float, metavar="1.3", help="plan for so much of backpropagation's "
-                        "compute")
-    method.add_argument("--pipeline", type=int, default=1, metavar="N", help="divide the local modules among so many "
-                        "processes of torchrun (%(default)s)")
-    method.add_argument("--micro-batches", type=int, default=8, metavar="N", help="parts of a batch, of a pipeline "
+    method.add_argument("-k", "--k", default="fewest", help="number of local modules: a number, fewest, natural, or "
+                        "split points separated by commas (%(default)s)")
+    method.add_argument("--head", choices=("full", "light", "lean"), help="head of auxiliary networks")
+    method.add_argument("--aux-width", type=float, metavar="W", help="width of auxiliary networks, 0 to 1")
+    method.add_argument("--aux-depth", type=int, default=0, metavar="N", help="trunk blocks in auxiliary networks "
                         "(%(default)s)")
-    method.add_argument("--predictors", choices=("own", "model"), default="own", help="of each auxiliary "
-                        "network, of all in common, or the model's, which are read (%(default)s)")
+    method.add_argument("--aux-hidden", type=int, metavar="N", help="hidden layers of a classifier's auxiliary "
+                        "networks, before global average pooling")
+    method.add_argument("--aux-stride", type=int, metavar="N", help="finest level of a detector's auxiliary "
+                        "networks")
+    method.add_argument("--aux-lr", type=float, default=1.0, metavar="F",
+                        help="learning rate of auxiliary networks, relative (%(default)s)")
+    method.add_argument("--ahead", type=int, default=0, metavar="N", help="number of next blocks that a local loss "
+                        "passes through, without training them (%(default)s)")
+    method.add_argument("--window", type=int, metavar="N", help="number of local modules that a local loss trains")
+    method.add_argument("--memory-budget", metavar="6GiB", help="plan for a step that fits in this much memory")
+    method.add_argument("--compute-budget", type=float, metavar="1.3", help="compute that a step may take, relative "
+                        "to backpropagation")
+    method.add_argument("--pipeline", type=int, default=1, metavar="N", help="divide the local modules among N "
+                        "processes of torchrun (%(default)s)")
+    method.add_argument("--micro-batches", type=int, default=8, metavar="N", help="micro-batches per step of a "
+                        "pipeline (%(default)s)")
+    method.add_argument("--predictors", choices=("own", "model"), default="own", help="last layer of auxiliary "
+                        "networks: their own, or the model's, detached (%(default)s)")
     method.add_argument("--rules", choices=RULES, help="ablation: no feature comes from the cache; a detector's "
                         "own level counts twice; only its nearest level counts")
     output = parser.add_argument_group("output")
     output.add_argument("-o", "--out", type=Path, default=None, metavar="DIR",
-                        help="(runs/TASK-METHOD-kK-sSEED; without -kK where there are no local modules)")
+                        help="folder of the run (runs/TASK-METHOD-kK-sSEED)")
     kept = output.add_mutually_exclusive_group()
-    kept.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out; with more "
-                      "--epochs than before, a run is prolonged")
-    kept.add_argument("--overwrite", action="store_true", help="begin anew where --out holds a run already")
-    output.add_argument("--evaluate-every", type=int, default=1, metavar="EPOCHS", help="(%(default)s)")
-    output.add_argument("--cosines", action="store_true", help="with each evaluation, between every local module's "
-                        "gradient and backpropagation's; takes backpropagation's memory")
+    kept.add_argument("--resume", action="store_true", help="resume from the last checkpoint in --out; more --epochs "
+                      "than before extend the run")
+    kept.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    output.add_argument("--evaluate-every", type=int, default=1, metavar="N",
+                        help="epochs between evaluations (%(default)s)")
+    output.add_argument("--cosines", action="store_true", help="with each evaluation, record the cosine between "
+                        "every local module's gradient and backpropagation's; needs backpropagation's memory")
 
 
 @contextmanager
@@ -259,157 +266,213 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 def run(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     """Train, evaluate, and write metrics.jsonl, curves.png, plan.html, checkpoint.pt and record.json to ``args.out``;
-    returns the record."""
+    returns the record, of the first process."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    rank, processes = joined(args)
-    device = torch.device(args.device)
-    say = partial(print, file=sys.stderr) if rank == 0 else lambda *_: None
-    cuts = args.method not in EXACT
-    if not cuts and args.k != "fewest":
-        raise SystemExit(f"--k {args.k}: --method {args.method} has no local modules; remove it")
-    identity = _identity(experiment, args) | ({"processes": processes} if processes > 1 else {})
-    named = f"-k{args.k.replace(',', '-')}" if cuts else ""
-    out = args.out or Path("runs") / f"{experiment.task}-{args.method}{named}-s{args.seed}"
-    before = _before(out, identity, args)  # first: planning takes seconds
-    per_epoch = len(experiment.train) // args.batch_size  # type: ignore[arg-type]
-    if per_epoch == 0:
-        raise SystemExit(f"{len(experiment.train)} images are less than a batch of {args.batch_size}: choose a "  # type: ignore[arg-type]
-                         "smaller --batch-size")
-    if cuts:
-        say(f"{args.method}: planning, which simulates training steps")
-    try:
-        model, plan = prepared(experiment, args, processes // args.pipeline)
-        pipe = (glcan_fx.distributed.pipeline(model, micro_batches=args.micro_batches, device=device)
-                if args.pipeline > 1 and isinstance(model, glcan_fx.LocalModel) else None)
-    except glcan_fx.GlcanFxError as error:
-        hint = "\n--k takes a number, natural, fewest, or split points" if "split point" in str(error) else ""
-        raise SystemExit(f"{error}{hint}") from error
-    steps = max(1, round(args.epochs * per_epoch))
-    groups = (model.parameter_groups(args.lr, args.lr * args.aux_lr) if isinstance(model, glcan_fx.LocalModel)
-              else [{"params": list(model.parameters()), "lr": args.lr}])
-    own = {id(p) for p in (pipe or model).parameters() if p.requires_grad}
-    for group in groups:
-        group["params"] = [p for p in group["params"] if id(p) in own]
-    groups = [group for group in groups if group["params"]]
-    optimizer = experiment.optimizer(groups, args.lr)
-    rates = [group["lr"] for group in groups]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps, pct_start=0.2)
-    out.mkdir(parents=True, exist_ok=True)
-    state = _State(out, model, optimizer, schedule, identity, rank, pipe)
-    trained: Any = pipe or model
-    if processes > 1 and pipe is None:
-        trained = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
-    if processes > 1:
-        torch.manual_seed(args.seed + rank)
-    if before is None:
-        state.begin()
-    else:
-        state.go_on(before, device)
-        del before  # weights and optimizer state, a second time
+    training = _Run(experiment, args)
     with torch.random.fork_rng():  # a resumed run has its state by now
-        compute = compute_of(experiment, args.method, plan)
-    if plan is not None and rank == 0:
-        plan.save(out / "plan.html")
-        plan.save(out / "plan.json")
-        say(plan.simulated())
-        for number, one in enumerate(plan.on_ranks(args.micro_batches) if pipe is not None else ()):
-            say(f"process {number}: local modules {one.modules[0]} to {one.modules[-1]}, {one.peak / MIB:.0f} MiB, "
-                f"{one.share:.0%} of the operations")
-    task = make_task(experiment.task, None)
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.amp)
+        compute = compute_of(experiment, args.method, training.plan)
+    training.announce()
+    training.model.train()
+    with interruptible() as stop, training.bar:
+        for inputs, targets in training.batches():
+            training.train(*map_tensors((inputs, targets), lambda t: t.to(training.device, non_blocking=True)))
+            training.show()
+            if training.evaluation_is_due():
+                training.evaluate(inputs, targets)
+            if stop() and training.state.step < training.steps:
+                training.stop()
+    if training.processes > 1:
+        dist.destroy_process_group()
+    return {} if training.rank else training.record(compute)
 
-    def step(inputs: Any, targets: Any) -> Tensor:
-        if pipe is not None:
-            with autocast():
-                losses = pipe.step(inputs, targets).losses
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            return torch.stack(list(losses.values())).sum()  # of this process's local modules
-        with autocast():
-            local = plan is not None
-            result = trained(inputs, targets) if local else backpropagated(task, trained, [inputs], targets)
-            loss = minimised(result)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+
+class _Run:
+    """One process of a run: the model and what trains it, from the last checkpoint on where ``--resume`` is given."""
+
+    def __init__(self, experiment: Experiment, args: argparse.Namespace) -> None:
+        self.experiment, self.args = experiment, args
+        self.rank, self.processes = joined(args)
+        self.device = torch.device(args.device)
+        self.task = make_task(experiment.task, None)
+        self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=args.amp)
+        cuts = args.method not in EXACT
+        if not cuts and args.k != "fewest":
+            raise SystemExit(f"--k {args.k}: --method {args.method} has no local modules; remove it")
+        identity = _identity(experiment, args) | ({"processes": self.processes} if self.processes > 1 else {})
+        named = f"-k{args.k.replace(',', '-')}" if cuts else ""
+        out = args.out or Path("runs") / f"{experiment.task}-{args.method}{named}-s{args.seed}"
+        before = _before(out, identity, args)  # first: planning takes seconds
+        images = len(experiment.train)  # type: ignore[arg-type]
+        self.per_epoch = images // args.batch_size
+        if self.per_epoch == 0:
+            raise SystemExit(f"{images} images are less than a batch of {args.batch_size}: choose a smaller "
+                             "--batch-size")
+        self.steps = max(1, round(args.epochs * self.per_epoch))
+        if cuts:
+            self.say(f"{args.method}: planning, which simulates training steps")
+        self.model, self.plan, self.pipe = self._prepared()
+        out.mkdir(parents=True, exist_ok=True)
+        self.state = _State(out, self.model, *self._optimizer(), identity, self.rank, self.pipe)
+        self.trained: Any = self.pipe or self.model
+        if self.processes > 1:
+            if self.pipe is None:
+                devices = [self.device] if self.device.type == "cuda" else None
+                self.trained = DistributedDataParallel(self.model, devices)
+            torch.manual_seed(args.seed + self.rank)
+        if before is None:
+            self.state.begin()
+        else:
+            self.state.go_on(before, self.device)
+        self.times: list[float] = []
+
+    def _prepared(self) -> tuple[nn.Module, glcan_fx.PlannedModel | None, Any]:
+        """The model, its plan, and this process's part of a pipeline."""
+        args = self.args
+        try:
+            model, plan = prepared(self.experiment, args, self.processes // args.pipeline)
+            pipe = (glcan_fx.distributed.pipeline(model, micro_batches=args.micro_batches, device=self.device)
+                    if args.pipeline > 1 and isinstance(model, glcan_fx.LocalModel) else None)
+        except glcan_fx.GlcanFxError as error:
+            hint = "\n--k takes a number, natural, fewest, or split points" if "split point" in str(error) else ""
+            raise SystemExit(f"{error}{hint}") from error
+        return model, plan, pipe
+
+    def _optimizer(self) -> tuple[torch.optim.Optimizer, Any]:
+        """The optimizer of this process's parameters, and its schedule."""
+        model, lr = self.model, self.args.lr
+        groups = (model.parameter_groups(lr, lr * self.args.aux_lr) if isinstance(model, glcan_fx.LocalModel)
+                  else [{"params": list(model.parameters()), "lr": lr}])
+        own = {id(p) for p in (self.pipe or model).parameters() if p.requires_grad}
+        for group in groups:
+            group["params"] = [p for p in group["params"] if id(p) in own]
+        groups = [group for group in groups if group["params"]]
+        optimizer = self.experiment.optimizer(groups, lr)
+        rates = [group["lr"] for group in groups]
+        return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, self.steps, pct_start=0.2)
+
+    def say(self, text: object) -> None:
+        if self.rank == 0:
+            print(text, file=sys.stderr)
+
+    def announce(self) -> None:
+        """Write the plan, say what is to come, and begin the bar."""
+        args, out, plan = self.args, self.state.out, self.plan
+        if plan is not None and self.rank == 0:
+            plan.save(out / "plan.html")
+            plan.save(out / "plan.json")
+            self.say(plan.simulated())
+            for number, one in enumerate(plan.on_ranks(args.micro_batches) if self.pipe is not None else ()):
+                self.say(f"process {number}: local modules {one.modules[0]} to {one.modules[-1]}, "
+                         f"{one.peak / MIB:.0f} MiB, {one.share:.0%} of the operations")
+        every = f"every {args.evaluate_every} epochs" if args.evaluate_every > 1 else "every epoch"
+        self.say(f"{args.method}: {self.steps - self.state.step} of {self.steps} steps to go, an evaluation {every}\n"
+                 f"{out}: with each evaluation checkpoint.pt (weights, auxiliary networks, optimizer), metrics.jsonl; "
+                 f"then record.json, curves.png{', plan.html' if plan else ''}")
+        self.bar = tqdm(
+            total=self.steps, initial=self.state.step, desc="training", file=sys.stderr,
+            disable=True if self.rank else None, dynamic_ncols=True, bar_format="{desc} {percentage:3.0f}%|{bar}| "
+            "{n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]")
+
+    def batches(self) -> Any:
+        """Those that are left; of a pipeline the first process reads them for all."""
+        first, args = self.state.step, self.args
+        if self.pipe is None:
+            return _batches(self.experiment, args, first, self.steps, self.rank, self.processes)
+        if self.rank == 0:
+            return _batches(self.experiment, args, first, self.steps, 0, 1)
+        return repeat((None, None), self.steps - first)
+
+    def train(self, inputs: Any, targets: Any) -> None:
+        """A step, timed, or its memory counted."""
+        state, call = self.state, partial(self._step, inputs, targets)
+        if state.step in _MEASURED:
+            loss, peak = peak_of(call, (self.pipe or self.model, state.optimizer), self.device)
+            state.peak = max(state.peak, peak)
+        else:
+            loss, seconds = timed(call, self.device)
+            self.times.append(seconds)
+            state.seconds = statistics.median(self.times[-200:])
+        state.schedule.step()
+        state.step += 1
+        state.losses.append(float(loss))
+        if not math.isfinite(state.losses[-1]):
+            raise SystemExit(f"the loss is {state.losses[-1]} at step {state.step}: choose a smaller --lr than "
+                             f"{self.args.lr:g}")
+
+    def _step(self, inputs: Any, targets: Any) -> Tensor:
+        """The loss; of a pipeline, that of this process's local modules."""
+        with self.autocast():
+            if self.pipe is not None:
+                loss = torch.stack(list(self.pipe.step(inputs, targets).losses.values())).sum()
+            elif self.plan is not None:
+                loss = minimised(self.trained(inputs, targets))
+            else:
+                loss = minimised(backpropagated(self.task, self.trained, [inputs], targets))
+        if self.pipe is None:
+            loss.backward()
+        self.state.optimizer.step()
+        self.state.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    every = f"every {args.evaluate_every} epochs" if args.evaluate_every > 1 else "every epoch"
-    say(f"{args.method}: {steps - state.step} of {steps} steps to go, an evaluation {every}\n"
-        f"{out}: with each evaluation checkpoint.pt (weights, auxiliary networks, optimizer), metrics.jsonl; then "
-        f"record.json, curves.png{', plan.html' if plan else ''}")
-    times: list[float] = []
-    model.train()
-    batches: Any = _batches(experiment, args, state.step, steps, rank, processes) if pipe is None else (
-        _batches(experiment, args, state.step, steps, 0, 1) if rank == 0 else repeat((None, None), steps - state.step))
-    with interruptible() as stop, tqdm(
-            total=steps, initial=state.step, desc="training", file=sys.stderr, disable=True if rank else None,
-            dynamic_ncols=True, bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
-            "[{elapsed}<{remaining}{postfix}]") as bar:
-        for inputs, targets in batches:
-            inputs, targets = map_tensors((inputs, targets), lambda tensor: tensor.to(device, non_blocking=True))
-            if state.step in _MEASURED:
-                loss, peak = peak_of(partial(step, inputs, targets), pipe or model, optimizer, device)
-                state.peak = max(state.peak, peak)
-            else:
-                begin = time.perf_counter()
-                loss = step(inputs, targets)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                times.append(time.perf_counter() - begin)
-            schedule.step()
-            state.step += 1
-            value = float(loss)
-            if not math.isfinite(value):
-                raise SystemExit(f"the loss is {value} at step {state.step}: choose a smaller --lr than {args.lr:g}")
-            state.losses.append(value)
-            if times:
-                state.seconds = statistics.median(times[-200:])
-            rate = args.batch_size / state.seconds if state.seconds else 0
-            bar.set_postfix_str(f"loss {value:.3f}, {rate:.0f} images/s, {state.peak / MIB:.0f} MiB", refresh=False)
-            bar.update()
-            epoch, rest = divmod(state.step, per_epoch)
-            if state.step == steps or rest == 0 and epoch % args.evaluate_every == 0:
-                quality = {}
-                if pipe is not None:
-                    pipe.gather()
-                if rank == 0:
-                    bar.set_description_str("evaluating")
-                    model.eval()
-                    with torch.no_grad():
-                        quality = experiment.evaluate(model, device)
-                    model.train()
-                    bar.set_description_str("training")
-                aligned = ({"cosines": cosines(task, model, inputs, targets, autocast)}
-                           if args.cosines and isinstance(model, glcan_fx.LocalModel) else {})
-                state.note({"step": state.step, "epoch": state.step / per_epoch, "peak_bytes": state.peak,
-                            "loss": statistics.fmean(state.losses[-per_epoch:]), "seconds_a_step": state.seconds,
-                            **quality, **aligned})
-                said = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
-                if rank == 0:
-                    bar.write(f"epoch {state.step / per_epoch:g}: {said}", file=sys.stderr)
-                state.save()
-            if stop() and state.step < steps:
-                bar.close()
-                if processes > 1:
-                    raise KeyboardInterrupt
-                state.save()
-                again = [*sys.argv, *["--resume"] * (not args.resume)]
-                say(f"stopped at step {state.step} of {steps}, which is saved. Go on with:\n"
-                    f"  python {shlex.join(word for word in again if word != '--overwrite')}")
-                raise SystemExit(130)
-    if processes > 1:
-        dist.destroy_process_group()
-    if rank:
-        return {}
-    record = {**state.identity, "k": plan.k if plan else 1, "out": str(out), **state.metrics[-1], "compute": compute}
-    write(out / "record.json", json.dumps(record, indent=1) + "\n")
-    _curves(out / "curves.png", state.metrics)
-    found = ", ".join(f"{name} {record[name]:.4g}" for name in _scores(state.metrics[-1]))
-    print(f"wrote {out}/record.json: {found}, peak of a step {record['peak_bytes'] / MIB:.0f} MiB, "
-          f"{record['seconds_a_step']:.3f} s a step, compute {compute:.2f} of backpropagation's")
-    return record
+    def show(self) -> None:
+        state = self.state
+        rate = self.args.batch_size / state.seconds if state.seconds else 0
+        self.bar.set_postfix_str(f"loss {state.losses[-1]:.3f}, {rate:.0f} images/s, {state.peak / MIB:.0f} MiB",
+                                 refresh=False)
+        self.bar.update()
+
+    def evaluation_is_due(self) -> bool:
+        epoch, rest = divmod(self.state.step, self.per_epoch)
+        return self.state.step == self.steps or rest == 0 and epoch % self.args.evaluate_every == 0
+
+    def evaluate(self, inputs: Any, targets: Any) -> None:
+        """On the held-out data, by the first process, and save. inputs, targets: of the last step, for cosines."""
+        state, quality = self.state, {}
+        epoch = state.step / self.per_epoch
+        if self.pipe is not None:
+            self.pipe.gather()
+        if self.rank == 0:
+            self.bar.set_description_str("evaluating")
+            self.model.eval()
+            with torch.no_grad():
+                quality = self.experiment.evaluate(self.model, self.device)
+            self.model.train()
+            self.bar.set_description_str("training")
+        aligned = {}
+        if self.args.cosines and isinstance(self.model, glcan_fx.LocalModel):
+            batch = map_tensors((inputs, targets), lambda tensor: tensor.to(self.device))
+            aligned = {"cosines": cosines(self.task, self.model, *batch, self.autocast)}
+        state.note({"step": state.step, "epoch": epoch, "peak_bytes": state.peak,
+                    "loss": statistics.fmean(state.losses[-self.per_epoch:]), "seconds_a_step": state.seconds,
+                    **quality, **aligned})
+        if self.rank == 0:
+            said = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
+            self.bar.write(f"epoch {epoch:g}: {said}", file=sys.stderr)
+        state.save()
+
+    def stop(self) -> None:
+        """Save, and say how to resume."""
+        self.bar.close()
+        if self.processes > 1:
+            raise KeyboardInterrupt
+        self.state.save()
+        again = [*sys.argv, *["--resume"] * (not self.args.resume)]
+        self.say(f"stopped at step {self.state.step} of {self.steps}, which is saved. Resume with:\n"
+                 f"  python {shlex.join(word for word in again if word != '--overwrite')}")
+        raise SystemExit(130)
+
+    def record(self, compute: float) -> dict[str, Any]:
+        """What the run reached, as it is written."""
+        state, out = self.state, self.state.out
+        record = {**state.identity, "k": self.plan.k if self.plan else 1, "out": str(out), **state.metrics[-1],
+                  "compute": compute}
+        write(out / "record.json", json.dumps(record, indent=1) + "\n")
+        _curves(out / "curves.png", state.metrics)
+        found = ", ".join(f"{name} {record[name]:.4g}" for name in scores(state.metrics[-1]))
+        print(f"wrote {out}/record.json: {found}, peak of a step {record['peak_bytes'] / MIB:.0f} MiB, "
+              f"{record['seconds_a_step']:.3f} s a step, compute {compute:.2f} of backpropagation's")
+        return record
 
 
 def compute_of(experiment: Experiment, method: str, plan: glcan_fx.Plan | None) -> float:
@@ -507,17 +570,17 @@ def _before(out: Path, identity: Mapping[str, Any], args: argparse.Namespace) ->
     path = out / "checkpoint.pt"
     if not args.resume:
         if path.exists() and not args.overwrite:
-            raise SystemExit(f"{out} holds a run already: go on with --resume, replace it with --overwrite, or choose "
-                             "another --out")
+            raise SystemExit(f"{out} holds a run already: resume it with --resume, replace it with --overwrite, or "
+                             "choose another --out")
         return None
     if not path.is_file():
-        raise SystemExit(f"{path}: there is no checkpoint to go on from; leave out --resume")
+        raise SystemExit(f"{path}: there is no checkpoint to resume from; remove --resume")
     content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
     own = {key: value for key, value in identity.items() if key != "commit"}
     other = {key: value for key, value in content["identity"].items() if key != "commit"}
     if own["epochs"] > other["epochs"]:
-        print(f"prolonged from {other['epochs']:g} to {own['epochs']:g} epochs: learning rates are those of so many "
-              "from here on, so the result is not that of a run which had as many from the start", file=sys.stderr)
+        print(f"extended from {other['epochs']:g} to {own['epochs']:g} epochs: from here on, learning rates are those "
+              "of the longer schedule, so the result differs from a run that had it from the start", file=sys.stderr)
         other["epochs"] = own["epochs"]
     if own != other:
         differing = ", ".join(f"{key}: {other.get(key)} then, {own.get(key)} now" for key in own
@@ -584,20 +647,13 @@ def _identity(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any
             "torch": torch.__version__}
 
 
-def _scores(metrics: Mapping[str, Any]) -> list[str]:
-    """Names of what says how good the model is."""
-    known = {"step", "epoch", "peak_bytes", "loss", "seconds_a_step", "cosines"}
-    return [name for name in metrics if name not in known]
-
-
 def _curves(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
     from matplotlib.figure import Figure
 
-    quality = _scores(metrics[0])[0]
+    quality = scores(metrics[0])[0]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), ("loss", quality), strict=True):
         axes.plot([line["epoch"] for line in metrics], [line[name] for line in metrics], marker=".")
         axes.set(xlabel="epoch", ylabel=name)
         axes.grid(alpha=0.3)
-    with replacing(path) as file:
-        figure.savefig(file, dpi=120)
+    write_figure(path, figure)

@@ -17,6 +17,12 @@ def write(path: str | Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def write_figure(path: str | Path, figure: Any, dpi: int = 120) -> None:
+    """Write a matplotlib figure, in the format of the file's ending."""
+    with replacing(path) as file:
+        figure.savefig(file, dpi=dpi, format=Path(path).suffix.removeprefix("."))
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[IO[bytes]]:
     """A file to write to, which takes the place of ``path`` when all is written.

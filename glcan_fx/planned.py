@@ -187,7 +187,7 @@ class PlannedModel:
         return self.plan.to_json()
 
     def to_dot(self, depth: str | None = None) -> str:
-        """The partition graph in Graphviz's DOT language. depth: "stages" (local modules that are alike as one),
+        """The partition graph in Graphviz's DOT language. depth: "stages" (identical local modules as one),
         "modules", "blocks" or "operators"; None: stages for more than 20 local modules, else modules."""
         structure = self.captured.structure if isinstance(self.captured, Captured) else None
         return plan_dot(self.plan, self._simulated(), depth, structure)

@@ -1,4 +1,4 @@
-"""Models that `glcan-fx bench` knows by name; data only. Sizes are those of the experiments of GLCAN, section 5."""
+"""Models that the command line knows by name; data only. Sizes are those of the experiments of GLCAN, section 5."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,11 +7,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Preset:
-    """A model and how it is trained. target, kwargs: as ``targets.load`` takes them; inputs: sizes of a batch."""
+    """A model and how it is trained. target, kwargs: as ``models.load`` takes them; inputs: sizes of a batch."""
 
     target: str
     inputs: tuple[tuple[int, ...], ...]
-    task: str
+    task: str | None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     k: int | str = "fewest"
     optimizer: str = "sgd"

@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import Literal
 
 from glcan_fx.errors import PlanError
 
@@ -18,9 +19,11 @@ def size(count: int, *, up: bool = False) -> str:
     return f"{math.ceil(value * 10**digits) / 10**digits if up else value:.{digits}f} {unit}"
 
 
-def in_bytes(budget: int | float | str) -> int:
-    """A memory budget in bytes, given as a number or as text ("6GiB", "500 MB"). Raises PlanError for anything else,
-    and for a number that can only be meant in another unit."""
+def in_bytes(budget: int | float | str) -> int | Literal["least"]:
+    """A memory budget in bytes, given as a number or as text ("6GiB", "500 MB"); "least" stays what it is. Raises
+    PlanError for anything else, and for a number that can only be meant in another unit."""
+    if budget == "least":
+        return "least"
     number, unit = budget, ""
     if isinstance(budget, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", budget.lower())

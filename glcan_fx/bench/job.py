@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,17 +10,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from glcan_fx.bench.rows import EXACT_COMPUTE
 from glcan_fx.config import Options
 from glcan_fx.errors import GlcanFxError
 from glcan_fx.pytree import map_tensors
 from glcan_fx.tasks import AnyLoss, Task, make_task
-
-OURS = ("exact", "glcan", "budget")
-"""Methods that are plans."""
-
-EXACT_COMPUTE = 1.34
-"""What an exact plan may take, relative to backpropagation's: about one forward pass more, as checkpointing takes that
-recomputes every block."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +44,11 @@ class Job:
         """Images of a step."""
         return self.inputs[0][0]
 
+    @property
+    def sizes(self) -> str:
+        """Of the inputs, for people."""
+        return ", ".join("x".join(map(str, size)) for size in self.inputs)
+
     def make_task(self) -> Task:
         """The task of that name; without one, a loss that stands for any."""
         return AnyLoss() if self.task is None else make_task(self.task, None)
@@ -59,6 +57,10 @@ class Job:
         """Inputs without data."""
         made = tuple(torch.empty(size, dtype=getattr(torch, self.dtype), device="meta") for size in self.inputs)
         return made[0] if len(made) == 1 else made
+
+    def autocast(self, device: str) -> torch.autocast:
+        """Autocast to bfloat16, where the job asks for it."""
+        return torch.autocast(device, torch.bfloat16, enabled=self.amp)
 
 
 class Skipped(Exception):
@@ -83,22 +85,10 @@ def own(tensor: Tensor) -> Tensor:
     return tensor.new_empty(tensor.shape) if isinstance(tensor, FakeTensor) else tensor.clone()
 
 
-def batch_statistics(model: nn.Module) -> bool:
-    """Whether a module normalises by the batch, so that a split batch gives other results."""
-    return any(isinstance(part, _BatchNorm) and part.training for part in model.modules())
-
-
-def autocast_of(job: Job, device: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device, torch.bfloat16) if job.amp else nullcontext()
-
-
-def under_autocast(model: nn.Module, job: Job, device: str) -> None:
-    if job.amp:
-        model.forward = torch.autocast(device, torch.bfloat16)(model.forward)
-
-
 def micro_notes(model: nn.Module) -> list[str]:
-    return ["changes batch statistics: each image is normalised by its own"] if batch_statistics(model) else []
+    """What a split batch changes."""
+    norms = any(isinstance(part, _BatchNorm) and part.training for part in model.modules())
+    return ["changes batch statistics: each image is normalised by its own"] if norms else []
 
 
 def options_of(job: Job, method: str) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import statistics
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -18,22 +16,20 @@ from torch.autograd.graph import save_on_cpu
 from torch.optim import Optimizer
 
 from glcan_fx import api
-from glcan_fx.bench.job import OURS, Job, Skipped, at_batch, autocast_of, micro_notes, options_of
+from glcan_fx.bench.job import Job, Skipped, at_batch, micro_notes, options_of
 from glcan_fx.bench.peers import PREPARE
+from glcan_fx.bench.rows import OURS
 from glcan_fx.config import OPTIMIZERS
 from glcan_fx.errors import UnusedGradientsWarning
+from glcan_fx.measure import medians, peak_of, synchronize
 from glcan_fx.models.load import load
-from glcan_fx.peak_memory import PeakMemory
 from glcan_fx.pytree import map_tensors, tensors_in
-from glcan_fx.simulate.estimate import (
-    backpropagated,
-    minimised,
-)
+from glcan_fx.simulate.estimate import backpropagated, minimised
 from glcan_fx.step.local_model import LocalModel
 from glcan_fx.tasks import Spec, Task, specs
 
 WARM_UP_STEPS = 3  # neither timed nor measured: allocators, kernels and the optimizer's state settle
-COMPILE_BUDGET = 0.5  # of the activations that torch.compile keeps without a budget
+COMPILE_BUDGET = 0.5  # of the activations that torch.compile saves without a budget
 PRECISION = 32  # the largest batch is searched to one part in so many
 LEARNING_RATE = 1e-6  # the weights stay as they were initialised, so that every step costs the same
 
@@ -42,7 +38,7 @@ def measured(job: Job, method: str, blocks: Sequence[str]) -> dict[str, Any]:
     """Train a few steps on the device: peak memory in bytes, median time of a step in seconds."""
     device = torch.device(job.device)
     if method == "offload" and device.type == "cpu":
-        raise Skipped("not measured: on a CPU there is nowhere else to move to")
+        raise Skipped("not measured: on a CPU, tensors are in main memory already")
     if method == "compile" and device.type == "cpu":
         raise Skipped("not measured: memory of compiled code cannot be counted on a CPU")
     torch.manual_seed(job.seed)
@@ -50,7 +46,8 @@ def measured(job: Job, method: str, blocks: Sequence[str]) -> dict[str, Any]:
     task = job.make_task()
     inputs, targets = batch_of(job, model, task)
     notes = micro_notes(model) if method == "accumulate" else []
-    result: dict[str, Any] = {"notes": notes, "device": device_name(device)}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    result: dict[str, Any] = {"notes": notes, "device": name}
     trained: nn.Module = model
     if method in OURS:
         trained = api.transform(model, **options_of(job, method))
@@ -61,13 +58,14 @@ def measured(job: Job, method: str, blocks: Sequence[str]) -> dict[str, Any]:
         functorch_config.activation_memory_budget = COMPILE_BUDGET
         model.compile()
     train = Training(job, method, trained, task)
+    fits = True
     try:
         result |= train.measure(inputs, targets)
     except torch.OutOfMemoryError:
-        result["reason"] = f"out of memory at batch {job.batch}"
+        fits, result["reasons"] = False, [f"out of memory at batch {job.batch}"]
     if job.largest_batch and method != "accumulate":
         warnings.simplefilter("ignore", UnusedGradientsWarning)  # of steps that ran out of memory
-        result["largest_batch"] = largest(partial(train.fits, inputs, targets), job.batch, known="reason" not in result)
+        result["largest_batch"] = largest(partial(train.fits, inputs, targets), job.batch, known=fits)
     return result
 
 
@@ -86,7 +84,7 @@ class Training:
         self.optimizer.zero_grad()
         for _ in range(self.job.batch if self.method == "accumulate" else 1):
             offload = save_on_cpu(pin_memory=True) if self.method == "offload" else nullcontext()
-            with offload, autocast_of(self.job, self.device.type):
+            with offload, self.job.autocast(self.device.type):
                 if isinstance(self.model, LocalModel):
                     loss = minimised(self.model(*inputs, targets))
                 else:
@@ -95,31 +93,16 @@ class Training:
         self.optimizer.step()
 
     def measure(self, inputs: list[Any], targets: Any) -> dict[str, Any]:
-        """Peak memory and time, after the warm-up."""
+        """Time, and then the peak memory of one more step: counting takes time."""
         if self.method == "accumulate":  # one image at a time is on the device
             inputs, targets = at_batch(inputs, self.job.batch, 1), at_batch(targets, self.job.batch, 1)
-        for _ in range(WARM_UP_STEPS):
-            self.step(inputs, targets)
-        cuda = self.device.type == "cuda"
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
-        seconds = []
-        for _ in range(self.job.steps):
-            self._wait()
-            start = time.perf_counter()
-            self.step(inputs, targets)
-            self._wait()
-            seconds.append(time.perf_counter() - start)
-        median = statistics.median(seconds)
-        result = {"step_seconds": median, "images_per_second": self.job.batch / median}
-        if cuda:
-            return {**result, "measured": torch.cuda.max_memory_allocated(self.device),
-                    "reserved": torch.cuda.max_memory_reserved(self.device)}
+        step = partial(self.step, inputs, targets)
+        [seconds] = medians([step], self.job.steps, warm_up=WARM_UP_STEPS, device=self.device)
         self.optimizer.zero_grad()
-        # counting takes time, so this step is not one of the timed
-        with PeakMemory(self.model, self.optimizer, *tensors_in([inputs, targets])) as memory:
-            self.step(inputs, targets)
-        return {**result, "measured": memory.bytes, "flops": memory.flops}
+        _, peak = peak_of(step, (self.model, self.optimizer, *tensors_in([inputs, targets])), self.device)
+        reserved = torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else None
+        return {"step_seconds": seconds, "images_per_second": self.job.batch / seconds, "measured": peak,
+                "reserved": reserved}
 
     def fits(self, inputs: list[Any], targets: Any, batch: int) -> bool:
         """Whether steps of so many images do not run out of memory."""
@@ -129,14 +112,10 @@ class Training:
         try:
             for _ in range(2):  # the first one makes the optimizer's state
                 self.step(at_batch(inputs, self.job.batch, batch), at_batch(targets, self.job.batch, batch))
-            self._wait()
+            synchronize(self.device)
         except torch.OutOfMemoryError:
             return False
         return True
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def largest(fits: Callable[[int], bool], batch: int, *, known: bool) -> int:
@@ -161,7 +140,7 @@ def batch_of(job: Job, model: nn.Module, task: Task) -> tuple[list[Any], Any]:
     if task.result() == "dict":
         inputs = [list(inputs[0])]
     else:
-        with torch.no_grad(), autocast_of(job, device.type):
+        with torch.no_grad(), job.autocast(device.type):
             outputs = model(*inputs)
     targets = task.example_targets(model, tuple(map(Spec.of, tensors_in(inputs))) if outputs is not None else sizes,
                                    outputs)
@@ -172,7 +151,3 @@ def _random(like: Tensor, device: torch.device) -> Tensor:
     if like.is_floating_point():
         return torch.rand(like.shape, dtype=like.dtype, device=device)
     return torch.zeros(like.shape, dtype=like.dtype, device=device)  # 0 is an index of anything
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

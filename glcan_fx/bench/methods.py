@@ -15,7 +15,7 @@ from typing import Any
 from glcan_fx.bench.job import Job
 from glcan_fx.bench.measured import measured
 from glcan_fx.bench.simulated import estimates, row
-from glcan_fx.errors import GlcanFxError
+from glcan_fx.errors import GlcanFxError, LoadError
 
 
 def main() -> int:
@@ -36,7 +36,7 @@ def main() -> int:
             for message in estimates(job, given["methods"]):
                 send(message)
     except (GlcanFxError, OSError) as error:
-        send({"fatal": str(error), "code": 2 if isinstance(error, OSError) else 1})
+        send({"fatal": str(error), "usage": isinstance(error, LoadError | OSError)})
     except KeyboardInterrupt:
         return 130
     return 0

@@ -13,9 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from glcan_fx.bench.job import Skipped
-from glcan_fx.simulate.estimate import (
-    recompute,
-)
+from glcan_fx.simulate.estimate import recompute
 
 _aten = torch.ops.aten
 _EXPENSIVE: list[Any] = [
@@ -75,8 +73,10 @@ def _in_turn(group: Sequence[nn.Module], value: Any) -> Any:
 
 def _some(blocks: Sequence[str]) -> Sequence[str]:
     if not blocks:
-        raise Skipped("no block of the model was found that is one call of a sub-module with parts")
+        raise Skipped("no block of the model is a single call of a sub-module that has children")
     return blocks
+
+
 PREPARE: Mapping[str, Callable[[nn.Module, Sequence[str]], None]] = {
     "checkpoint": checkpointed,
     "nested": nested_checkpointed,

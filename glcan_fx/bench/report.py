@@ -1,18 +1,15 @@
-"""What `glcan-fx bench` shows: the table, the JSON file, the plot."""
+"""What `glcan-fx bench` shows: the table, the JSON file, the page."""
 
 from __future__ import annotations
 
 import json
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 import torch
 import torchvision
-from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -20,18 +17,13 @@ from rich.table import Table
 from glcan_fx import __version__
 from glcan_fx.bench.job import Job
 from glcan_fx.bench.measured import COMPILE_BUDGET, PRECISION
-from glcan_fx.bench.rows import EXPLAINED, Row
-from glcan_fx.files import replacing, write
+from glcan_fx.bench.rows import METHODS, Row
 from glcan_fx.presets import PRESETS
+from glcan_fx.report.comparison import Figure, cells, comparison_table
 from glcan_fx.report.page import page
 from glcan_fx.units import size
 
 WIDTH = 100  # columns: of the table at most, and where the width is not known
-COLOURS = {"bp": "tab:blue", "checkpoint": "tab:green", "nested": "tab:olive", "selective": "tab:cyan",
-           "offload": "tab:gray", "accumulate": "tab:brown", "compile": "tab:purple", "exact": "tab:pink",
-           "glcan": "tab:orange", "budget": "tab:red"}
-
-_Figure = Callable[[Row], float | None]
 
 
 def _console() -> Console:
@@ -42,7 +34,8 @@ def _console() -> Console:
 def show(rows: Sequence[Row], job: Job) -> None:
     """The table and its footnotes on stdout, and how to read it on stderr."""
     console = _console()
-    console.print(table(rows, job))
+    padding = (0, 1) if job.device == "estimate" else (0, 1, 0, 0)
+    console.print(comparison_table(*compared(rows, job), padding=padding, pad_edge=False))
     for number, line in enumerate(footnotes(rows), 1):
         console.print(f"[{number}] {line}", markup=False, highlight=False)
     print("\n".join(explanation(rows, job)), file=sys.stderr)
@@ -53,52 +46,27 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(line for row in rows for line in row.reasons + row.notes))
 
 
-def table(rows: Sequence[Row], job: Job) -> Table:
-    """One row per method: each figure, and its ratio to backpropagation's."""
-    columns, lines = cells(rows, job)
-    padding = (0, 1) if job.device == "estimate" else (0, 1, 0, 0)
-    made = Table(box=SIMPLE_HEAD, show_edge=False, padding=padding, pad_edge=False)
-    for title in columns:
-        made.add_column(title, justify="right" if title != "method" else "left", no_wrap=True,
-                        style="cyan" if "BP" in title else "")
-    for first, *others in lines:
-        made.add_row(first.replace("[", r"\["), *others)
-    return made
-
-
-def cells(rows: Sequence[Row], job: Job) -> tuple[list[str], list[list[str]]]:
-    """The table's columns and cells as text."""
+def compared(rows: Sequence[Row], job: Job) -> tuple[list[str], list[list[str]]]:
+    """The table's columns and cells: each method's figures, and their ratios to backpropagation's."""
     name, unit, digits = _unit(rows)
     reference = next((row for row in rows if row.method == "bp"), None)
-    figures: list[tuple[str, str, _Figure, bool]] = [
-        (f"estimated\npeak {name}", digits, lambda row: _in(row.estimated, unit), True),
-        ("\ncompute", "", lambda row: row.flops, True),
+    figures: list[Figure[Row]] = [
+        Figure(f"estimated\npeak {name}", digits, lambda row: _in(row.estimated, unit)),
+        Figure("\ncompute", "", lambda row: row.flops),
     ]
     if job.device != "estimate":
         figures += [
-            (f"measured\npeak {name}", digits, lambda row: _in(row.measured, unit), True),
-            ("step\nms", ".0f" if (reference and reference.step_seconds or 1) > 0.1 else ".1f",
-             lambda row: _in(row.step_seconds, 1e-3), True),
-            ("images\n/s", ".1f", lambda row: row.images_per_second, False),
+            Figure(f"measured\npeak {name}", digits, lambda row: _in(row.measured, unit)),
+            Figure("step\nms", ".0f" if (reference and reference.step_seconds or 1) > 0.1 else ".1f",
+                   lambda row: _in(row.step_seconds, 1e-3)),
+            Figure("images\n/s", ".1f", lambda row: row.images_per_second, ratio=False),
         ]
     if job.largest_batch:
-        figures.append(("largest\nbatch", ".0f", lambda row: row.largest_batch, True))
-    columns = ["method"]
-    for title, form, _, ratio in figures:
-        columns += [title] * bool(form) + ["vs\nBP" if form else f"{title}\nvs BP".strip()] * ratio
+        figures.append(Figure("largest\nbatch", ".0f", lambda row: row.largest_batch))
     notes = footnotes(rows)
-    lines = []
-    for row in rows:
-        marks = "".join(f" [{notes.index(line) + 1}]" for line in dict.fromkeys(row.reasons + row.notes))
-        line = [f"{row.title}{marks}"]
-        for _, form, figure, ratio in figures:
-            value, base = figure(row), figure(reference) if reference else None
-            if form:
-                line.append("–" if value is None else format(value, form))
-            if ratio:
-                line.append("" if value is None or not base else f"{value / base:.2f}")
-        lines.append(line)
-    return columns, lines
+    named = [(row.title + "".join(f" [{notes.index(line) + 1}]" for line in dict.fromkeys(row.reasons + row.notes)),
+              row) for row in rows]
+    return cells(named, figures, reference)
 
 
 def _unit(rows: Sequence[Row]) -> tuple[str, int, str]:
@@ -113,10 +81,9 @@ def _in(value: float | None, unit: float) -> float | None:
 
 def explanation(rows: Sequence[Row], job: Job) -> list[str]:
     """What the figures are, in a few lines."""
-    sizes = ", ".join("x".join(map(str, given)) for given in job.inputs)
     amp = ", autocast to bfloat16" if job.amp else ""
     lines = [
-        f"{job.target}, {sizes} {job.dtype}, {job.optimizer}{amp}.",
+        f"{job.target}, {job.sizes} {job.dtype}, {job.optimizer}{amp}.",
         "Estimated: live tensor bytes of a step simulated on fake tensors, without library workspaces.",
         "Compute: floating-point operations of convolutions, matrix products and attention.",
     ]
@@ -124,11 +91,11 @@ def explanation(rows: Sequence[Row], job: Job) -> list[str]:
         how = ("torch.cuda.max_memory_allocated" if job.device.startswith("cuda") else
                "live tensor bytes (glcan_fx.peak_memory.PeakMemory)")
         lines += [f"Measured: {how}.",
-                  f"Step: median of {job.steps}, after a warm-up; every method in a process of its own."]
+                  f"Step: median of {job.steps} after a warm-up; every method runs in its own process."]
     if job.largest_batch:
-        lines.append(f"Largest batch: to one part in {PRECISION}.")
+        lines.append(f"Largest batch: to within 1/{PRECISION}.")
     if job.task is None:
-        lines.append("No --task: the loss is the mean square of the outputs, which stands for yours.")
+        lines.append("No --task: the loss is the mean square of the outputs, a stand-in for yours.")
     if any(row.method in ("glcan", "budget") and row.peak for row in rows):
         lines.append("glcan trains with local gradients; the others compute those of backpropagation.")
     return lines
@@ -145,37 +112,24 @@ def lists() -> None:
         arguments = ", ".join(f"{key}={value}" for key, value in preset.kwargs.items())
         presets.add_row(name, f"{preset.target}({arguments})", sizes, str(preset.k), preset.optimizer)
     methods = Table("method", "", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for name, text in EXPLAINED.items():
-        methods.add_row(name, text)
+    for name, method in METHODS.items():
+        methods.add_row(name, method.explained)
     console.print(presets)
     console.print(methods)
 
 
 def as_json(rows: Sequence[Row], job: Job, device: str) -> str:
     """All figures of the run as JSON; memory in bytes, time in seconds."""
-    content = {
+    return json.dumps({
         "format": "glcan_fx.bench", "version": 1, "device": device, "seed": job.seed, "job": asdict(job),
         "compile_memory_budget": COMPILE_BUDGET,
         "versions": {"glcan_fx": __version__, "python": platform.python_version(), "torch": str(torch.__version__),
                      "torchvision": str(torchvision.__version__)},
         "methods": [asdict(row) for row in rows],
-    }
-    return json.dumps(content, indent=1)
+    }, indent=1)
 
 
-def write_plot(path: Path, rows: Sequence[Row], name: str, job: Job) -> None:
-    """Left: memory and time, or compute, relative to backpropagation. Right: memory over the course of a step."""
-    figure = Figure(figsize=(12, 4.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    _compared(left, rows)
-    _course(right, rows)
-    sizes = ", ".join("x".join(map(str, given)) for given in job.inputs)
-    figure.suptitle(f"{name}, {sizes}")
-    with replacing(path) as file:
-        figure.savefig(file, dpi=120, format=path.suffix.removeprefix("."))
-
-
-def write_report(path: Path, rows: Sequence[Row], name: str, job: Job) -> None:
+def as_page(rows: Sequence[Row], name: str, job: Job) -> str:
     """One HTML page that needs nothing else: what every method's memory is made of, over a step, and the table."""
     reference = next((row.estimated for row in rows if row.method == "bp"), None)
     flops = next((row.flops for row in rows if row.method == "bp"), None)
@@ -185,48 +139,11 @@ def write_report(path: Path, rows: Sequence[Row], name: str, job: Job) -> None:
               "parts": [[part, count, size(count)] for part, count in sorted(row.parts.items(), key=lambda x: -x[1])],
               "live": row.curve, "phases": []}
              for row in rows if row.curve and row.parts and row.estimated]
-    columns, lines = cells(rows, job)
-    sizes = ", ".join("x".join(map(str, given)) for given in job.inputs)
-    write(path, page({
-        "title": name, "subtitle": f"training methods compared, {sizes}", "graphs": [], "modules": [], "report": [],
+    columns, lines = compared(rows, job)
+    return page({
+        "title": name, "subtitle": f"training methods compared, {job.sizes}", "graphs": [], "modules": [], "report": [],
         "memory": {"text": "Peak memory of a training step, simulated", "steps": steps} if steps else None,
         "table": {"columns": [{"name": title.strip(), "align": "left" if title == "method" else "right"}
                               for title in columns], "rows": lines, "totals": []},
         "notes": [*(f"[{number}] {line}" for number, line in enumerate(footnotes(rows), 1)), *explanation(rows, job)],
-    }))
-
-
-def _compared(axes: Any, rows: Sequence[Row]) -> None:
-    timed = any(row.step_seconds for row in rows)
-    memory: _Figure = (lambda row: row.measured) if timed else (lambda row: row.estimated)
-    cost: _Figure = (lambda row: row.step_seconds) if timed else (lambda row: row.flops)
-    reference = next(row for row in rows if row.method == "bp")
-    places = range(len(rows))
-    for figure, label, offset, colour in (
-        (memory, f"{'measured' if timed else 'estimated'} peak memory", -0.2, "tab:blue"),
-        (cost, "step time" if timed else "compute", 0.2, "tab:orange"),
-    ):
-        base = figure(reference)
-        ratios = [(figure(row) or 0) / base if base else 0 for row in rows]
-        bars = axes.barh([place + offset for place in places], ratios, 0.38, label=label, color=colour)
-        axes.bar_label(bars, [f"{ratio:.2f}" if ratio else "–" for ratio in ratios], padding=3, fontsize=8)
-    axes.axvline(1, color="0.6", linewidth=1)
-    axes.set_yticks(list(places), [row.title for row in rows])
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.set(xlabel="relative to backpropagation", title="Shorter is better")
-    axes.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
-
-
-def _course(axes: Any, rows: Sequence[Row]) -> None:
-    name, unit, _ = _unit(rows)
-    for row in rows:
-        if row.method in ("bp", "checkpoint", "exact", "glcan") and row.curve:
-            share = [100 * (index + 1) / len(row.curve) for index in range(len(row.curve))]
-            axes.plot(share, [size / unit for size in row.curve], color=COLOURS[row.method], label=row.title)
-    axes.set(xlabel="course of a step, % of the bytes that it allocates and releases",
-             ylabel=f"live memory, {name} (estimated)", xlim=(0, 100), ylim=(0, None),
-             title="Memory over a training step")
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend(frameon=False)
+    })

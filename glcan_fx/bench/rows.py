@@ -1,4 +1,4 @@
-"""Rows of a comparison, and the processes that fill them. Light imports only: the command line helps at once."""
+"""Rows of a comparison, and the processes that fill them. Light imports only: the command line's help needs them."""
 
 from __future__ import annotations
 
@@ -9,36 +9,42 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from glcan_fx.errors import GlcanFxError, LoadError
 
 if TYPE_CHECKING:
     from glcan_fx.bench.job import Job
 
+EXACT_COMPUTE = 1.34
+"""What an exact plan may take, relative to backpropagation's compute: about one forward pass more, as checkpointing of
+every block takes."""
+
+
+class Method(NamedTuple):
+    """How a method is called in the table, and what `--list` says of it."""
+
+    title: str
+    explained: str
+
+
 METHODS = {
-    "bp": "backpropagation",
-    "checkpoint": "checkpoint",
-    "nested": "nested checkpoint",
-    "selective": "selective checkpoint",
-    "offload": "save_on_cpu",
-    "accumulate": "accumulation",
-    "compile": "torch.compile",
-    "exact": "glcan_fx, exact",
-    "glcan": "glcan",
-    "budget": "glcan, budget",
+    "bp": Method("backpropagation", "a plain training step: what the others are compared with"),
+    "checkpoint": Method("checkpoint", "torch.utils.checkpoint on every block"),
+    "nested": Method("nested checkpoint", "groups of sqrt(n) blocks are recomputed, and every block inside again"),
+    "selective": Method("selective checkpoint", "convolutions and matrix products are kept, the rest of every block is "
+                        "recomputed"),
+    "offload": Method("save_on_cpu",
+                      "torch.autograd.graph.save_on_cpu: what is saved for backward moves to main memory"),
+    "accumulate": Method("accumulation", "gradient accumulation over micro-batches of one image"),
+    "compile": Method("torch.compile", "torch.compile with activation_memory_budget = 0.5"),
+    "exact": Method("glcan_fx, exact", "backpropagation's gradients: glcan_fx chooses which blocks are recomputed, for "
+                    f"the least memory at {EXACT_COMPUTE} of the compute (or --compute-budget)"),
+    "glcan": Method("glcan", "gradient-isolated local modules, as glcan_fx plans them"),
+    "budget": Method("glcan, budget", "the same, planned for --memory-budget"),
 }
-EXPLAINED = {
-    "bp": "a plain training step: what the others are compared with",
-    "checkpoint": "torch.utils.checkpoint on every block",
-    "nested": "groups of sqrt(n) blocks are recomputed, and every block inside again",
-    "selective": "convolutions and matrix products are kept, the rest of every block is recomputed",
-    "offload": "torch.autograd.graph.save_on_cpu: what is saved for backward moves to main memory",
-    "accumulate": "gradient accumulation over micro-batches of one image",
-    "compile": "torch.compile with activation_memory_budget = 0.5",
-    "exact": "blocks that run again as glcan_fx chooses them, for the least memory at 1.34 of the compute (or "
-             "--compute-budget): backpropagation's gradients",
-    "glcan": "gradient-isolated local modules, as glcan_fx plans them",
-    "budget": "the same, planned for --memory-budget",
-}
+OURS = ("exact", "glcan", "budget")
+"""Methods that are plans."""
 # glibc gives large freed blocks back to the system, and each page that returns is a fault: a method that frees more
 # would look slower than it is. CUDA's allocator keeps what is freed.
 _KEEP_FREED = {"MALLOC_TRIM_THRESHOLD_": str(2**36), "MALLOC_MMAP_THRESHOLD_": str(2**36)}
@@ -67,14 +73,11 @@ class Row:
 
     def update(self, message: dict[str, Any]) -> None:
         """Take over what a process found out."""
-        for key, value in message.items():
-            if key in ("notes", "reason"):
-                lines = self.notes if key == "notes" else self.reasons
-                lines += [line for line in (value if key == "notes" else [value]) if line not in lines]
-            elif key in vars(self) and key != "method" and (key != "flops" or self.flops is None):
-                setattr(self, key, value)
-        if "k" in message and self.method != "exact":
-            self.title = f"{METHODS[self.method]}, k={self.k}"
+        self.notes += [note for note in message.pop("notes", ()) if note not in self.notes]
+        self.reasons += [reason for reason in message.pop("reasons", ()) if reason not in self.reasons]
+        vars(self).update({key: value for key, value in message.items() if key in vars(self)})
+        if self.k is not None and self.method != "exact":
+            self.title = f"{METHODS[self.method].title}, k={self.k}"
 
     @property
     def peak(self) -> int | None:
@@ -83,7 +86,8 @@ class Row:
 
 
 def fill(rows: Sequence[Row], job: Job) -> str:
-    """Simulate and measure every method; returns the name of the device."""
+    """Simulate and measure every method; returns the name of the device. Raises GlcanFxError where the model cannot be
+    used at all."""
     from tqdm import tqdm
 
     by_name, device, blocks = {row.method: row for row in rows}, job.device, []
@@ -105,14 +109,6 @@ def fill(rows: Sequence[Row], job: Job) -> str:
     return device
 
 
-class Fatal(Exception):
-    """The model cannot be used at all; code: the exit status."""
-
-    def __init__(self, text: str, code: int) -> None:
-        super().__init__(text)
-        self.code = code
-
-
 def _process(
     job: Job, methods: Sequence[str], *, measure: bool, blocks: Sequence[str] = ()
 ) -> Iterator[dict[str, Any]]:
@@ -128,19 +124,19 @@ def _process(
             for line in process.stdout:
                 message = json.loads(line)
                 if "fatal" in message:
-                    raise Fatal(message["fatal"], message["code"])
+                    raise (LoadError if message["usage"] else GlcanFxError)(message["fatal"])
                 if "method" in message:
                     left.remove(message["method"])
                 yield message
             for name in left:
-                yield {"method": name, "reason": _died(process.wait())}
+                yield {"method": name, "reasons": [_died(process.wait())]}
         finally:
             process.kill()
 
 
 def _died(code: int) -> str:
     if code >= 0:
-        return f"its process ended with exit code {code}; what it said is above"
+        return f"its process ended with exit code {code}; see its output above"
     name = signal.Signals(-code).name
     hint = ": probably main memory ran out" if name == "SIGKILL" else ""
     return f"its process was ended by {name}{hint}"

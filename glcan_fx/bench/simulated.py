@@ -10,29 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from glcan_fx import api
-from glcan_fx.bench.job import (
-    OURS,
-    Job,
-    Skipped,
-    at_batch,
-    autocast_of,
-    micro_notes,
-    options_of,
-    said,
-    under_autocast,
-)
+from glcan_fx.bench.job import Job, Skipped, at_batch, micro_notes, options_of, said
 from glcan_fx.bench.peers import PREPARE, Elsewhere
+from glcan_fx.bench.rows import OURS
 from glcan_fx.models.load import load
 from glcan_fx.peak_memory import PeakMemory
 from glcan_fx.planned import PlannedModel
-from glcan_fx.simulate.estimate import (
-    Estimate,
-    backpropagated,
-    minimised,
-    simulate,
-    simulate_local,
-    simulate_plain,
-)
+from glcan_fx.simulate.estimate import Estimate, backpropagated, minimised, simulate, simulate_local, simulate_plain
 from glcan_fx.simulate.simulator import Simulator
 from glcan_fx.units import size
 
@@ -42,13 +26,11 @@ def estimates(job: Job, methods: Sequence[str]) -> Iterator[dict[str, Any]]:
     model = load(job.target, job.kwargs)
     task = job.make_task()
     task.network(model)  # whether the task fits at all
-    plans: dict[str, PlannedModel | Exception] = {}
-    for name in OURS:
-        if name in methods:
-            plans[name] = _attempt(partial(_plan, job, model, name))
+    plans: dict[str, PlannedModel | Exception] = {
+        name: _attempt(partial(api.plan, model, **options_of(job, name))) for name in OURS if name in methods}
     usable = [plan for plan in plans.values() if isinstance(plan, PlannedModel)]
     base = usable[0] if usable else _attempt(
-        lambda: api.plan(model, k=1, task=job.make_task(), example_inputs=job.examples()))
+        partial(api.plan, model, k=1, task=task, example_inputs=job.examples()))
     yield {"blocks": [] if isinstance(base, Exception) else base.blocks}
     for name in methods:
         yield row(name, partial(_estimated, job, name, base, plans.get(name)))
@@ -57,7 +39,7 @@ def estimates(job: Job, methods: Sequence[str]) -> Iterator[dict[str, Any]]:
 def row(method: str, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The message of a method: its figures, or the reason why there are none."""
     made = _attempt(function)
-    return {"method": method, **({"reason": said(made)} if isinstance(made, Exception) else made)}
+    return {"method": method, **({"reasons": [said(made)]} if isinstance(made, Exception) else made)}
 
 
 def _attempt(function: Callable[[], Any]) -> Any:
@@ -74,27 +56,23 @@ def _given(value: Any) -> Any:
     return value
 
 
-def _plan(job: Job, model: nn.Module, method: str) -> PlannedModel:
-    return api.plan(model, **options_of(job, method))
-
-
 def _estimated(
     job: Job, method: str, base: PlannedModel | Exception, plan: PlannedModel | Exception | None
 ) -> dict[str, Any]:
     """base: of the same model, whatever it is cut into; plan: of this method, where it has one."""
     if method == "compile":
-        raise Skipped("not estimated: what torch.compile keeps is known only where it runs")
+        raise Skipped("not estimated: what torch.compile saves for backward is known only where it runs")
     draft: Simulator = _given(base).simulator
     optimizer = job.optimizer
     if method in OURS:
         local = _given(plan).simulator.local(_given(plan).plan)
-        under_autocast(local, job, "cpu")
+        local.forward = job.autocast("cpu")(local.forward)
         return {**_message(simulate_local(local, draft.inputs, draft.targets, optimizer)), "k": local.plan.k}
     if method == "accumulate":
         return _accumulated(job, draft)
 
     def losses(model: nn.Module) -> Any:
-        with autocast_of(job, "cpu"):
+        with job.autocast("cpu"):
             return backpropagated(draft.loss, model, draft.inputs, draft.targets)
 
     shadow, (units, blocks) = draft.shadow(), draft.blocks
@@ -106,8 +84,8 @@ def _estimated(
                 return losses(model)
 
         return _message(simulate_plain(shadow, draft.inputs, offloaded, optimizer),
-                        [f"{size(moved.bytes)} a step go to main memory and back; only what stays on the device "
-                         "counts"])
+                        [f"{size(moved.bytes)} per step move to main memory and back; only what stays on the "
+                         "device is counted"])
     if method in PREPARE:
         PREPARE[method](shadow, blocks)
     return _message(simulate_plain(shadow, draft.inputs, losses, optimizer, units if method == "bp" else None))
@@ -119,7 +97,7 @@ def _accumulated(job: Job, draft: Simulator) -> dict[str, Any]:
     inputs, targets = at_batch(draft.inputs, job.batch, 1), at_batch(draft.targets, job.batch, 1)
 
     def step() -> Tensor:
-        with autocast_of(job, "cpu"):
+        with job.autocast("cpu"):
             return minimised(backpropagated(draft.loss, model, inputs, targets))
 
     def begun(memory: PeakMemory) -> None:

@@ -1,4 +1,4 @@
-"""`glcan-fx check`: read a detection data set as the training programs do, every image of it, and say what is in it."""
+"""`glcan-fx check`: read a detection data set as the training programs do, every image of it, and summarise it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `glcan-fx check` to `parser`."""
     parser.add_argument("data", type=Path, metavar="DIR", help="a COCO-format detection folder "
                         "(instances_train.json, instances_val.json, images), or a Pascal VOC one")
-    parser.add_argument("--no-images", action="store_true", help="read annotations and sizes, and decode no image")
+    parser.add_argument("--no-images", action="store_true", help="check annotations and sizes only; decode no image")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,7 +46,7 @@ def _sizes(found: CocoFolder) -> str:
     boxes = sorted((box["bbox"][2] * box["bbox"][3]) ** 0.5 for box in found.coco.dataset["annotations"])
     said = "images " + ", ".join(f"{width} x {height}" for _, width, height in _three(images))
     if boxes:
-        said += "; boxes as squares " + ", ".join(f"{side:.0f}" for side in _three(boxes)) + " pixels wide"
+        said += "; boxes, root of area, " + ", ".join(f"{side:.0f}" for side in _three(boxes)) + " pixels"
     return f"{said} (smallest, median, largest)"
 
 

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glcan_fx.errors import GlcanFxError
+from glcan_fx.cli.arguments import count_of, modules_of, names_of
+from glcan_fx.errors import UnsupportedError
 
 if TYPE_CHECKING:
     import torch
@@ -22,89 +23,38 @@ if TYPE_CHECKING:
     from glcan_fx.planned import PlannedModel
 
 METHODS = {"bp": "BP", "checkpoint": "BP + checkpointing", "glcan": "GLCAN"}
-PACKAGES = "torchvision, scikit-learn, pycocotools, tqdm, rich, matplotlib and graphviz"
 # option: (with the digits, with --data). The default run takes about three minutes on two CPU cores.
 DEFAULTS: dict[str, tuple[Any, Any]] = {
-    "image_size": (96, 192),
-    "steps": (300, 300),
-    "batch_size": (16, 8),
-    "memory_batch": (128, 32),
-    "lr": (2e-3, 2e-3),
-    "train_images": (400, None),
-    "val_images": (120, 200),
+    "image_size": (96, 192), "steps": (300, 300), "batch_size": (16, 8), "memory_batch": (128, 32), "lr": (2e-3, 2e-3),
+    "train_images": (400, None), "val_images": (120, 200),
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `glcan-fx demo` to `parser`."""
-
-    def usual(key: str) -> str:
-        digits, data = (value or "all" for value in DEFAULTS[key])
-        return f"({digits})" if digits == data else f"({digits}; with --data {data})"
-
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help="COCO-format detection folder with instances_train.json and instances_val.json (default:"
-        " handwritten digits in photographs, composed from scikit-learn's data)",
-    )
-    data.add_argument("--classes", type=int, choices=(1, 10), default=1, help="of the digits (%(default)s)")
-    data.add_argument("--image-size", type=int, metavar="PX", help=f"longer side {usual('image_size')}")
-    data.add_argument("--train-images", type=int, metavar="N", help=f"at most {usual('train_images')}")
-    data.add_argument("--val-images", type=int, metavar="N", help=f"held out, at most {usual('val_images')}")
-    training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=int, metavar="N", help=f"training steps {usual('steps')}")
-    training.add_argument("--batch-size", type=int, metavar="N", help=f"images a step {usual('batch_size')}")
-    training.add_argument(
-        "--memory-batch",
-        type=int,
-        metavar="N",
-        help=f"images of one more step whose peak memory is measured {usual('memory_batch')}",
-    )
-    training.add_argument("--lr", type=float, help=f"peak learning rate of AdamW {usual('lr')}")
-    training.add_argument("--seed", type=int, default=0, help="of data, weights and order (%(default)s)")
-    training.add_argument("--device", default="auto", help="cpu, cuda, ... (auto: cuda if there is one)")
-    training.add_argument("--threads", type=int, metavar="N", help="CPU threads (PyTorch's choice)")
-    methods = parser.add_argument_group("methods")
-    methods.add_argument(
-        "--methods",
-        default=",".join(METHODS),
-        help="which to run, comma-separated (%(default)s); checkpoint, activation checkpointing on every"
-        " residual block, is measured for a few steps and not trained, because its gradients are those of bp",
-    )
-    methods.add_argument("-k", "--k", default="fewest",
-                         help="local modules: a number, fewest, or natural (%(default)s)")
-    methods.add_argument("--head", choices=("full", "light", "lean"), help="auxiliary heads (the compiler's choice)")
-    methods.add_argument(
-        "--aux-width",
-        type=float,
-        metavar="W",
-        help="width of the auxiliary networks, relative to the model's, 0 to 1 (the compiler's choice)",
-    )
-    parser.add_argument(
-        "-o", "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="results go here (%(default)s)"
-    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="COCO-format detection folder with "
+                        "instances_train.json and instances_val.json, or a Pascal VOC folder (default: handwritten "
+                        "digits in photographs, composed from scikit-learn's data)")
+    for name, said in (("image_size", "longer side of images in pixels"), ("train_images", "training images"),
+                       ("val_images", "held-out images"), ("steps", "training steps"), ("batch_size", "batch size"),
+                       ("memory_batch", "batch size of one more step, to measure its peak memory")):
+        digits, data = (value or "all" for value in DEFAULTS[name])
+        usual = f"({digits})" if digits == data else f"({digits}; with --data {data})"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=count_of, metavar="N", help=f"{said} {usual}")
+    parser.add_argument("--lr", type=float, help=f"peak learning rate of AdamW ({DEFAULTS['lr'][0]})")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data, weights and order (%(default)s)")
+    parser.add_argument("--device", type=_device, help="cpu, cuda, ... (cuda if there is a GPU)")
+    parser.add_argument("--methods", type=names_of(METHODS), default=list(METHODS), metavar="a,b",
+                        help=f"which of {', '.join(METHODS)} (all). checkpoint is activation checkpointing of every "
+                        "residual block; it is measured for a few steps and not trained: its gradients are those of bp")
+    parser.add_argument("-k", "--k", type=modules_of, default="fewest",
+                        help="number of local modules: a number, fewest, or natural (%(default)s)")
+    parser.add_argument("-o", "--out", type=Path, default=Path("runs/demo"), metavar="DIR",
+                        help="folder for the results (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo with the options of `add_arguments`; returns the exit status."""
-    try:
-        _run(args)
-    except GlcanFxError as error:
-        _note(f"glcan-fx demo: {error}")
-        return 2
-    except ModuleNotFoundError as error:
-        _note(f"glcan-fx demo: the Python package {error.name!r} is missing. The demo needs {PACKAGES}.")
-        return 2
-    except KeyboardInterrupt:
-        _note("\nglcan-fx demo: stopped; no results were written.")
-        return 130
-    return 0
-
-
-def _run(args: argparse.Namespace) -> None:
     import torch
     from rich.console import Console
 
@@ -112,39 +62,33 @@ def _run(args: argparse.Namespace) -> None:
     from glcan_fx.demo.train import build_model
 
     begin = time.perf_counter()
-    options = _options(args)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = _device(args.device)
-    train_set, val_set = _data(options)
-    recipe = _recipe(options, device)
+    for name, usual in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, usual[args.data is not None])
+    args.out.mkdir(parents=True, exist_ok=True)
+    recipe = _recipe(args)
+    train_set, val_set = _data(args)
     files: list[Path] = []
-    plan = hint = None
-    if "glcan" in options["methods"]:  # first, so that an option the compiler refuses fails at once
-        plan = _plan(build_model(recipe, len(train_set.classes)), options)
-        _note(str(plan.simulated()))
-        files, hint = report.write_partition(options["out"], plan.to_dot())
-    outcomes = [_one(method, plan, train_set, val_set, recipe) for method in options["methods"]]
+    plan = None
+    if "glcan" in args.methods:
+        images = torch.empty(max(args.batch_size, 2), 3, args.image_size, args.image_size, device="meta")
+        plan = _planned(build_model(recipe, len(train_set.classes)), args.k, images)
+        files += _pictures(plan, args.out)
+    outcomes = [_one(method, plan, train_set, val_set, recipe) for method in args.methods]
 
     Console().print(report.results_table(outcomes, recipe))
-    out: Path = options["out"]
     if any(outcome.evaluations for outcome in outcomes):
-        files.append(report.write_curves(out / "curves.png", outcomes))
-        files.append(report.write_detections(out / "detections.png", outcomes, val_set))
+        files.append(report.write_curves(args.out / "curves.png", outcomes))
+        files.append(report.write_detections(args.out / "detections.png", outcomes, val_set))
     seconds = time.perf_counter() - begin
-    facts = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),
-        "k": plan.k if plan else None,
-        "images": {"train": len(train_set), "val": len(val_set)},
-        "classes": train_set.classes,
-        "seconds": round(seconds, 1),
-    }
-    files.append(report.write_results(out / "results.json", outcomes, options, facts))
+    options = {name: value for name, value in vars(args).items() if name not in ("run", "command", "verbose")}
+    files.append(report.write_results(
+        args.out / "results.json", outcomes, options=options, device=recipe.device, threads=torch.get_num_threads(),
+        k=plan.k if plan else None, images={"train": len(train_set), "val": len(val_set)}, classes=train_set.classes,
+        seconds=round(seconds, 1)))
     _note(report.explanation(outcomes, recipe))
-    if hint:
-        _note(hint)
     _note(f"Wrote, after {seconds:.0f} s:" + "".join(f"\n  {file}" for file in files))
+    return 0
 
 
 def _one(
@@ -161,16 +105,12 @@ def _one(
         checkpoint_blocks(model)
     elif plan and method == "glcan":
         model, title = plan.build(), f"{title}, k={plan.k}"
-    measure_only = method == "checkpoint"
     try:
-        outcome = train(
-            method, title, model, train_set, val_set, recipe, measure_only=measure_only, say=_note
-        )
+        outcome = train(method, title, model, train_set, val_set, recipe, measure_only=method == "checkpoint",
+                        say=_note)
     except torch.OutOfMemoryError as error:
-        raise DataError(
-            f"{title}: {recipe.device} is out of memory. Lower --batch-size (now {recipe.batch_size}),"
-            f" --memory-batch ({recipe.memory_batch}) or --image-size ({recipe.image_size})."
-        ) from error
+        raise DataError(f"{title}: {recipe.device} is out of memory. Lower --batch-size (now {recipe.batch_size}), "
+                        f"--memory-batch ({recipe.memory_batch}) or --image-size ({recipe.image_size}).") from error
     # The next method's peak must not contain this one's weights.
     del model
     gc.collect()
@@ -179,102 +119,67 @@ def _one(
     return outcome
 
 
-def _plan(model: torch.nn.Module, options: dict[str, Any]) -> PlannedModel:
-    import torch
-
+def _planned(model: torch.nn.Module, k: int | str, images: torch.Tensor) -> PlannedModel:
     import glcan_fx
 
-    size, k = options["image_size"], options["k"]
-    method = glcan_fx.methods.GLCAN(head=options["head"], width=options["aux_width"])
-    # Sizes only, so that the plan's byte counts are those of this run.
-    images = torch.empty(max(options["batch_size"], 2), 3, size, size, device="meta")
-    k = int(k) if k.isdecimal() else k
-    return glcan_fx.plan(model, k=k, task="detection", example_inputs=images, method=method)
+    plan = glcan_fx.plan(model, k=k, task="detection", example_inputs=images).simulated()
+    _note(str(plan))
+    return plan
 
 
-def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options with the defaults that depend on the data filled in, checked."""
-    from glcan_fx.demo.images import DataError
-
-    options = vars(args) | {"methods": [name.strip() for name in args.methods.split(",") if name.strip()]}
-    for key, choices in DEFAULTS.items():
-        if options[key] is None:
-            options[key] = choices[args.data is not None]
-        if options[key] is not None and options[key] <= 0:
-            raise DataError(f"--{key.replace('_', '-')} {options[key]}: give a number above 0.")
-    unknown = [name for name in options["methods"] if name not in METHODS]
-    if unknown or not options["methods"]:
-        raise DataError(f"--methods {args.methods}: choose from {', '.join(METHODS)}, separated by commas.")
-    options["methods"] = [name for name in METHODS if name in options["methods"]]
-    if args.threads is not None and args.threads < 1:
-        raise DataError(f"--threads {args.threads}: give a number above 0.")
+def _pictures(plan: PlannedModel, folder: Path) -> list[Path]:
+    """Write partition.dot, and its pictures where Graphviz is installed."""
+    files: list[Path] = []
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"--out {args.out}: cannot make this folder: {error.strerror}.") from error
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    # The namespace may hold other things of the command line.
-    return {key: options[key] for key in vars(parser.parse_args([]))}
+        for ending in ("dot", "svg", "png"):
+            plan.save(folder / f"partition.{ending}")
+            files.append(folder / f"partition.{ending}")
+    except UnsupportedError as error:
+        _note(f"No partition.svg and .png: {error}")
+    return files
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str) -> str:
     import torch
 
-    from glcan_fx.demo.images import DataError
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
-        raise DataError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return device
+        raise argparse.ArgumentTypeError(f"'{name}': {str(error).splitlines()[0]}") from error
+    return name
 
 
-def _data(options: dict[str, Any]) -> tuple[CocoFolder, CocoFolder]:
+def _data(args: argparse.Namespace) -> tuple[CocoFolder, CocoFolder]:
     """Training and held-out images."""
     from glcan_fx.demo.data import CocoFolder
 
-    size, folder = options["image_size"], options["data"]
+    size, folder = args.image_size, args.data
     if folder is None:
         from glcan_fx.demo.digits import DigitSettings, compose_digits
 
-        folder = options["out"] / "data"
-        settings = DigitSettings(
-            train=options["train_images"],
-            val=options["val_images"],
-            image_size=size,
-            classes=options["classes"],
-            seed=options["seed"],
-        )
-        written = compose_digits(folder, settings)
+        folder = args.out / "data"
+        written = compose_digits(folder, DigitSettings(args.train_images, args.val_images, size, args.seed))
         _note(f"{'Composed' if written else 'Found'} {folder}: handwritten digits in photographs.")
-    flip = options["data"] is not None  # a mirrored digit is no digit
-    train_set = CocoFolder(folder, "train", image_size=size, flip=flip, limit=options["train_images"])
-    val_set = CocoFolder(folder, "val", image_size=size, limit=options["val_images"])
+    flip = args.data is not None  # a mirrored digit is no digit
+    train_set = CocoFolder(folder, "train", image_size=size, flip=flip, limit=args.train_images)
+    val_set = CocoFolder(folder, "val", image_size=size, limit=args.val_images)
     for dataset in (train_set, val_set):
         _note(f"{dataset.summary()}.")
     _note(f"Longer side {size} pixels, {len(train_set.classes)} classes.")
     return train_set, val_set
 
 
-def _recipe(options: dict[str, Any], device: torch.device) -> Recipe:
+def _recipe(args: argparse.Namespace) -> Recipe:
+    import torch
+
     from glcan_fx.demo.train import Recipe, anchors_for_any_object, anchors_for_digits
 
-    digits, size = options["data"] is None, options["image_size"]
+    digits, size = args.data is None, args.image_size
     return Recipe(
-        image_size=size,
-        anchor_sizes=anchors_for_digits(size) if digits else anchors_for_any_object(size),
-        aspect_ratios=(1.4,) if digits else (0.5, 1.0, 2.0),
-        steps=options["steps"],
-        batch_size=options["batch_size"],
-        memory_batch=options["memory_batch"],
-        lr=options["lr"],
-        seed=options["seed"],
-        device=device,
-    )
+        image_size=size, anchor_sizes=anchors_for_digits(size) if digits else anchors_for_any_object(size),
+        aspect_ratios=(1.4,) if digits else (0.5, 1.0, 2.0), steps=args.steps, batch_size=args.batch_size,
+        memory_batch=args.memory_batch, lr=args.lr, seed=args.seed,
+        device=torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")))
 
 
 def _note(text: str) -> None:

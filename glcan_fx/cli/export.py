@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from glcan_fx.cli.arguments import file_of
 from glcan_fx.errors import LoadError
 
 ENDINGS = (".safetensors", ".pt", ".pth")
@@ -15,26 +16,24 @@ EPILOG = """examples:
   glcan-fx export output/model_best.pth.tar -o model.safetensors
   glcan-fx export runs/checkpoint.pt --entry ema.module -o model.pt
 
-What is written is a state dict that model.load_state_dict() takes, without auxiliary networks and without the prefixes
-of wrappers. exit codes: 0 done, 1 there is no state dict in the file, 2 usage or file error"""
+The output is a state dict for model.load_state_dict(), without auxiliary networks and without the prefixes of
+wrappers. exit codes: 0 done, 1 there is no state dict in the file, 2 usage or file error"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `glcan-fx export` to `parser`."""
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="what torch.save wrote, or .safetensors: a "
-                        "state dict, or a dict that holds one, of any framework")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE",
-                        help="write it there: .safetensors, .pt or .pth")
-    parser.add_argument("--entry", metavar="NAME", help="which state dict, where the checkpoint has more than one: "
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a file written by torch.save, or "
+                        ".safetensors: a state dict, or a dict that contains one, from any framework")
+    parser.add_argument("-o", "--output", type=file_of(ENDINGS), required=True, metavar="FILE",
+                        help="file to write: .safetensors, .pt or .pth")
+    parser.add_argument("--entry", metavar="NAME", help="which state dict, if the checkpoint has more than one: "
                         "state_dict_ema, model.ema")
-    parser.add_argument("--unsafe", action="store_true", help="load Python objects, too, which can run any code: only "
-                        "for a file that you trust")
+    parser.add_argument("--unsafe", action="store_true", help="also load Python objects, which can run any code: only "
+                        "for files that you trust")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command with the options of `add_arguments`; returns the exit status."""
-    if args.output.suffix not in ENDINGS:
-        raise LoadError(f"{args.output}: a file that ends in {', '.join(ENDINGS)}")
     if args.checkpoint.is_dir():
         raise IsADirectoryError(f"{args.checkpoint} is a folder: what save_pretrained() writes into one is the plain "
                                 "model already, as model.safetensors")

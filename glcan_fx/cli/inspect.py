@@ -8,17 +8,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glcan_fx.cli.arguments import add_model, without_batch
+from glcan_fx.cli.arguments import add_model, add_output, count_of, preset_of
 from glcan_fx.errors import LoadError, PlanError, TraceError
-from glcan_fx.presets import PRESETS, Preset
 
 if TYPE_CHECKING:
     from torch import nn
 
     from glcan_fx.planned import PlannedModel
+    from glcan_fx.presets import Preset
 
 PICTURES = (".svg", ".png", ".pdf")
-ENDINGS = (".html", *PICTURES, ".dot", ".json", ".txt")
 DEPTHS = ("stages", "modules", "blocks", "operators")
 _SHOWN = 12  # calls before an error
 EPILOG = """examples:
@@ -34,57 +33,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training = add_model(parser)
     training.add_argument("--method", metavar="NAME", help="glcan (the default), dgl, auglocal, infopro, predsim, man, "
                           "hpff, mlaan, sgr, or several, each the base of the one before: hpff+man+dgl")
-    training.add_argument("--ahead", type=int, metavar="N", help="blocks behind its module through which a local loss "
-                          "passes")
-    training.add_argument("--window", type=int, metavar="N", help="local modules that a local loss trains")
+    training.add_argument("--ahead", type=int, metavar="N", help="number of next blocks that a local loss passes "
+                          "through, without training them")
+    training.add_argument("--window", type=int, metavar="N", help="number of local modules that a local loss trains")
     training.add_argument("--device", metavar="rtx4090", help="plan for the estimated time of a step on this GPU, and "
-                          "show it; cpu or cuda: the one at hand, measured (default: floating-point operations alone)")
-    training.add_argument("--devices", type=int, metavar="N", help="divide the local modules among so many ranks of a "
-                          "pipeline, and show what each needs")
-    training.add_argument("--micro-batches", type=int, default=8, metavar="N", help="parts of a batch, of a pipeline "
-                          "(%(default)s)")
+                          "show it; cpu or cuda: the device of this machine, measured (default: plan for "
+                          "floating-point operations)")
+    training.add_argument("--devices", type=count_of, metavar="N", help="divide the local modules among the N ranks of "
+                          "a pipeline, and show what each rank needs")
+    training.add_argument("--micro-batches", type=count_of, default=8, metavar="N", help="micro-batches per step of a "
+                          "pipeline (%(default)s)")
     out = parser.add_argument_group("output")
-    out.add_argument("--plan", type=Path, metavar="FILE", help="show this plan (JSON) on the model, not a new one")
-    out.add_argument("--frontier", action="store_true", help="also show what can be had: memory against compute, with "
+    out.add_argument("--plan", type=Path, metavar="FILE", help="show this plan (JSON) for the model, not a new one")
+    out.add_argument("--frontier", action="store_true", help="also list the trade-offs: memory against compute, with "
                      "backpropagation's gradients and with local modules; takes seconds, or minutes for a large model")
     out.add_argument("--json", action="store_true", help="print the plan as JSON instead of the table")
-    out.add_argument("-o", "--output", type=_output, action="append", default=[], metavar="FILE",
-                     help="write it, as the file's ending says: .html is a report that works offline; .svg, .png or "
-                     ".pdf need Graphviz; .dot, .json or .txt; several times for several files")
-    out.add_argument("--depth", choices=DEPTHS, help="what the picture shows: local modules that are alike as one "
-                     "(stages), every local module, its blocks, or its operators (stages for more than 20 modules, "
-                     "else modules)")
+    add_output(out, (".html", *PICTURES, ".dot", ".json", ".txt"), "write the plan to a file, in the format of its "
+               "ending: .html is a report that works offline; .svg, .png and .pdf need Graphviz; .dot, .json, .txt")
+    out.add_argument("--depth", choices=DEPTHS, help="what the picture shows: local modules, identical ones drawn once "
+                     "(stages), every local module, its blocks, or its operators (default: stages for more than 20 "
+                     "modules, else modules)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command with the options of `add_arguments`; returns the exit status."""
-    decided = {"-k": args.k, "--memory-budget": args.memory_budget, "--compute-budget": args.compute_budget,
-               "--input": args.input, "--optimizer": args.optimizer, "--method": args.method, "--ahead": args.ahead,
-               "--window": args.window, "--devices": args.devices}
-    clashing = [name for name, value in decided.items() if value is not None]
+    decided = ("k", "memory_budget", "compute_budget", "input", "optimizer", "method", "ahead", "window", "devices")
+    clashing = [name for name in decided if getattr(args, name) is not None]
     if clashing and args.plan is not None:
-        raise LoadError(f"{', '.join(clashing)}: the plan of --plan decides that; remove it")
+        options = ", ".join(f"--{name.replace('_', '-')}".replace("--k", "-k") for name in clashing)
+        raise LoadError(f"{options}: the plan of --plan decides that; remove it")
     if args.frontier and args.json:
-        raise LoadError("--frontier prints a table, --json the plan alone: remove one of them")
+        raise LoadError("--frontier prints a table, --json only the plan: remove one of them")
     for path in args.output:
-        if path.is_dir():
-            raise OSError(f"{path} is a folder: name a file")
         if path.suffix.lower() in PICTURES and shutil.which("dot") is None:
             from glcan_fx.report.dot import NO_DOT
 
             raise OSError(f"{path}: {NO_DOT}")
-    from glcan_fx.models.load import load
-
-    if said := without_batch(args.input, args.task):
-        raise LoadError(said)
-    preset = PRESETS.get(args.target) or Preset(args.target, tuple(args.input or ()), args.task)
-    model = load(preset.target, {**preset.kwargs, **args.kwargs})
-    if not (preset.inputs or args.plan or args.task == "detection"):
-        print(f"glcan-fx inspect: the inputs of '{args.target}' are not known: pass --input, for example --input "
-              "8x3x224x224", file=sys.stderr)
-        return 2
+    # a plan knows its inputs, and a detector resizes images itself
+    preset = preset_of(args, inputs_known=args.plan is not None or args.task == "detection")
     from rich.console import Console
 
+    from glcan_fx.models.load import load
+
+    model = load(preset.target, preset.kwargs)
     try:
         with Console(stderr=True).status(f"planning {args.target}"):  # shown on terminals; takes seconds, or a minute
             plan = _plan(args, preset, model)
@@ -99,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(plan)
         if plan.ranks:
-            _print_ranks(plan, args.micro_batches, args.optimizer or preset.optimizer)
+            _print_ranks(plan, args.micro_batches, preset.optimizer)
     if args.frontier:
         _print_frontier(plan)
     for path in args.output:
@@ -138,7 +129,7 @@ def _print_frontier(plan: PlannedModel) -> None:
 
     from glcan_fx.report.frontier import frontier_table, frontier_text
 
-    with Console(stderr=True).status("simulating what else can be had"):
+    with Console(stderr=True).status("simulating the trade-offs"):
         points = plan.frontier
     console = Console(highlight=False)
     if console.is_terminal:
@@ -170,32 +161,20 @@ def _plan(args: argparse.Namespace, preset: Preset, model: nn.Module) -> Planned
     from glcan_fx.plans.plan import Plan
     from glcan_fx.tasks import TASKS, AnyLoss
 
-    task = args.task or preset.task
     if args.plan is not None:
         try:
             given = Plan.from_json(args.plan.read_text(encoding="utf-8"))
         except (PlanError, UnicodeDecodeError) as error:
             raise LoadError(f"{args.plan}: {error}") from error
-        if task is not None and task != given.task:
-            raise LoadError(f"--task {task}: the plan in {args.plan} is for task {given.task}")
+        if preset.task is not None and preset.task != given.task:
+            raise LoadError(f"--task {preset.task}: the plan in {args.plan} is for task {given.task}")
         return api.plan(model, plan=given, task=None if given.task in TASKS else AnyLoss(),
                         options=Options(device=args.device))
-    sizes = args.input or preset.inputs
-    dtype = getattr(torch, args.input_dtype or "float32", None)
-    if not isinstance(dtype, torch.dtype):
-        raise LoadError(f"--input-dtype {args.input_dtype}: no type of PyTorch's; float32 and int64 are")
-    examples = tuple(torch.empty(size, dtype=dtype, device="meta") for size in sizes)
+    dtype = getattr(torch, args.input_dtype)
+    examples = tuple(torch.empty(size, dtype=dtype, device="meta") for size in preset.inputs)
     reach = {name: value for name in ("ahead", "window") if (value := getattr(args, name)) is not None}
     return api.plan(
-        model, k=args.k or ("fewest" if args.memory_budget else preset.k), task=task or AnyLoss(),
+        model, k=args.k or ("fewest" if args.memory_budget else preset.k), task=preset.task or AnyLoss(),
         example_inputs=(examples[0] if len(examples) == 1 else examples) if examples else None,
         memory_budget=args.memory_budget, compute_budget=args.compute_budget, method=args.method or "glcan", **reach,
-        devices=1 if args.devices is None else args.devices,
-        options=Options(optimizer=args.optimizer or preset.optimizer, device=args.device))
-
-
-def _output(text: str) -> Path:
-    path = Path(text)
-    if path.suffix.lower() not in ENDINGS:
-        raise argparse.ArgumentTypeError(f"'{text}': a file that ends in {', '.join(ENDINGS)}")
-    return path
+        devices=args.devices or 1, options=Options(optimizer=preset.optimizer, device=args.device))

@@ -14,11 +14,11 @@ from glcan_fx.cli import inspect as inspection
 from glcan_fx.errors import GlcanFxError, LoadError
 
 COMMANDS: dict[str, tuple[Any, str]] = {
-    "demo": (demo, "train a small detector by backpropagation and by glcan_fx, and compare"),
-    "inspect": (inspection, "show how a model would be cut, and what that costs"),
+    "demo": (demo, "train a small detector with backpropagation and with glcan_fx, and compare"),
+    "inspect": (inspection, "show how a model would be split into local modules, and what that costs"),
     "bench": (bench, "compare memory and speed of training methods on your own model"),
-    "check": (check, "read a data set as the training programs do, and say what is in it"),
-    "export": (export, "write the plain model's weights, from a checkpoint of training"),
+    "check": (check, "read a detection data set as the training programs do, and summarise it"),
+    "export": (export, "extract the plain model's weights from a training checkpoint"),
 }
 
 
@@ -39,13 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         part.set_defaults(run=module.run)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that cannot print a sign still shows the rest
+            stream.reconfigure(errors="replace")  # a terminal that cannot print a character still shows the rest
     options = parser.parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO if options.verbose else logging.WARNING,
                         format="%(name)s: %(message)s")
     try:
-        return int(options.run(options))
-    except BrokenPipeError:  # whoever reads has seen enough
+        status = int(options.run(options))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (OSError, LoadError) as error:

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 from torchvision.datasets import VOCDetection
 
-from glcan_fx.demo.images import ENDINGS, DataError, sizes
+from glcan_fx.demo.images import DataError, image_named, sizes
 
 _SLACK = 1.0  # pixels by which a box may be outside without a word
 
@@ -99,7 +99,7 @@ def _images(
             raise DataError(f"{path}: the image {entry} needs a number 'id' and a 'file_name'.")
         if number in known:
             raise DataError(f"{path}: the images {known[number]['file_name']} and {name} have the same id, {number}: "
-                            "their boxes cannot be told apart. Number one file's images anew before merging.")
+                            "their boxes cannot be told apart. Renumber the images of one file before merging.")
         known[number] = {**entry, "id": number, "file_name": str(name)}
     places = [folder / "images", folder / "JPEGImages", folder / f"{split}2017", folder / split, folder]
     for number in sorted(known)[:limit]:
@@ -107,8 +107,7 @@ def _images(
         names = dict.fromkeys((entry["file_name"], PureWindowsPath(entry["file_name"]).name))
         files = [place / name for name in names for place in places if (place / name).is_file()]
         if not files and not Path(entry["file_name"]).suffix:
-            files = [file for place in places for ending in ENDINGS
-                     for file in (place / f"{entry['file_name']}{ending}",) if file.is_file()]
+            files = [file for place in places if (file := image_named(place, entry["file_name"]))]
         if not files:
             raise DataError(f"{entry['file_name']}, listed in {path}, is in none of {', '.join(map(str, places))}.")
         found.images.append({**entry, "path": files[0], "upright": True})
@@ -122,7 +121,8 @@ def _boxes(found: Annotations, path: Path, entries: Sequence[Any], listed: set[i
     orphans: list[Any] = []
     for entry in entries:
         if not isinstance(entry, dict):
-            raise DataError(f"{path}: the annotation {entry!r} is no object with 'image_id', 'category_id' and 'bbox'.")
+            raise DataError(f"{path}: the annotation {entry!r} is not an object with 'image_id', 'category_id' and "
+                            "'bbox'.")
         image, category = _number(entry.get("image_id")), _number(entry.get("category_id"))
         if image is None or image not in listed:
             orphans.append(entry.get("image_id"))
@@ -136,20 +136,20 @@ def _boxes(found: Annotations, path: Path, entries: Sequence[Any], listed: set[i
         numeric = isinstance(box, list | tuple) and len(box) == 4 and all(
             isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9 for value in box)
         if not numeric or box is None:
-            found.changed["boxes without four numbers left out"] += 1
+            found.changed["boxes without four numbers dropped"] += 1
             continue
         if min(box[2:]) <= 0:
-            found.changed["boxes without area left out"] += 1
+            found.changed["boxes without area dropped"] += 1
             continue
         found.boxes.append({
             "image_id": image, "category_id": category, "bbox": [float(value) for value in box],
             "area": float(_number(entry.get("area")) or box[2] * box[3]),
             "iscrowd": int(bool(_number(entry.get("iscrowd"))))})
     if orphans and len(orphans) == len(entries):
-        raise DataError(f"{path}: no annotation belongs to an image: their image_id is {orphans[0]!r}, say, and the "
-                        f"images' ids are {min(listed)}, say. Both have to be the same numbers.")
+        raise DataError(f"{path}: no annotation belongs to an image: image_id is {orphans[0]!r}, for example, and the "
+                        f"images' ids are {min(listed)}, for example. Both must be the same numbers.")
     if orphans:
-        found.changed["boxes of images that are not listed left out"] += len(orphans)
+        found.changed["boxes of unlisted images dropped"] += len(orphans)
 
 
 def _number(value: Any) -> int | None:
@@ -168,7 +168,7 @@ def _map_categories(found: Annotations, path: Path, trained: list[dict[str, Any]
         own = name[box["category_id"]]
         if own not in number:
             raise DataError(f"{path} has boxes of the class {own!r}, which the training split does not list under "
-                            "'categories'. Add it there, or leave them out.")
+                            "'categories'. Add it there, or remove them.")
         if number[own] != box["category_id"]:
             found.changed["boxes whose category has another id in training mapped by name"] += 1
             box["category_id"] = number[own]
@@ -189,11 +189,11 @@ def _check_sizes(found: Annotations, path: Path) -> None:
         said = _number(image.get("width")), _number(image.get("height"))
         if None not in said and said not in (upright, stored):
             raise DataError(f"{path}: {image['file_name']} is {upright[0]} x {upright[1]}, but its entry says "
-                            f"{said[0]} x {said[1]}: its boxes would be of another size, too. Correct the entry and "
-                            "its boxes, or replace the file.")
+                            f"{said[0]} x {said[1]}: its boxes would be wrong, too. Correct the entry and its "
+                            "boxes, or replace the file.")
         if said == stored and stored != upright:
             image["upright"] = False
-            found.changed["images left as stored, which the boxes are of"] += 1
+            found.changed["images kept as stored, to match their boxes"] += 1
         image["width"], image["height"] = stored if not image["upright"] else upright
         for box in by_image.get(image["id"], ()):
             _clip(found, box, image["width"], image["height"])
@@ -207,7 +207,7 @@ def _clip(found: Annotations, box: dict[str, Any], width: int, height: int) -> N
     right, bottom = min(left + wide, width), min(top + high, height)
     inside = [max(left, 0.0), max(top, 0.0), right - max(left, 0.0), bottom - max(top, 0.0)]
     if min(inside[2:]) <= 0:
-        found.changed["boxes outside of the image left out"] += 1
+        found.changed["boxes outside the image dropped"] += 1
         box["bbox"] = None
     elif max(abs(a - b) for a, b in zip((left, top, left + wide, top + high), (
             inside[0], inside[1], right, bottom), strict=True)) > _SLACK:
@@ -256,7 +256,7 @@ def _voc_image(path: Path) -> tuple[dict[str, Any], list[tuple[str, list[float],
     content = VOCDetection.parse_voc_xml(ElementTree.parse(path).getroot())["annotation"] or {}
     given, images = content.get("filename"), path.parent.parent / "JPEGImages"
     entry: dict[str, Any] = {"file_name": path.stem}
-    if given and not any((images / f"{path.stem}{ending}").is_file() for ending in ENDINGS):
+    if given and image_named(images, path.stem) is None:
         entry["file_name"] = given
     size = content.get("size")
     if isinstance(size, dict) and size.get("width") and int(float(size["width"])) > 0:

@@ -10,20 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from glcan_fx.demo.annotations import read
 from glcan_fx.demo.images import rgb
+from glcan_fx.pytree import map_tensors
 
 Target = dict[str, Any]
+Detections = dict[int, dict[str, Tensor]]  # image id -> boxes, scores, labels
 MAX_CACHED_IMAGES = 2000  # decoded and resized; 256 x 256 pixels are 0.2 MB each
-
-
 _SHOWN = 8  # classes of a summary
 
 
@@ -48,13 +49,7 @@ class CocoFolder(Dataset[Any]):
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        split: str,
-        *,
-        image_size: int,
-        flip: bool = False,
-        limit: int | None = None,
+        self, folder: str | Path, split: str, *, image_size: int, flip: bool = False, limit: int | None = None
     ) -> None:
         self.folder, self.split, self.image_size, self.flip = Path(folder), split, image_size, flip
         found = read(self.folder, split, limit)
@@ -90,13 +85,9 @@ class CocoFolder(Dataset[Any]):
                           *(_counted(count, what) for what, count in self.changed.items())])
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
-        if index not in self._cache:
-            item = self._load(index)
-            if len(self._cache) < MAX_CACHED_IMAGES:
-                self._cache[index] = item
-        else:
-            item = self._cache[index]
-        image, target = item
+        image, target = self._cache.get(index) or self._load(index)
+        if len(self._cache) < MAX_CACHED_IMAGES:
+            self._cache[index] = image, target
         if self.flip and torch.rand((), generator=self._generator) < 0.5:
             image, target = v2.functional.horizontal_flip(image), dict(target)
             target["boxes"] = v2.functional.horizontal_flip(target["boxes"])
@@ -104,10 +95,10 @@ class CocoFolder(Dataset[Any]):
         image = v2.functional.to_dtype(image.as_subclass(Tensor), torch.float32, scale=True)
         return image, {**target, "boxes": target["boxes"].as_subclass(Tensor)}
 
-    def decode(self, index: int) -> None:
-        """Read an image and forget it. Raises DataError where it cannot be read."""
+    def decode(self, index: int) -> Image:
+        """An image in RGB, at its own size. Raises DataError where it cannot be read."""
         path, upright = self._files[index]
-        rgb(path, upright=upright)
+        return rgb(path, upright=upright)
 
     def reseed(self, seed: int) -> None:
         """Restart the sequence of random flips, so that every method sees the same ones. Until this is called they come
@@ -115,8 +106,8 @@ class CocoFolder(Dataset[Any]):
         self._generator = torch.Generator().manual_seed(seed)
 
     def _load(self, index: int) -> tuple[Tensor, Target]:
-        image_id, (path, upright) = self.image_ids[index], self._files[index]
-        image = tv_tensors.Image(v2.functional.pil_to_tensor(rgb(path, upright=upright)))
+        image_id = self.image_ids[index]
+        image = tv_tensors.Image(v2.functional.pil_to_tensor(self.decode(index)))
         height, width = image.shape[-2:]
         scale = self.image_size / max(height, width)
         size = max(round(height * scale), 1), max(round(width * scale), 1)
@@ -124,21 +115,13 @@ class CocoFolder(Dataset[Any]):
         found = [a for a in self.coco.imgToAnns[image_id] if not a["iscrowd"]]
         target = {
             "boxes": tv_tensors.BoundingBoxes(
-                torch.tensor([a["bbox"] for a in found], dtype=torch.float32).reshape(-1, 4),
-                format="XYWH",
-                canvas_size=(height, width),
-            ),
+                torch.tensor([a["bbox"] for a in found], dtype=torch.float32).reshape(-1, 4), format="XYWH",
+                canvas_size=(height, width)),
             "labels": torch.tensor([self._label_of[a["category_id"]] for a in found], dtype=torch.int64),
             "image_id": image_id,
         }
-        prepare = v2.Compose(
-            [
-                v2.ConvertBoundingBoxFormat("XYXY"),
-                v2.Resize(size, antialias=True),
-                v2.ClampBoundingBoxes(),
-                v2.SanitizeBoundingBoxes(min_size=1.0),
-            ]
-        )
+        prepare = v2.Compose([v2.ConvertBoundingBoxFormat("XYXY"), v2.Resize(size, antialias=True),
+                              v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1.0)])
         return prepare(image, target)
 
     def results(self, image_id: int, detections: Mapping[str, Tensor]) -> list[dict[str, Any]]:
@@ -179,28 +162,39 @@ def training_batches(dataset: CocoFolder, *, steps: int, batch_size: int, seed: 
     return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate)
 
 
-def held_out_batches(dataset: CocoFolder, batch_size: int) -> DataLoader[Any]:
-    """Every image once, in the order of the annotation file."""
-    return DataLoader(dataset, batch_size, collate_fn=collate)
+def detected(
+    model: nn.Module, dataset: CocoFolder, batch_size: int, device: torch.device
+) -> Detections:
+    """What a detector finds on every image, on the CPU."""
+    found: Detections = {}
+    training = model.training
+    with torch.no_grad():
+        for images, targets in DataLoader(dataset, batch_size, collate_fn=collate):
+            outputs = model.eval()([image.to(device) for image in images])
+            found |= {target["image_id"]: map_tensors(output, Tensor.cpu)
+                      for target, output in zip(targets, outputs, strict=True)}
+    model.train(training)
+    return found
 
 
-def average_precision(dataset: CocoFolder, results: list[dict[str, Any]]) -> dict[str, float]:
-    """COCO's box AP (mean over IoU 0.50:0.95), AP50 and AP75 of `results` on all of `dataset`, by pycocotools.
+def average_precision(dataset: CocoFolder, detections: Mapping[int, Mapping[str, Tensor]]) -> dict[str, float]:
+    """COCO's box AP (mean over IoU 0.50:0.95), AP50 and AP75, by pycocotools.
 
     Args:
         dataset: the held-out images.
-        results: COCO results as `CocoFolder.results` gives them, of all images together.
+        detections: what a detector found on each of them, by image id, as `CocoFolder.results` takes it.
     """
+    results = [line for image_id, found in detections.items() for line in dataset.results(image_id, found)]
+    names = ("AP", "AP50", "AP75")
     if not results:  # pycocotools does not accept an empty list
-        return {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
+        return dict.fromkeys(names, 0.0)
     with _silent():
         evaluation = COCOeval(dataset.coco, dataset.coco.loadRes(results), iouType="bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     # -1 stands for "no box of any class", where no detection can be right.
-    return {name: max(float(value), 0.0)
-            for name, value in zip(("AP", "AP50", "AP75"), evaluation.stats[:3], strict=True)}
+    return {name: max(float(value), 0.0) for name, value in zip(names, evaluation.stats[:3], strict=True)}
 
 
 @contextlib.contextmanager

@@ -29,6 +29,8 @@ PHOTO_COLUMNS = {
     "train": {"china": (0, 260), "flower": (0, 300)},
     "val": {"china": (280, 480), "flower": (320, 520)},
 }
+MOST_DIGITS = 4  # in an image
+HEIGHT = (0.25, 0.5)  # of a digit, as a fraction of the image's
 MAX_OVERLAP = 0.1  # of the smaller of two boxes
 
 
@@ -36,26 +38,19 @@ MAX_OVERLAP = 0.1  # of the smaller of two boxes
 class DigitSettings:
     """What `compose_digits` writes; two equal settings give the same files."""
 
-    train: int = 400  # images
-    val: int = 120
-    image_size: int = 128  # pixels, square
-    classes: int = 1  # 1: every digit is a "digit"; 10: one class per digit
+    train: int  # images
+    val: int
+    image_size: int  # pixels, square
     seed: int = 0
-    digits_per_image: tuple[int, int] = (1, 4)
-    height: tuple[float, float] = (0.25, 0.5)  # of a digit, as a fraction of image_size
     version: int = 1  # of this file's recipe
 
     def __post_init__(self) -> None:
-        if self.classes not in (1, 10):
-            raise DataError(f"classes={self.classes}: the digit set has 1 class ('digit') or 10 ('0'...'9').")
         if self.image_size < 32 or min(self.train, self.val) < 1:
-            raise DataError(
-                f"image_size={self.image_size}, train={self.train}, val={self.val}: the digit set needs"
-                " images of at least 32 pixels and at least one image per split."
-            )
+            raise DataError(f"image_size={self.image_size}, train={self.train}, val={self.val}: the digit set needs "
+                            "images of at least 32 pixels and at least one image per split.")
 
 
-def compose_digits(folder: str | Path, settings: DigitSettings | None = None) -> bool:
+def compose_digits(folder: str | Path, settings: DigitSettings) -> bool:
     """Write the digit set to `folder` unless the same set is already there.
 
     The folder appears in one rename once it is complete, so an interrupted run leaves no half-written set.
@@ -63,14 +58,12 @@ def compose_digits(folder: str | Path, settings: DigitSettings | None = None) ->
     Args:
         folder: gets `images/*.jpg`, `instances_train.json`, `instances_val.json` and `settings.json`. A digit
             set with other settings is replaced; anything else found there is an error and stays untouched.
-        settings: sizes, classes and seed.
+        settings: sizes and seed.
 
     Returns:
         True if the set was written, False if the one in `folder` was reused.
     """
-    settings = settings or DigitSettings()
-    folder = Path(folder)
-    wanted = json.loads(json.dumps(asdict(settings)))  # tuples become lists, as in the file
+    folder, wanted = Path(folder), asdict(settings)
     if folder.exists():
         try:
             found = json.loads((folder / SETTINGS_FILE).read_text())
@@ -79,10 +72,8 @@ def compose_digits(folder: str | Path, settings: DigitSettings | None = None) ->
         if found == wanted:
             return False
         if not isinstance(found, dict) and any(folder.iterdir()):
-            raise DataError(
-                f"{folder} exists and is not a digit set made by this demo. Choose another --out, or pass the"
-                " folder with --data if it is a COCO-format detection set."
-            )
+            raise DataError(f"{folder} exists and is not a digit set made by this demo. Choose another --out, or pass "
+                            "the folder with --data if it is a COCO-format detection set.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -102,55 +93,36 @@ def compose_digits(folder: str | Path, settings: DigitSettings | None = None) ->
 def _write_split(folder: Path, split: str, count: int, settings: DigitSettings, first_id: int) -> None:
     """Write `count` images of `split` and its COCO annotation file."""
     rng = np.random.default_rng([settings.seed, list(DIGIT_RANGE).index(split)])
-    digits = load_digits()
+    digits = load_digits().images
     strips = PHOTO_COLUMNS[split]
     photos = [load_sample_image(f"{name}.jpg")[:, first:last] for name, (first, last) in strips.items()]
     images: list[Any] = []
     annotations: list[Any] = []
     for image_id in range(first_id, first_id + count):
-        canvas, objects = _compose(rng, photos, digits.images, range(*DIGIT_RANGE[split]), settings)
+        canvas, objects = _compose(rng, photos, digits, range(*DIGIT_RANGE[split]), settings.image_size)
         name = f"{split}_{image_id:05d}.jpg"
         Image.fromarray(canvas).save(folder / "images" / name, quality=95)
         height, width = canvas.shape[:2]
         images.append({"id": image_id, "file_name": name, "width": width, "height": height})
         for sample, (x, y, w, h) in objects:
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": 1 if settings.classes == 1 else int(digits.target[sample]) + 1,
-                    "bbox": [x, y, w, h],
-                    "area": w * h,
-                    "iscrowd": 0,
-                    "digit_sample": sample,  # index in load_digits
-                }
-            )
-    names = ["digit"] if settings.classes == 1 else [str(digit) for digit in range(10)]
+            annotations.append({
+                "id": len(annotations) + 1, "image_id": image_id, "category_id": 1, "bbox": [x, y, w, h], "area": w * h,
+                "iscrowd": 0, "digit_sample": sample})  # its index in load_digits
     description = f"load_digits samples {DIGIT_RANGE[split]} on photograph columns {strips} (end excluded)"
-    content = {
-        "info": {"description": description},
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": index + 1, "name": name} for index, name in enumerate(names)],
-    }
+    content = {"info": {"description": description}, "images": images, "annotations": annotations,
+               "categories": [{"id": 1, "name": "digit"}]}
     (folder / f"instances_{split}.json").write_text(json.dumps(content))
 
 
 def _compose(
-    rng: np.random.Generator,
-    photos: list[np.ndarray],
-    digits: np.ndarray,
-    samples: range,
-    settings: DigitSettings,
+    rng: np.random.Generator, photos: list[np.ndarray], digits: np.ndarray, samples: range, size: int
 ) -> tuple[np.ndarray, list[tuple[int, tuple[int, int, int, int]]]]:
-    """One image, uint8 [S, S, 3], and its (sample index, (x, y, w, h) in pixels) objects."""
-    size = settings.image_size
+    """One image, uint8 [size, size, 3], and its (sample index, (x, y, w, h) in pixels) objects."""
     canvas = _background(rng, photos[rng.integers(len(photos))], size)
     objects: list[tuple[int, tuple[int, int, int, int]]] = []
-    low, high = settings.digits_per_image
-    for _ in range(rng.integers(low, high + 1)):
+    for _ in range(rng.integers(1, MOST_DIGITS + 1)):
         sample = int(rng.choice(samples))
-        ink = _ink(digits[sample], round(rng.uniform(*settings.height) * size), rng.uniform(0.8, 1.2))
+        ink = _ink(digits[sample], round(rng.uniform(*HEIGHT) * size), rng.uniform(0.8, 1.2))
         h, w = ink.shape
         for _attempt in range(20):
             x, y = int(rng.integers(0, size - w + 1)), int(rng.integers(0, size - h + 1))

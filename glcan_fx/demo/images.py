@@ -17,6 +17,17 @@ class DataError(GlcanFxError):
     """Something about data, or the demo's options, that the user can put right."""
 
 
+def images_in(folder: Path) -> list[Path]:
+    """The image files of a folder and of those inside it, sorted; hidden files are none."""
+    return sorted(path for path in folder.rglob("*")
+                  if path.suffix.lower() in ENDINGS and not path.name.startswith("."))
+
+
+def image_named(folder: Path, stem: str) -> Path | None:
+    """The image file of this name, whatever its ending."""
+    return next((path for ending in ENDINGS if (path := folder / f"{stem}{ending}").is_file()), None)
+
+
 def opened(path: Path) -> Image.Image:
     """An image file, whose pixels are not read yet. Raises DataError where it is none."""
     try:
@@ -25,7 +36,7 @@ def opened(path: Path) -> Image.Image:
         raise DataError(f"{path} has more pixels than Pillow reads: {error}. If you trust it, set PIL.Image."
                         "MAX_IMAGE_PIXELS, or make it smaller.") from error
     except (UnidentifiedImageError, OSError) as error:
-        what = "is empty" if path.is_file() and path.stat().st_size == 0 else f"is no image that can be read: {error}"
+        what = "is empty" if path.is_file() and path.stat().st_size == 0 else f"is not a readable image: {error}"
         raise DataError(f"cannot read image {path}: it {what}. Replace it, or remove its entry.") from error
 
 

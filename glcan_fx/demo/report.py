@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import graphviz
 import torch
+from matplotlib import figure as plots
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torchvision.utils import draw_bounding_boxes
 
 from glcan_fx.demo.data import CocoFolder
 from glcan_fx.demo.train import MIB, Outcome, Recipe
-from glcan_fx.files import replacing, write
+from glcan_fx.files import write, write_figure
+from glcan_fx.report.comparison import Figure, cells, comparison_table
 
 COLOURS = {"bp": "tab:blue", "checkpoint": "tab:green", "glcan": "tab:orange"}
 TRUTH_COLOUR, PREDICTION_COLOUR = (0, 230, 0), (255, 60, 200)
@@ -30,37 +28,22 @@ SHOWN_SCORE = 0.4  # predictions below this are not drawn
 
 def results_table(outcomes: Sequence[Outcome], recipe: Recipe) -> Table:
     """One row per method, each figure followed by its ratio to BP's where BP ran."""
-    # Units stand in the header so that the table fits 80 columns, what rich assumes when the output is piped.
-    columns: dict[str, tuple[str, Callable[[Outcome], float | None]]] = {
-        f"peak MiB\nbatch {recipe.batch_size}": (".0f", lambda outcome: outcome.peak_bytes / MIB),
-        f"peak MiB\nbatch {recipe.memory_batch}": (".0f", lambda outcome: outcome.large_peak_bytes / MIB),
-        "step\nms": (".0f", lambda outcome: outcome.step_seconds * 1000),
-        "\nAP": (".3f", lambda outcome: scores(outcome)[0]),
-        "\nAP50": (".3f", lambda outcome: scores(outcome)[1]),
-    }
     bp = next((outcome for outcome in outcomes if outcome.method == "bp"), None)
-    table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False)
-    table.add_column("method", no_wrap=True)
-    for title in columns:
-        table.add_column(title, justify="right", no_wrap=True)
-        if bp:
-            table.add_column("vs\nBP", justify="right", no_wrap=True, style="cyan")
-    for outcome in outcomes:
-        cells = []
-        for form, figure in columns.values():
-            value, reference = figure(outcome), figure(bp) if bp else None
-            known = value is not None and not math.isnan(value)
-            # A method without AP was only measured: its gradients are BP's, and so is its accuracy.
-            cells.append(format(value, form) if known else "as BP" if value is None and bp else "-")
-            if bp:
-                cells.append(f"{value / reference:.2f}" if value is not None and known and reference else "")
-        table.add_row(outcome.title, *cells)
-    return table
+    as_bp = "as BP" if bp else "–"  # a method without AP was only measured: its gradients are BP's
+    # Units stand in the header so that the table fits 80 columns, what rich assumes when the output is piped.
+    figures: list[Figure[Outcome]] = [
+        Figure(f"peak MiB\nbatch {recipe.batch_size}", ".0f", lambda outcome: outcome.peak_bytes / MIB),
+        Figure(f"peak MiB\nbatch {recipe.memory_batch}", ".0f", lambda outcome: outcome.large_peak_bytes / MIB),
+        Figure("step\nms", ".0f", lambda outcome: outcome.step_seconds and outcome.step_seconds * 1000),
+        Figure("\nAP", ".3f", lambda outcome: score(outcome, "AP"), unknown=as_bp),
+        Figure("\nAP50", ".3f", lambda outcome: score(outcome, "AP50"), unknown=as_bp),
+    ]
+    return comparison_table(*cells([(outcome.title, outcome) for outcome in outcomes], figures, bp), padding=0)
 
 
-def scores(outcome: Outcome) -> tuple[float | None, float | None]:
-    """AP and AP50 after the last step, None for a method that was not trained."""
-    return outcome.evaluations[-1][1:] if outcome.evaluations else (None, None)
+def score(outcome: Outcome, name: str) -> float | None:
+    """AP or AP50 after the last step, None for a method that was not trained."""
+    return outcome.evaluations[-1][name] if outcome.evaluations else None
 
 
 def explanation(outcomes: Sequence[Outcome], recipe: Recipe) -> str:
@@ -69,8 +52,7 @@ def explanation(outcomes: Sequence[Outcome], recipe: Recipe) -> str:
     how = "torch.cuda.max_memory_allocated" if cuda else "live tensor bytes (glcan_fx.peak_memory.PeakMemory)"
     resident = ", ".join(f"{outcome.title} {outcome.resident_bytes / MIB:.0f} MiB" for outcome in outcomes)
     lines = [
-        f"Peak memory: {how} of a training step. Weights and optimizer state, there"
-        f" all the time, are: {resident}.",
+        f"Peak memory: {how} of a training step. Of it, weights and optimizer state: {resident}.",
         "Step time: median of forward, backward and optimizer. AP: COCO's, by pycocotools, held-out images.",
     ]
     if any(outcome.method == "checkpoint" for outcome in outcomes):
@@ -84,16 +66,16 @@ def write_curves(path: Path, outcomes: Sequence[Outcome]) -> Path:
     The loss is that of the detector's own head, which all methods have; local losses come on top of it.
     """
     trained = [outcome for outcome in outcomes if outcome.evaluations]
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = plots.Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for outcome in trained:
         colour = COLOURS[outcome.method]
         steps = range(1, len(outcome.head_losses) + 1)
         left.plot(steps, outcome.head_losses, color=colour, alpha=0.25, linewidth=1)
         left.plot(steps, _smooth(outcome.head_losses), color=colour, linewidth=2, label=outcome.title)
-        at, ap, ap50 = zip(*outcome.evaluations, strict=True)
-        right.plot(at, ap50, color=colour, marker="o", linestyle="--", label=f"{outcome.title}: AP50")
-        right.plot(at, ap, color=colour, marker="o", label=f"{outcome.title}: AP")
+        for name, style in (("AP50", "--"), ("AP", "-")):
+            right.plot([each["step"] for each in outcome.evaluations], [each[name] for each in outcome.evaluations],
+                       style, color=colour, marker="o", label=f"{outcome.title}: {name}")
     left.set(title="Training loss of the detector's own head", xlabel="step", ylabel="loss (log scale)")
     left.set_yscale("log")
     left.yaxis.set_major_formatter("{x:g}")
@@ -103,7 +85,8 @@ def write_curves(path: Path, outcomes: Sequence[Outcome]) -> Path:
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    return _save(figure, path)
+    write_figure(path, figure)
+    return path
 
 
 def _smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
@@ -119,7 +102,7 @@ def write_detections(path: Path, outcomes: Sequence[Outcome], dataset: CocoFolde
     """The same held-out images once per trained method: predicted boxes with scores, and the truth."""
     trained = [outcome for outcome in outcomes if outcome.detections]
     chosen = [round(i * (len(dataset) - 1) / max(count - 1, 1)) for i in range(min(count, len(dataset)))]
-    figure = Figure(figsize=(2.6 * len(chosen), 2.75 * len(trained) + 0.4), layout="constrained")
+    figure = plots.Figure(figsize=(2.6 * len(chosen), 2.75 * len(trained) + 0.4), layout="constrained")
     axes = figure.subplots(len(trained), len(chosen), squeeze=False)
     for outcome, row in zip(trained, axes, strict=True):
         for index, cell in zip(chosen, row, strict=True):
@@ -128,18 +111,16 @@ def write_detections(path: Path, outcomes: Sequence[Outcome], dataset: CocoFolde
             kept = found["scores"] >= SHOWN_SCORE
             zoom = max(1, round(384 / max(image.shape[-2:])))  # thin lines need more pixels than the detector
             large = torch.nn.functional.interpolate(image[None], scale_factor=zoom, mode="bilinear")[0]
-            for boxes, colour in (
-                (target["boxes"], TRUTH_COLOUR),
-                (found["boxes"][kept], PREDICTION_COLOUR),
-            ):
+            for boxes, colour in ((target["boxes"], TRUTH_COLOUR), (found["boxes"][kept], PREDICTION_COLOUR)):
                 if len(boxes):
                     large = draw_bounding_boxes(large.clamp(0, 1), boxes * zoom, colors=colour, width=3)
             cell.imshow(large.permute(1, 2, 0).numpy())
             cell.axis("off")
             _write_scores(cell, dataset, found, kept, zoom)
-        row[0].set_title(f"{outcome.title} (AP50 {scores(outcome)[1]:.3f})", loc="left", fontsize=11)
+        row[0].set_title(f"{outcome.title} (AP50 {score(outcome, 'AP50'):.3f})", loc="left", fontsize=11)
     figure.suptitle(f"green: truth, pink: detections with score >= {SHOWN_SCORE}", fontsize=11)
-    return _save(figure, path)
+    write_figure(path, figure)
+    return path
 
 
 def _write_scores(
@@ -148,68 +129,17 @@ def _write_scores(
     """Score (and class, where there are several) inside each drawn box."""
     style = {"facecolor": [c / 255 for c in PREDICTION_COLOUR], "edgecolor": "none", "pad": 1}
     columns = (found[key][kept].tolist() for key in ("boxes", "scores", "labels"))
-    for (x, y, *_), score, label in zip(*columns, strict=True):
+    for (x, y, *_), confidence, label in zip(*columns, strict=True):
         name = f"{dataset.classes[label]} " if len(dataset.classes) > 1 else ""
-        text = f"{name}{score:.2f}"
+        text = f"{name}{confidence:.2f}"
         cell.text(x * zoom, y * zoom, text, fontsize=7, va="top", bbox=style, clip_on=True)
 
 
-def _save(figure: Figure, path: Path) -> Path:
-    with replacing(path) as file:
-        figure.savefig(file, dpi=110, format=path.suffix.removeprefix("."))
-    return path
-
-
-def write_partition(folder: Path, dot: str) -> tuple[list[Path], str | None]:
-    """`partition.dot`, and its pictures if Graphviz is installed.
-
-    Returns:
-        The files written, and a line for the user about the pictures that could not be.
-    """
-    source = graphviz.Source(dot)
-    files = [folder / "partition.dot"]
-    write(files[0], source.source)
-    if shutil.which("dot") is None:
-        how = "`apt-get install graphviz` or `brew install graphviz`"
-        return files, f"No partition.svg and .png: the program `dot` was not found ({how}, then run again)."
-    for suffix in ("svg", "png"):
-        try:
-            drawn = source.pipe(format=suffix)
-        except (graphviz.CalledProcessError, OSError) as error:
-            return files, f"No pictures of the partition: `dot` failed ({str(error).splitlines()[0]})."
-        files.append(folder / f"partition.{suffix}")
-        write(files[-1], drawn)
-    return files, None
-
-
-def write_results(
-    path: Path, outcomes: Sequence[Outcome], options: dict[str, Any], facts: dict[str, Any]
-) -> Path:
-    """All numbers of the run as JSON; memory in bytes, time in seconds."""
-    methods = {}
-    for outcome in outcomes:
-        ap, ap50 = scores(outcome)
-        methods[outcome.method] = {
-            "title": outcome.title,
-            "trained": bool(outcome.evaluations),
-            "AP": ap,
-            "AP50": ap50,
-            "peak_bytes": outcome.peak_bytes,
-            "large_peak_bytes": outcome.large_peak_bytes,
-            "resident_bytes": outcome.resident_bytes,
-            "step_seconds_median": None if math.isnan(outcome.step_seconds) else outcome.step_seconds,
-            "train_seconds": outcome.train_seconds,
-            "parameters": outcome.parameters,
-            "losses": outcome.losses,
-            "head_losses": outcome.head_losses,
-            "evaluations": [dict(zip(("step", "AP", "AP50"), e, strict=True)) for e in outcome.evaluations],
-        }
-    packages = {name: version(name) for name in ("torch", "torchvision", "pycocotools")}
-    content = {
-        "methods": methods,
-        "options": options,
-        **facts,
-        "versions": {"python": platform.python_version(), **packages},
-    }
+def write_results(path: Path, outcomes: Sequence[Outcome], **facts: Any) -> Path:
+    """All numbers of the run as JSON, with ``facts`` of it; memory in bytes, time in seconds."""
+    methods = {outcome.method: {**asdict(replace(outcome, detections={})), "AP": score(outcome, "AP"),
+                                "AP50": score(outcome, "AP50")} for outcome in outcomes}
+    versions = {name: version(name) for name in ("torch", "torchvision", "pycocotools")}
+    content = {"methods": methods, **facts, "versions": {"python": platform.python_version(), **versions}}
     write(path, json.dumps(content, indent=1, default=str))
     return path

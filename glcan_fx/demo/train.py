@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,10 +18,11 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from tqdm import tqdm
 
-from glcan_fx.demo.data import CocoFolder, Target, average_precision, held_out_batches, training_batches
+from glcan_fx.demo.data import CocoFolder, Detections, Target, average_precision, detected, training_batches
 from glcan_fx.demo.images import DataError
+from glcan_fx.measure import peak_of, timed
 from glcan_fx.models import retinanet
-from glcan_fx.peak_memory import PeakMemory
+from glcan_fx.pytree import map_tensors, tensors_in
 from glcan_fx.simulate.estimate import recompute
 
 MIB = 2**20
@@ -32,9 +32,7 @@ MEASURE_ONLY_STEPS = 10  # of a method that is measured but not trained
 
 HEAD_LOSSES = ("classification", "bbox_regression")  # RetinaNet's names; a compiled model adds local losses
 
-T = TypeVar("T")
 Losses = dict[str, float]
-Detections = dict[int, dict[str, Tensor]]  # image id -> boxes, scores, labels on the CPU
 
 
 @dataclass(frozen=True)
@@ -66,13 +64,12 @@ class Outcome:
     peak_bytes: int = 0  # of one training step, everything included
     large_peak_bytes: int = 0  # the same at Recipe.memory_batch
     resident_bytes: int = 0  # parameters, buffers and optimizer state: there before the step begins
-    step_seconds: float = math.nan  # median
-    images_per_second: float = math.nan
+    step_seconds: float | None = None  # median
     train_seconds: float = 0.0  # wall time of the whole loop, evaluations included
     losses: list[float] = field(default_factory=list)  # per step, the sum that was minimised
     head_losses: list[float] = field(default_factory=list)  # of it, what the detector's own head contributes
-    evaluations: list[tuple[int, float, float]] = field(default_factory=list)  # (step, AP, AP50)
-    detections: Detections = field(default_factory=dict)  # of the last evaluation
+    evaluations: list[dict[str, float]] = field(default_factory=list)  # step, AP, AP50, AP75
+    detections: Detections = field(default_factory=dict)  # of the last evaluation, on the CPU
 
 
 def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
@@ -83,15 +80,10 @@ def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
     # hardly pass a signal on at first, and a run this short would end before they do.
     norm = partial(nn.GroupNorm, 32)
     return retinanet(
-        recipe.depth,
-        num_classes=num_classes,
-        fpn_channels=recipe.fpn_channels,
-        extra_levels=False,
-        anchor_sizes=recipe.anchor_sizes,
-        aspect_ratios=recipe.aspect_ratios,
+        recipe.depth, num_classes=num_classes, fpn_channels=recipe.fpn_channels, extra_levels=False,
+        anchor_sizes=recipe.anchor_sizes, aspect_ratios=recipe.aspect_ratios,
         # Images arrive with this longer side, so the model's own resizing leaves them alone.
-        min_size=recipe.image_size,
-        max_size=recipe.image_size,
+        min_size=recipe.image_size, max_size=recipe.image_size,
         head=RetinaNetHead(recipe.fpn_channels, anchors, num_classes, norm_layer=norm),
         detections_per_img=100,  # COCO's AP looks at no more
         # More anchors match than with the usual 0.5: the more there is to learn from in every step.
@@ -106,23 +98,16 @@ def checkpoint_blocks(model: nn.Module) -> nn.Module:
 
 
 def train(
-    method: str,
-    title: str,
-    model: nn.Module,
-    train_set: CocoFolder,
-    val_set: CocoFolder,
-    recipe: Recipe,
-    *,
-    measure_only: bool = False,
-    say: Callable[[str], None] | None = None,
+    method: str, title: str, model: nn.Module, train_set: CocoFolder, val_set: CocoFolder, recipe: Recipe, *,
+    measure_only: bool = False, say: Callable[[str], None] = lambda _: None
 ) -> Outcome:
-    """Train `model` with `recipe` and measure memory, time and AP on the way.
+    """Train `model` with `recipe`, in place, and measure memory, time and AP on the way.
 
     Args:
         method: name in `results.json`.
         title: name for people.
         model: called as torchvision's detectors are: `losses = model(images, targets)` in training mode,
-            `detections = model(images)` in evaluation mode. It is trained in place.
+            `detections = model(images)` in evaluation mode.
         train_set: images to train on.
         val_set: images to compute AP on.
         recipe: the settings.
@@ -138,59 +123,71 @@ def train(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # In a run this short the second moment has to follow the gradients faster than by the usual 0.999.
     optimizer = torch.optim.AdamW(
-        parameters, recipe.lr, betas=(0.9, 0.99), weight_decay=recipe.weight_decay, fused=True
-    )
+        parameters, recipe.lr, betas=(0.9, 0.99), weight_decay=recipe.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, recipe.steps, pct_start=0.3)
     steps = min(MEASURE_ONLY_STEPS, recipe.steps) if measure_only else recipe.steps
     batches = training_batches(train_set, steps=steps, batch_size=recipe.batch_size, seed=recipe.seed)
     evaluate_at = {math.ceil(steps * i / recipe.evaluations) for i in range(1, recipe.evaluations + 1)}
-    measured = range(min(WARM_UP_STEPS, steps - 1) + 1, min(WARM_UP_STEPS + MEMORY_STEPS, steps) + 1)
-
     outcome = Outcome(method, title, sum(parameter.numel() for parameter in parameters))
-    seconds: list[float] = []
+    meter = _Meter(outcome, model, optimizer, recipe, steps)
     started = time.perf_counter()
     model.train()
     # disable=None: no bar unless stderr is a terminal.
     with tqdm(total=steps, desc=title, unit="step", file=sys.stderr, disable=None, dynamic_ncols=True) as bar:
         for step, (images, targets) in enumerate(batches, start=1):
-            run_step = partial(_training_step, model, optimizer, *_to_device(images, targets, recipe.device))
-            if step in measured:
-                losses, peak = peak_of(run_step, model, optimizer, recipe.device)
-                outcome.peak_bytes = max(outcome.peak_bytes, peak)
-                outcome.resident_bytes = _resident_bytes(model, optimizer)
-            else:
-                _synchronize(recipe.device)
-                begin = time.perf_counter()
-                losses = run_step()
-                _synchronize(recipe.device)
-                seconds.append(time.perf_counter() - begin)
+            meter.step(step, images, targets)
             schedule.step()
-            outcome.losses.append(sum(losses.values()))
-            outcome.head_losses.append(sum(losses.get(name, 0.0) for name in HEAD_LOSSES))
-            if not math.isfinite(outcome.losses[-1]):
-                problem = f"{title}: the loss is {outcome.losses[-1]} at step {step}."
-                raise DataError(f"{problem} Choose --lr below {recipe.lr:g}.")
-            steady = seconds[WARM_UP_STEPS:] or seconds
-            if steady:
-                outcome.step_seconds = statistics.median(steady)
-                outcome.images_per_second = recipe.batch_size / outcome.step_seconds
             memory = f", peak {outcome.peak_bytes / MIB:.0f} MiB" if outcome.peak_bytes else ""
-            figures = f"loss {outcome.losses[-1]:.2f}, {outcome.images_per_second:.0f} images/s{memory}"
-            bar.set_postfix_str(figures, refresh=False)
+            bar.set_postfix_str(f"loss {outcome.losses[-1]:.2f}{memory}", refresh=False)
             bar.update()
             if step in evaluate_at and not measure_only:
-                ap, ap50 = _evaluate(model, val_set, recipe, outcome)
-                outcome.evaluations.append((step, ap, ap50))
-                if say:
-                    with bar.external_write_mode(file=sys.stderr):
-                        say(f"{title}: step {step}/{steps}, AP {ap:.3f}, AP50 {ap50:.3f}")
+                outcome.detections = detected(model, val_set, recipe.batch_size, recipe.device)
+                scores = average_precision(val_set, outcome.detections)
+                outcome.evaluations.append({"step": step, **scores})
+                with bar.external_write_mode(file=sys.stderr):
+                    say(f"{title}: step {step}/{steps}, AP {scores['AP']:.3f}, AP50 {scores['AP50']:.3f}")
     outcome.train_seconds = time.perf_counter() - started
     outcome.large_peak_bytes = outcome.peak_bytes
     if recipe.memory_batch != recipe.batch_size:
         [batch] = training_batches(train_set, steps=1, batch_size=recipe.memory_batch, seed=recipe.seed)
-        run_step = partial(_training_step, model, optimizer, *_to_device(batch[0], batch[1], recipe.device))
-        _, outcome.large_peak_bytes = peak_of(run_step, model, optimizer, recipe.device)
+        _, outcome.large_peak_bytes = meter.peak(*batch)
     return outcome
+
+
+class _Meter:
+    """Training steps, measured: the first ones warm up, the next ones' memory is counted, the others are timed."""
+
+    def __init__(
+        self, outcome: Outcome, model: nn.Module, optimizer: Optimizer, recipe: Recipe, steps: int
+    ) -> None:
+        self.outcome, self.model, self.optimizer, self.recipe = outcome, model, optimizer, recipe
+        self.counted = range(min(WARM_UP_STEPS, steps - 1) + 1, min(WARM_UP_STEPS + MEMORY_STEPS, steps) + 1)
+        self.seconds: list[float] = []
+
+    def step(self, number: int, images: list[Tensor], targets: list[Target]) -> None:
+        """Train on a batch, and note what that cost. Raises DataError where the loss is no longer finite."""
+        outcome, device = self.outcome, self.recipe.device
+        if number in self.counted:
+            losses, peak = self.peak(images, targets)
+            outcome.peak_bytes = max(outcome.peak_bytes, peak)
+            outcome.resident_bytes = _resident_bytes(self.model, self.optimizer)
+        else:
+            losses, seconds = timed(self._step_on(images, targets), device)
+            self.seconds.append(seconds)
+            outcome.step_seconds = statistics.median(self.seconds[WARM_UP_STEPS:] or self.seconds)
+        outcome.losses.append(sum(losses.values()))
+        outcome.head_losses.append(sum(losses.get(name, 0.0) for name in HEAD_LOSSES))
+        if not math.isfinite(outcome.losses[-1]):
+            raise DataError(f"{outcome.title}: the loss is {outcome.losses[-1]} at step {number}. Choose --lr below "
+                            f"{self.recipe.lr:g}.")
+
+    def peak(self, images: list[Tensor], targets: list[Target]) -> tuple[Losses, int]:
+        """Train on a batch; its losses, and the peak memory in bytes."""
+        return peak_of(self._step_on(images, targets), (self.model, self.optimizer), self.recipe.device)
+
+    def _step_on(self, images: list[Tensor], targets: list[Target]) -> Callable[[], Losses]:
+        given = map_tensors((images, targets), lambda tensor: tensor.to(self.recipe.device))
+        return partial(_training_step, self.model, self.optimizer, *given)
 
 
 def _training_step(
@@ -203,54 +200,10 @@ def _training_step(
     return {name: loss.item() for name, loss in losses.items()}
 
 
-def _evaluate(model: nn.Module, dataset: CocoFolder, recipe: Recipe, outcome: Outcome) -> tuple[float, float]:
-    """AP and AP50 on `dataset`; the detections stay in `outcome`."""
-    model.eval()
-    outcome.detections = {}
-    with torch.no_grad():
-        for images, targets in held_out_batches(dataset, recipe.batch_size):
-            found = model([image.to(recipe.device) for image in images])
-            for target, detections in zip(targets, found, strict=True):
-                outcome.detections[target["image_id"]] = {k: v.cpu() for k, v in detections.items()}
-    model.train()
-    results = [r for image_id, d in outcome.detections.items() for r in dataset.results(image_id, d)]
-    scores = average_precision(dataset, results)
-    return scores["AP"], scores["AP50"]
-
-
-def peak_of(
-    step: Callable[[], T], model: nn.Module, optimizer: Optimizer, device: torch.device
-) -> tuple[T, int]:
-    """What `step` returns, and its peak memory in bytes."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        losses = step()
-        return losses, torch.cuda.max_memory_allocated(device)
-    with PeakMemory(model, optimizer) as memory:
-        losses = step()
-    return losses, memory.bytes
-
-
 def _resident_bytes(model: nn.Module, optimizer: Optimizer) -> int:
     """Bytes of parameters, buffers and optimizer state."""
-    state = [value for values in optimizer.state.values() for value in values.values()]
-    tensors = filter(torch.is_tensor, [*model.parameters(), *model.buffers(), *state])
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _to_device(
-    images: list[Tensor], targets: list[Target], device: torch.device
-) -> tuple[list[Tensor], list[Target]]:
-    def move(value: Any) -> Any:
-        return value.to(device) if torch.is_tensor(value) else value
-
-    return [move(image) for image in images], [{k: move(v) for k, v in t.items()} for t in targets]
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return sum(tensor.nbytes for tensor in tensors_in([
+        list(model.parameters()), list(model.buffers()), list(optimizer.state.values())]))
 
 
 def anchors_for_any_object(image_size: int) -> tuple[tuple[float, ...], ...]:

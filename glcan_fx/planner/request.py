@@ -51,8 +51,7 @@ def request_for(
             isinstance(compute_budget, bool) or not isinstance(compute_budget, int | float) or not compute_budget > 0):
         raise PlanError(f"compute_budget={compute_budget!r}: give a training step's compute relative to "
                         "backpropagation's, such as 1.3")
-    budget: int | Literal["least"] | None = "least" if memory_budget == "least" else (
-        None if memory_budget is None else in_bytes(memory_budget))
+    budget = None if memory_budget is None else in_bytes(memory_budget)
     if budget is None and k == "auto":
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         if device.type != "cuda":

@@ -2,7 +2,7 @@
 
 From left to right in every row: a local module, its auxiliary network, and the feature cache as it is then. Rows follow
 each other from input to head. ``id`` attributes name what a node is: ``module-3``, ``aux-3``, ``cache-3``, and
-``module-13-46`` for local modules that are alike and drawn as one.
+``module-13-46`` for identical local modules, drawn as one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ PICTURES = (".svg", ".png", ".pdf")
 NO_DOT = ("a picture needs Graphviz's program `dot`, which was not found: apt-get install graphviz, or brew install "
           "graphviz. A .html or .dot file needs nothing.")
 DEPTHS = ("stages", "modules", "blocks", "operators")
-_MANY = 20  # local modules; more are drawn with neighbours that are alike as one
+_MANY = 20  # local modules; of more, identical neighbours are drawn as one
 # one hue per resolution, readable in grey and by the colour-blind; neighbours of one resolution differ in shade
 _HUES = (("#dce9f5", "#c3daee"), ("#fbe6c8", "#f6d6a5"), ("#d7efe6", "#b9e2d3"), ("#f6dfeb", "#edc8dc"),
          ("#f7f3c4", "#ece59a"), ("#e6e2f3", "#d2cbea"), ("#e9e9e9", "#dadada"))
@@ -36,7 +36,7 @@ _FONT = "Helvetica"  # whose widths Graphviz knows, in a browser too
 
 @dataclass(frozen=True)
 class _Row:
-    """Neighbouring local modules, drawn as one where there are several that are alike."""
+    """Neighbouring local modules, drawn as one where they are identical."""
 
     start: int
     modules: tuple[LocalModule, ...]
@@ -54,7 +54,7 @@ class _Row:
 def plan_dot(
     plan: Plan, memory: Memory | None = None, depth: str | None = None, structure: Structure | None = None
 ) -> str:
-    """The partition graph in DOT. depth: "stages" (local modules that are alike as one), "modules", "blocks" (what each
+    """The partition graph in DOT. depth: "stages" (identical local modules as one), "modules", "blocks" (what each
     is made of), or "operators", which needs the model; None: stages for many modules, else modules.
 
     Raises PlanError for another depth, and for operators without the model's ``structure``.
@@ -101,12 +101,12 @@ def plan_dot(
 
 
 def usual_depth(plan: Plan) -> str:
-    """What is drawn where nothing is asked for: local modules, alike ones together where there are many."""
+    """The default: local modules, identical ones together where there are many."""
     return "stages" if plan.k > _MANY else "modules"
 
 
 def _rows(plan: Plan, depth: str, memory: Memory | None) -> Iterator[_Row]:
-    """The local modules one by one, or neighbours that are alike together."""
+    """The local modules one by one, or identical neighbours together."""
     start, modules, kept = 0, plan.modules, saved_bytes(plan, memory)
 
     def kind(index: int) -> tuple[object, ...]:
@@ -236,19 +236,19 @@ def _module(row: _Row, prefix: str, grown: int, depth: str, rank: int | None) ->
         lines.append(f'<FONT COLOR="#8e24aa"><B>▼ stride {grown} to {last.stride}</B></FONT>')
     where = [f"stride {last.stride}"] * bool(last.stride) + [f"{last.channels} channels"]
     if count > 1:
-        where.insert(0, f"{count} local modules alike")
+        where.insert(0, f"{count} identical local modules")
     blocks = len(first.blocks)
     where += [f"{blocks} blocks"] * (blocks > 1 and depth != "blocks")
     lines.append(_text(", ".join(where)))
     each = " each" * (count > 1)
     lines.append(_text(f"{first.parameters:,} parameters{each}"))
-    lines.append(_text(f"keeps {size(row.kept[0])}{each}{', ' * bool(first.recompute)}{run_again(first)}"))
+    lines.append(_text(f"saves {size(row.kept[0])}{each}{', ' * bool(first.recompute)}{run_again(first)}"))
     text = "<BR/>".join(lines)
     inner = ""
     if depth == "blocks" and blocks > 1:
         inner = "".join(
             f'<TR><TD BGCOLOR="white" ALIGN="LEFT">{_text(b.name.removeprefix(prefix))}<BR/>'
-            f'<FONT POINT-SIZE="9" COLOR="#555555">{_text(_where(b.stride, b.shape))}, keeps {size(b.saved)}</FONT>'
+            f'<FONT POINT-SIZE="9" COLOR="#555555">{_text(_where(b.stride, b.shape))}, saves {size(b.saved)}</FONT>'
             "</TD></TR>" for b in first.blocks)
     return f'<<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="2" CELLPADDING="3"><TR><TD>{text}</TD></TR>{inner}</TABLE>>'
 
@@ -261,14 +261,14 @@ def _auxiliary(row: _Row, prefix: str, parts: Sequence[str]) -> str:
     """An auxiliary network: what it synthesises, the local neck and head, the loss. parts: what a method adds."""
     module, count = row.modules[0], len(row.modules)
     read = [(label, colour, tap) for source, label, colour in _KINDS for tap in taps(module, source, prefix)]
-    behind = [f"behind {name.removeprefix(prefix)}" for name in module.ahead[-1:]]
+    behind = [f"after {name.removeprefix(prefix)}" for name in module.ahead[-1:]]
     added = "".join(f'<TD BGCOLOR="white"><FONT COLOR="{_BACK}">{_text(part)}</FONT></TD>'
                     for part in (*behind, *parts))
     cells = added + "".join(f'<TD BGCOLOR="white"><FONT COLOR="{colour}">{label} {_text(tap)}</FONT></TD>'
                     for label, colour, tap in read)
     number = row.key.replace("-", "–")
     costs = f"{module.aux_parameters:,} parameters"
-    costs += "" if row.kept[1] is None else f", keeps {size(row.kept[1])}"
+    costs += "" if row.kept[1] is None else f", saves {size(row.kept[1])}"
     title = f"auxiliary network{'s' * (count > 1)} {number}"
     return (f'<<TABLE BORDER="1" CELLBORDER="1" CELLSPACING="3" CELLPADDING="3" COLOR="#777777" BGCOLOR="#ffffffaa">'
             f'<TR>{cells}<TD BGCOLOR="white">local neck, head</TD><TD BGCOLOR="white">loss {number}</TD></TR>'
@@ -286,12 +286,12 @@ def _title(plan: Plan) -> str:
     legend = [
         f'<TD><FONT COLOR="{_CUT}"><B>– –|</B> detach: no gradient passes</FONT></TD>',
         f'<TD><FONT COLOR="{_CACHE}"><B>- -</B> feature cache, P: read from it</FONT></TD>',
-        f'<TD><FONT COLOR="{_MADE}">S: synthesised, still to come</FONT></TD>',
+        f'<TD><FONT COLOR="{_MADE}">S: synthesised</FONT></TD>',
         '<TD><FONT COLOR="#8e24aa">▼ down-sampling</FONT></TD>',
         "<TD>one colour per resolution</TD>",
     ]
     if any(reach.first < reach.until for reach in plan.reaches[:-1]):
-        legend.insert(1, f'<TD><FONT COLOR="{_BACK}"><B>– –</B> a later loss comes back</FONT></TD>')
+        legend.insert(1, f'<TD><FONT COLOR="{_BACK}"><B>– –</B> gradient of a later loss</FONT></TD>')
     return (f'<<TABLE BORDER="0" CELLSPACING="9"><TR><TD COLSPAN="{len(legend)}"><FONT POINT-SIZE="14">'
             f"{_text(heading(plan))}</FONT></TD></TR><TR>{''.join(legend)}</TR></TABLE>>")
 

@@ -1,4 +1,4 @@
-"""Show a frontier: what can be had, as a table, as text, and for the report's plot."""
+"""Show a frontier as a table, as text, and for the report's plot."""
 
 from collections.abc import Sequence
 from io import StringIO
@@ -11,9 +11,9 @@ from rich.table import Table
 from glcan_fx.planner.frontier import Point
 from glcan_fx.units import size
 
-TITLE = "What can be had: memory of a step against compute"
-HINT = ("Exact: backpropagation's gradients. Fewer local modules train more like backpropagation. A row is to be had "
-        "with memory_budget= and compute_budget=, or with transform(model, plan=point.plan).")
+TITLE = "Trade-offs: memory of a training step against compute"
+HINT = ("Exact: backpropagation's gradients. Fewer local modules train more like backpropagation. To use a row, pass "
+        "its memory_budget= and compute_budget=, or call transform(model, plan=point.plan).")
 
 
 def columns(points: Sequence[Point]) -> list[str]:

@@ -32,14 +32,14 @@ from glcan_fx.step.local_model import LocalModel
 from glcan_fx.structure.structure import Structure
 from glcan_fx.units import size
 
-_GRAPHS = {"stages": "modules that are alike as one", "modules": "local modules", "blocks": "blocks"}
+_GRAPHS = {"stages": "identical modules as one", "modules": "local modules", "blocks": "blocks"}
 
 
 def plan_report(
     plan: Plan, memory: Memory | None = None, depth: str | None = None, structure: Structure | None = None,
     local: LocalModel | None = None, frontier: Sequence[Point] = (),
 ) -> str:
-    """The HTML of a plan's report. depth: the graph to begin with, one of ``draw.DEPTHS``.
+    """The HTML of a plan's report. depth: the graph to begin with, one of ``dot.DEPTHS``.
 
     memory: the plan's simulated steps, for the curves; structure: the model's, for ``depth="operators"``; local: the
     plan compiled, for the generated code; frontier: for its plot. What is missing is not shown. Raises PlanError for
@@ -88,23 +88,23 @@ def _modules(plan: Plan, memory: Memory | None, local: LocalModel | None) -> lis
     found = []
     for index, (module, colour) in enumerate(zip(plan.modules, colours(plan), strict=True)):
         facts = [
-            ("ends behind", module.cut or "the network's output"), ("outputs", "x".join(map(str, module.shape))),
+            ("ends after", module.cut or "the network's output"), ("outputs", "x".join(map(str, module.shape))),
             ("stride, channels", f"{module.stride or '–'}, {module.channels}"),
-            ("parameters", f"{module.parameters:,}"), ("auxiliary network's", f"{module.aux_parameters:,}"),
+            ("parameters", f"{module.parameters:,}"), ("auxiliary parameters", f"{module.aux_parameters:,}"),
             ("saved for backward", f"{size(kept[index][0])}, auxiliary network and loss {_known(kept[index][1])}"),
         ]
         if memory is not None:
             facts += [("share of compute", f"{100 * memory.plan.share(index):.1f} %"),
-                      *((f"most live in {phase.name.partition(' of ')[0]}", size(phase.peak))
+                      *((f"peak during {phase.name.partition(' of ')[0]}", size(phase.peak))
                         for phase in memory.plan.timeline if phase.module == index)]
         facts += [("features", features(module, prefix))]
         if module.levels:
             facts.append(("levels, weights", ", ".join(f"{a}: {b:g}" for a, b in zip(module.levels, module.sigma,
                                                                                        strict=True))))
         if module.recompute:
-            facts.append(("run again in backward", "; ".join(map(run_text, module.recompute))))
+            facts.append(("recomputed in backward", "; ".join(map(run_text, module.recompute))))
         facts += [(f"block {block.name.removeprefix(prefix)}",
-                   f"{'x'.join(map(str, block.shape))}, {block.parameters:,} parameters, keeps {size(block.saved)}")
+                   f"{'x'.join(map(str, block.shape))}, {block.parameters:,} parameters, saves {size(block.saved)}")
                   for block in module.blocks if len(module.blocks) > 1]
         own, auxiliary = code[index] if code else (None, None)
         found.append({"index": index, "name": span(module, prefix), "colour": colour, "facts": [list(f) for f in facts],
@@ -114,7 +114,7 @@ def _modules(plan: Plan, memory: Memory | None, local: LocalModel | None) -> lis
 
 
 def _known(count: int | None) -> str:
-    return "not known" if count is None else size(count)
+    return "unknown" if count is None else size(count)
 
 
 def _code(plan: Plan, local: LocalModel) -> list[tuple[str, str | None]]:

@@ -102,8 +102,7 @@ def legend(plan: Plan) -> str:
     """What the table's columns mean."""
     prefix = common_prefix(plan)
     paths = f"Module paths begin with {prefix}; saved" if prefix else "Saved"
-    return (f"{paths}: for backward, own + auxiliary network's and loss's; P: read from the cache, S: synthesised, "
-            "still to come.")
+    return f"{paths} for backward: module + auxiliary network and loss. Features: P from the cache, S synthesised."
 
 
 def _table(plan: Plan, memory: Memory | None, left_out: Sequence[str] = ()) -> Table:
@@ -156,17 +155,17 @@ def settings(plan: Plan) -> list[str]:
 
 
 def run_again(module: LocalModule) -> str:
-    """How many of a local module's blocks and parts run again, in words."""
+    """How many of a local module's blocks and parts are recomputed in backward, in words."""
     if not module.recompute:
         return ""
     count, of = len(module.again), len(module.each)
     if of == 1:
-        return "its block runs again"
-    return f"{f'all {of}' if count == of else f'{count} of {of}'} blocks run{'s' * (count == 1)} again"
+        return "its block is recomputed"
+    return f"{f'all {of}' if count == of else f'{count} of {of}'} blocks {'is' if count == 1 else 'are'} recomputed"
 
 
 def run_text(run: Run) -> str:
-    """The blocks that run again together, those that run again once more inside in brackets."""
+    """The blocks that are recomputed together; in brackets those inside that are recomputed once more."""
     inside = f" ({'; '.join(map(run_text, run.inside))})" if run.inside else ""
     first, last = run.blocks[0], run.blocks[-1]
     return f"{first if first == last else f'{first} … {last}'}{inside}"
@@ -189,7 +188,7 @@ def memory_text(plan: Plan, memory: Memory) -> list[str]:
     lines += [f"  {name}: {size(step.peak)} ({step.peak / plain.peak:.2f}), {memory.compute(step)}"
               for name, step in memory.named()]
     if memory.checkpointing is None:
-        lines.append("  activation checkpointing, every block: not known: no block is one call of a sub-module")
+        lines.append("  activation checkpointing, every block: unknown, as no block is a single call of a sub-module")
     parts = sorted(memory.plan.parts.items(), key=lambda item: -item[1])
     lines.append(f"This plan's peak is during {memory.plan.when}: "
                  + ", ".join(f"{name} {size(part)}" for name, part in parts if part >= 0.005 * memory.plan.peak))
@@ -207,8 +206,8 @@ def _advice(plan: Plan, memory: Memory) -> list[str]:
         return [f"This plan {what} backpropagation's memory: train the model as it is."]
     if plan.k > 1 and again is not None and again.peak <= peak:
         compute = again.relative_to(memory.backpropagation, memory.device)
-        return ["Activation checkpointing takes no more memory than this plan, with exact gradients: for an exact plan "
-                f"pass memory_budget= and compute_budget={max(1.01, compute):.2f}."]
+        return ["Activation checkpointing needs no more memory than this plan and keeps exact gradients: for an exact "
+                f"plan, pass memory_budget= and compute_budget={max(1.01, compute):.2f}."]
     return []
 
 
@@ -220,8 +219,8 @@ def ranks_text(ranks: Sequence[Rank], micro_batches: int) -> list[str]:
         which = f"local module {first}" if first == last else f"local modules {first} to {last}"
         sends = f", sends {size(rank.sent)} a step" if rank.sent else ""
         lines.append(f"  rank {number}: {which}, {size(rank.peak)}, {rank.share:.0%} of the operations{sends}")
-    return [*lines, f"  ranks wait for the busiest one in {bubble(ranks):.0%} of the time, estimated; beside the first "
-            "fill there is no other bubble"]
+    return [*lines, f"  ranks wait for the busiest one {bubble(ranks):.0%} of the time (estimated); apart from "
+            "the first fill there is no other bubble"]
 
 
 def common_prefix(plan: Plan) -> str:
@@ -246,8 +245,8 @@ def features(module: LocalModule, prefix: str = "", *, short: bool = False) -> s
     parts = [f"{label} {names[0]} … {names[-1]} ({len(names)})" if short and len(names) > _LISTED
              else f"{label} {', '.join(names)}" for source, (label, _) in _SOURCES.items()
              if (names := taps(module, source, prefix))]
-    parts += [f"behind {name.removeprefix(prefix)}" for name in module.ahead[-1:]]
-    return "; ".join(parts + ["neck and head"] * (module.cut is None)) or "its output alone"
+    parts += [f"after {name.removeprefix(prefix)}" for name in module.ahead[-1:]]
+    return "; ".join(parts + ["neck and head"] * (module.cut is None)) or "its output only"
 
 
 def taps(module: LocalModule, source: str, prefix: str = "") -> Sequence[str]:

@@ -64,7 +64,7 @@ class TestImages:
         dataset = read(stored)
         image, target = dataset[0]
         assert image.shape == (3, 40, 20) and target["boxes"].tolist() == [[0, 0, 20, 10]]
-        assert image[0, :8].mean() > 0.9 and "1 image left as stored" in dataset.summary()
+        assert image[0, :8].mean() > 0.9 and "1 image kept as stored" in dataset.summary()
 
     def test_sixteen_bits_are_scaled_evenly(self, tmp_path: Path) -> None:
         ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, 0)
@@ -100,12 +100,12 @@ class TestBoxes:
             **box(0, 0, 1, 1), "bbox": None}, {**box(0, 0, 1, 1), "bbox": [1, 2, 3]}, box(0, 0, 4, 4, image=99)]
         dataset = read(written(tmp_path, [picture(tmp_path)], given))
         assert dataset.changed == {
-            "boxes clipped to the image": 1, "boxes without area left out": 2,
-            "boxes outside of the image left out": 1, "boxes without four numbers left out": 2,
-            "boxes of images that are not listed left out": 1}
+            "boxes clipped to the image": 1, "boxes without area dropped": 2,
+            "boxes outside the image dropped": 1, "boxes without four numbers dropped": 2,
+            "boxes of unlisted images dropped": 1}
         assert dataset[0][1]["boxes"].tolist() == [[30, 10, 40, 20], [1, 1, 5, 5]]
         said = dataset.summary()
-        assert "1 box clipped to the image" in said and "2 boxes without area left out" in said
+        assert "1 box clipped to the image" in said and "2 boxes without area dropped" in said
         assert all(f"{count} {what.replace('boxes', 'box', count == 1)}" in said
                    for what, count in dataset.changed.items())
 
@@ -116,7 +116,7 @@ class TestBoxes:
         ({"boxes": [box(0, 0, 4, 4, image="x"), box(0, 0, 4, 4, image="y")]}, "no annotation belongs to an image"),
         ({"boxes": [box(0, 0, 4, 4, category=7)]}, "category 7"),
         ({"boxes": [box(0, 0, 4, 4, category=None)]}, "category None"),
-        ({"boxes": ["box"]}, "is no object"),
+        ({"boxes": ["box"]}, "is not an object"),
         ({"name": None}, "'file_name'"),
     ], ids=["same id", "fractions", "sizes", "no image", "category", "no category", "no object", "no name"])
     def test_what_cannot_be_meant_is_refused(self, tmp_path: Path, change: dict[str, Any], message: str) -> None:

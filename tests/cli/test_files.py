@@ -212,18 +212,12 @@ def test_the_command_line_names_the_file(tmp_path, capsys):
 def test_records_and_pictures_on_a_full_disk(tmp_path):
     from matplotlib.figure import Figure
 
-    from glcan_fx.bench import report as bench_report
-    from glcan_fx.bench.job import Job
-    from glcan_fx.bench.rows import Row
     from glcan_fx.demo import report as demo_report
+    from glcan_fx.files import write_figure
 
-    job, rows = Job("x", {}, [[2, 3, 8, 8]]), [Row("bp", "BP", 100, 100, curve=[1, 2, 1])]
-    written = {"results.json": lambda path: demo_report.write_results(path, [], {"a": "b" * 500}, {}),
-               "curves.png": lambda path: demo_report._save(Figure(), path),
-               "partition.dot": lambda path: demo_report.write_partition(path.parent, "digraph {" + " " * 500 + "}"),
-               "bench.json": lambda path: write(path, bench_report.as_json(rows, job, "cpu")),
-               "bench.svg": lambda path: bench_report.write_plot(path, rows, "x", job),
-               "bench.html": lambda path: bench_report.write_report(path, rows, "x", job)}
+    written = {"results.json": lambda path: demo_report.write_results(path, [], options="b" * 500),
+               "curves.png": lambda path: write_figure(path, Figure()),
+               "curves.svg": lambda path: write_figure(path, Figure())}
     for name, make in written.items():
         folder = tmp_path / name
         folder.mkdir()

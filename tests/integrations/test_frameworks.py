@@ -23,7 +23,7 @@ GLUE = {"transformers_trainer": "transformers", "ultralytics_trainer": "ultralyt
         "lightning_module": "lightning", "accelerate_loop": "accelerate"}
 LOOPS = [("torchvision_loops", task) for task in ("classification", "detection", "segmentation")]
 ALL = [*((name, None) for name in GLUE), *LOOPS]
-LONG = {"lightning_module", "detection", "segmentation"}
+LONG = {"ultralytics_trainer", "lightning_module", "detection", "segmentation"}
 BIG = {"transformers_trainer": ("--batch", 128), "ultralytics_trainer": ("--size", 256, "--batch", 8, "--epochs", 2)}
 
 
@@ -105,6 +105,18 @@ def test_three_local_modules_take_less_memory(name: str, task: str | None, run: 
     assert peaks[1] < 0.85 * peaks[0], [f"{peak / 2**20:.0f} MiB" for peak in peaks]
 
 
+def transformers_loads(trainer: Any, out: Path) -> None:
+    """The checkpoint is the plain model's, with auxiliary networks beside it."""
+    from transformers import ViTForImageClassification
+
+    assert trainer.model.plan.k == 3
+    plain = ViTForImageClassification.from_pretrained(out / "checkpoint-10").eval()
+    again = glcan_fx.load_pretrained(plain, out / "checkpoint-10")
+    assert again.plan == trainer.model.plan
+    saved = load_file(out / "checkpoint-10" / "auxiliary.safetensors")
+    assert saved and all(torch.equal(value, again.aux.state_dict()[name]) for name, value in saved.items())
+
+
 @pytest.mark.parametrize(("name", "where", "resume"), [
     ("transformers_trainer", "checkpoint-5", ("--resume", "{}/checkpoint-5")),
     pytest.param("timm_task", "checkpoint-4.pth.tar", ("--resume", "{}/checkpoint-4.pth.tar"), marks=pytest.mark.slow),
@@ -114,23 +126,14 @@ def test_three_local_modules_take_less_memory(name: str, task: str | None, run: 
 def test_a_run_goes_on_with_the_same_numbers(
     name: str, where: str, resume: tuple[str, ...], run: Any, tmp_path: Path
 ) -> None:
-    whole = numbers(name, run(name, None, "run", "--k", 3), tmp_path / "run")
+    trained = run(name, None, "run", "--k", 3)
+    whole = numbers(name, trained, tmp_path / "run")
     assert (tmp_path / "run" / where).exists()
+    if name == "transformers_trainer":
+        transformers_loads(trained, tmp_path / "run")
     options = [option.format(tmp_path / "run") for option in resume]
     again = numbers(name, run(name, None, "run", "--k", 3, *options), tmp_path / "run")
     assert again[-3:] == whole[-3:]
-
-
-def test_transformers_loads_the_plain_model(run: Any, tmp_path: Path) -> None:
-    trainer = run("transformers_trainer", None, "run", "--k", 3)
-    from transformers import ViTForImageClassification
-
-    assert trainer.model.plan.k == 3
-    plain = ViTForImageClassification.from_pretrained(tmp_path / "run" / "checkpoint-10").eval()
-    again = glcan_fx.load_pretrained(plain, tmp_path / "run" / "checkpoint-10")
-    assert again.plan == trainer.model.plan
-    saved = load_file(tmp_path / "run" / "checkpoint-10" / "auxiliary.safetensors")
-    assert saved and all(torch.equal(value, again.aux.state_dict()[name]) for name, value in saved.items())
 
 
 @pytest.mark.slow

@@ -278,7 +278,7 @@ def test_the_frontier(tmp_path: Path) -> None:
 
     plan.save(tmp_path / "plan.html")
     page = (tmp_path / "plan.html").read_text(encoding="utf-8")
-    assert '"frontier":{"title":"What can be had' in page and point.name in page
+    assert '"frontier":{"title":"Trade-offs' in page and point.name in page
     text = frontier_text(points)
     assert f"▶ {chosen.name}" in text and "activation checkpointing, every" in text
     assert max(map(len, frontier_text(points, 80).splitlines())) <= 80

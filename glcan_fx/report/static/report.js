@@ -838,14 +838,12 @@
 
   function showTable({ columns, rows, totals }) {
     const most = Math.max(1, ...data.modules.map((module) => module.saved + module.aux_saved));
-    // the bars stand under the figures that they show; a table without such a column gets one
-    const own = columns.findIndex(({ name }) => name.startsWith("kept"));
-    const kept = own < 0 ? columns.length : own;
+    const saved = columns.findIndex(({ name }) => name.startsWith("saved")); // the bars stand under these figures
     const plain = !data.modules.length; // of something else than local modules: nothing to select
-    const all = own < 0 && !plain ? [...columns, { name: "saved for backward", align: "left" }] : columns;
-    const wordy = all.map((_, c) => rows.some((row) => (row[c] ?? "").length > 14 && c !== kept));
-    const styleOf = (c) => (all[c].align === "right" ? "right" : wordy[c] ? "text" : null);
-    const line = (texts, cell) => all.map((_, c) => make(cell, { class: styleOf(c) }, ...breakable(texts[c] ?? "")));
+    const wordy = columns.map((_, c) => rows.some((row) => (row[c] ?? "").length > 14 && c !== saved));
+    const styleOf = (c) => (columns[c].align === "right" ? "right" : wordy[c] ? "text" : null);
+    const line = (texts, cell) =>
+      columns.map((_, c) => make(cell, { class: styleOf(c) }, ...breakable(texts[c] ?? "")));
     const body = make(
       "tbody",
       {},
@@ -854,11 +852,11 @@
         const cells = line(row, "td");
         if (module) {
           cells[0].prepend(swatch(module.colour));
-          cells[kept].append(
+          cells[saved].append(
             make(
               "div",
               {
-                class: "kept",
+                class: "saved",
                 title: `${size(module.saved)} of its own, ${size(module.aux_saved)} of its auxiliary network`,
               },
               make("span", { style: { width: `${(100 * module.saved) / most}%` } }),
@@ -889,7 +887,7 @@
               "tr",
               {},
               ...line(
-                all.map(({ name }) => name),
+                columns.map(({ name }) => name),
                 "th",
               ),
             ),
