@@ -1,5 +1,6 @@
 """Models as people write them: what eager mode leaves the same stays the same, and hides no block."""
 
+import copy
 import functools
 import importlib
 import sys
@@ -277,6 +278,31 @@ def test_a_tensor_that_wants_no_gradient_anyway() -> None:
     local = compiled(Weighted())
     assert local.plan.k == 5 and local.plan.report.rung == 1
     assert_trains(local)
+
+
+def test_statistics_that_the_model_moves_without_gradients() -> None:
+    class Centred(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(1, 8, 1, 1))
+            self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.features(x)
+            with torch.no_grad():
+                self.mean.mul_(0.9).add_(x.mean((0, 2, 3), keepdim=True), alpha=0.1)
+                self.calls += 1
+            return self.fc((x - self.mean).mean((2, 3)))
+
+    model = Centred()
+    plain, local = copy.deepcopy(model), compiled(model)
+    assert local.plan.k == 5 and local.plan.report.rung == 1
+    for _ in range(2):
+        out = local(IMAGES, LABELS)
+        torch.testing.assert_close(out.output, plain(IMAGES))
+        out.loss.backward()
+    torch.testing.assert_close(dict(model.named_buffers()), dict(plain.named_buffers()))
+    assert not model.mean.requires_grad and all(p.grad is not None for p in model.parameters())
 
 
 def test_a_power_behind_the_trunk() -> None:
