@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from glcan_fx.capture.shadow import random_state
 from glcan_fx.errors import (
     ModelChangedError,
     ModelChangedWarning,
@@ -33,7 +34,7 @@ from glcan_fx.step.arguments import signature_of, unlike
 from glcan_fx.step.averages import Averages
 from glcan_fx.step.gradients import Agreement, LocalBackward, LossScale, parameters_of, private_graph
 from glcan_fx.step.guards import Guards, Opened
-from glcan_fx.step.local_loss import Draws, LocalLoss, random_state
+from glcan_fx.step.local_loss import Draws, LocalLoss
 from glcan_fx.step.optimizer_in_forward import OptimizerInForward, refuse_distributed
 from glcan_fx.step.output import LocalOutput, collect, parts_of_loss, reported, shape_of, total
 from glcan_fx.step.parts import ReadOnly, Recomputed, SizeCheck, Whole, WithAux
