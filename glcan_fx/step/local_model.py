@@ -37,7 +37,7 @@ from glcan_fx.step.guards import Guards, Opened
 from glcan_fx.step.local_loss import Draws, LocalLoss
 from glcan_fx.step.optimizer_in_forward import OptimizerInForward, refuse_distributed
 from glcan_fx.step.output import LocalOutput, collect, parts_of_loss, reported, shape_of, total
-from glcan_fx.step.parts import ReadOnly, Recomputed, SizeCheck, Whole, WithAux
+from glcan_fx.step.parts import Leave, ReadOnly, Recomputed, SizeCheck, Whole, WithAux
 from glcan_fx.step.sharing import links_of, refuse_sharded
 from glcan_fx.step.sliced import SlicedHead
 from glcan_fx.step.stages import Share, Stage, Step, called, uncompiled
@@ -624,6 +624,8 @@ def assemble(
         aux.add_module("sizes", SizeCheck())
     if any(node.target == "aux.whole" for node in graph.nodes):
         aux.add_module("whole", Whole(model))
+    if any(node.target == "aux.leave" for node in graph.nodes):
+        aux.add_module("leave", Leave(model))
     for name, part in task.parts(model).items():
         aux.add_module(name, part)
     for module in aux.modules():

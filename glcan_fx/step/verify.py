@@ -200,7 +200,7 @@ def without_losses(graph: fx.Graph) -> fx.Graph:
         if node.op == "output":
             [result] = node.all_input_nodes
             new.output(fx.map_arg(result.args[1], made.__getitem__))
-        elif node.target is passing.collect:
+        elif node.target is passing.collect or node.target == "aux.leave":
             continue
         elif node.op == "call_module" and (node.target == "aux.last" or str(node.target).rpartition(".")[2].isdecimal()
                                            and str(node.target).startswith("aux.")):

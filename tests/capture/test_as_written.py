@@ -305,6 +305,32 @@ def test_statistics_that_the_model_moves_without_gradients() -> None:
     assert not model.mean.requires_grad and all(p.grad is not None for p in model.parameters())
 
 
+class Leaves(Net):
+    """Leaves a term of the loss, and a feature map, on itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.term = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.early = self.blocks[1](self.blocks[0](self.stem(x)))
+        x = self.blocks[3](self.blocks[2](x)).mean((2, 3))
+        self.term = x.square().mean()
+        return self.fc(x)
+
+
+def test_what_the_model_leaves_on_itself() -> None:
+    model = Leaves()
+    plain, local = copy.deepcopy(model), glcan_fx.transform(
+        model, k=3, criterion=lambda out, y: F.cross_entropy(out, y) + model.term, example_inputs=IMAGES).train()
+    last = local(IMAGES, LABELS).losses[-1]
+    torch.testing.assert_close(last, F.cross_entropy(plain(IMAGES), LABELS) + plain.term)
+    torch.testing.assert_close((model.term, model.early), (plain.term, plain.early))
+    with pytest.raises(glcan_fx.PlanError, match="slices=2: it leaves a value on 'term'"):
+        glcan_fx.transform(model, k=3, criterion=F.cross_entropy, example_inputs=IMAGES,
+                           options=glcan_fx.Options(slices=2))
+
+
 def test_a_power_behind_the_trunk() -> None:
     class Square(Net):
         def forward(self, x: Tensor) -> Tensor:
