@@ -181,8 +181,9 @@ class Nodes:
             made = {key: self.argument(part) for key, part in fields.items() if part is not None}
             return self._made(value, (), made)
         if isinstance(value, Mapping):
-            if not all(isinstance(key, str | int | float | bool) for key in value):
-                raise Uncapturable("it makes a dict whose keys are neither names nor numbers")
+            if not all(isinstance(part, str | int | float | bool) for key in value
+                       for part in (key if isinstance(key, tuple) else (key,))):
+                raise Uncapturable("it makes a dict whose keys are neither names nor numbers, nor tuples of them")
             return {key: self.argument(part) for key, part in value.items()}
         if isinstance(value, torch.dtype) and (tensor := self._dtypes.get((id(users_frame()), value))) is not None:
             self._asked_dtypes[value] = self.node_of(tensor)

@@ -204,8 +204,8 @@ class _Emitter:
         inputs and outputs."""
         inside = set(group)
         inputs = list(dict.fromkeys(s for node in group for s in node.all_input_nodes if s not in inside))
-        ends = [node for node in group
-                if readers.get(node) or node in self.read_by_losses or node in self.left or not inside.issuperset(node.users)]
+        ends = [node for node in group if readers.get(node) or node in self.read_by_losses or node in self.left
+                or not inside.issuperset(node.users)]
         name = f"block_{module}_{sum(part.startswith(f'block_{module}_') for part in self.parts)}"
         self.parts[name] = graph = fx.Graph()
         made = {node: graph.placeholder(node.name) for node in inputs}

@@ -331,6 +331,20 @@ def test_what_the_model_leaves_on_itself() -> None:
                            options=glcan_fx.Options(slices=2))
 
 
+def test_outputs_by_kind_and_scale() -> None:
+    class Scales(Net):
+        def forward(self, x: Tensor) -> dict[tuple[str, int], Tensor]:
+            x = self.features(x)
+            return {("logits", scale): self.fc(F.avg_pool2d(x, 2 ** scale).amax((2, 3))) for scale in (0, 1)}
+
+    local = glcan_fx.transform(Scales(), k=3, example_inputs=IMAGES,
+                               criterion=lambda out, y: sum(F.cross_entropy(part, y) for part in out.values())).train()
+    out = local(IMAGES, LABELS)
+    out.loss.backward()
+    assert local.plan.report.rung == 1
+    torch.testing.assert_close(out.output, local.original(IMAGES))
+
+
 def test_a_power_behind_the_trunk() -> None:
     class Square(Net):
         def forward(self, x: Tensor) -> Tensor:
