@@ -27,6 +27,7 @@ from glcan_fx.step.saving import remember_plan
 from glcan_fx.step.segments import build_segments
 from glcan_fx.step.unstepped import warn_of_unstepped
 from glcan_fx.step.verify import verify as verify_step
+from glcan_fx.step.verify import verify_around
 from glcan_fx.tasks import Task
 from glcan_fx.tasks.around import Around
 from glcan_fx.tasks.captured import Captured, Uncaptured
@@ -147,16 +148,21 @@ class PlannedModel:
         the model, TraceError where the compiled step computes something else than the model, NotLearningError where a
         local module gets no gradient.
         """
+        verify = self._options.verify if verify is None else verify
         if isinstance(self.captured, Uncaptured):
             local = build_segments(self.plan, self.captured)
             self._attach(local)
             remember_plan(local)
+            if verify:
+                verify_around(local, self.captured.inputs)
             return local
         local, emitted = build(self.plan, self.captured)
         self._attach(local)
         remember_plan(local)
         self.captured.structure.trace.clear_caches()
-        if self._options.verify if verify is None else verify:
+        if verify:
+            if self.plan.around is not None:
+                verify_around(local, self.captured.arguments)
             verify_step(local, emitted, self.captured.structure, self._options.example_targets)
         warn_of_unstepped(local)
         return local

@@ -107,17 +107,20 @@ def direct_layers(structure: Structure, cut: fx.Node, tail: Tail) -> tuple[list[
     """The layers that make the network's maps, where all of them can be made from the module's own output instead; and
     what follows them.
 
-    That is so where each is a map of the cut's rank, and what follows needs no other layer with weights.
+    That is so where each is a map of the cut's rank, of as many images, and what follows needs no other layer with
+    weights.
     """
     interface = structure.interface
     made = [node for node in tail.nodes if structure.trace.module(node) in interface]
-    rank = len(structure.shape(cut))
+    rank, images = len(structure.shape(cut)), structure.shape(cut)[:1]
     if not made or cut in structure.channels_last or rank < 3 or structure.positions(cut) <= 1:
         return None
     if any(tap in structure.trace.output.all_input_nodes for tap in tail.taps):  # no layer of the tail makes that map
         return None
     if any(not is_map(node) or len(structure.shape(node)) != rank or structure.positions(node) <= 1
            or is_queried(structure, cut, node) for node in made):
+        return None
+    if any(structure.shape(node)[:1] != images for node in made):  # two images that are compared, frames
         return None
     needed = _behind(tail, made)
     if any(structure.trace.parameters(node) for node in needed) or any(

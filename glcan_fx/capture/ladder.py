@@ -312,4 +312,4 @@ def _explain(error: Exception, model: nn.Module, path: str, inputs: Any) -> tupl
         f"  what to do: (1) pass example_inputs= that the model runs on (these are {shapes or 'no tensors'}); (2) move "
         "the code that a graph cannot hold into a sub-module of its own: such modules are kept whole; (3) compile the "
         "part that can be captured, for example the backbone."
-    ), f"{reason.splitlines()[0] if reason else ''}, at {where or inner}"
+    ), f"{reason.splitlines()[0] if reason else ''}, {f'at {where}' if where else f'in {inner or kind}'}"

@@ -42,8 +42,10 @@ class Nodes:
         self._storages: dict[int, list[tuple[fx.Node, Tensor]]] = {}  # who shares memory
         self._aliases: dict[int, Tensor] = {}
         self._keep: list[Any] = []  # what is known by identity must stay alive
+        self._state: set[int] = set()  # storages of parameters and buffers
         for tensor in [*root.parameters(), *root.buffers()]:
             self._devices.setdefault(id(tensor.device), (tensor.device, tensor))
+            self._state.add(tensor.untyped_storage()._cdata)
 
     def forget(self) -> None:
         """Let go of the values, at the end of a recording."""
@@ -79,6 +81,20 @@ class Nodes:
     def depends(self, tensor: Tensor) -> bool:
         """Whether a tensor is computed from the inputs."""
         return id(tensor) in self._known and bool(self._known[id(tensor)][0].meta["dependent"])
+
+    def is_state(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a parameter or a buffer, or a part of one."""
+        return tensor.untyped_storage()._cdata in self._state
+
+    def detach(self, tensor: Tensor) -> Tensor:
+        """A tensor without its history, where it may have one, as a value of its own."""
+        free = not isinstance(tensor, nn.Parameter) and not self.depends(tensor)
+        if free or self.knows(tensor) and self.made_by(tensor).target is detached:
+            return tensor
+        node = self.create("call_function", detached, (self.argument(tensor),), {})
+        value = tensor.detach()
+        self.describe(node, value, derived=True)
+        return value
 
     def mutated(self, node: fx.Node, tensor: Tensor) -> None:
         """Note that a node changed a tensor in place: who reads its memory from now on reads it behind the change."""
@@ -165,8 +181,9 @@ class Nodes:
             made = {key: self.argument(part) for key, part in fields.items() if part is not None}
             return self._made(value, (), made)
         if isinstance(value, Mapping):
-            if not all(isinstance(key, str | int | float | bool) for key in value):
-                raise Uncapturable("it makes a dict whose keys are neither names nor numbers")
+            if not all(isinstance(part, str | int | float | bool) for key in value
+                       for part in (key if isinstance(key, tuple) else (key,))):
+                raise Uncapturable("it makes a dict whose keys are neither names nor numbers, nor tuples of them")
             return {key: self.argument(part) for key, part in value.items()}
         if isinstance(value, torch.dtype) and (tensor := self._dtypes.get((id(users_frame()), value))) is not None:
             self._asked_dtypes[value] = self.node_of(tensor)

@@ -184,13 +184,13 @@ class Recorder(TorchFunctionMode):
         changed = [t for t, version in zip(sources, versions, strict=True) if t._version != version]
         if not changed and not any(True for _ in tensors_in(out)):
             return answer(out)
+        if changed and not torch.is_grad_enabled():
+            args, kwargs = self._ungraded(changed, (args, kwargs))
         node = self.nodes.create(op, target, self.nodes.argument(tuple(args)), self.nodes.argument(dict(kwargs)))
         node.meta |= {"saved": sum(saved.values()), "storages": saved}
         if random:  # the same for all who read it
             node.meta |= {"random": True, "dependent": True}
-        if not torch.is_grad_enabled():  # the same values as without no_grad, and no gradient
-            if changed:
-                raise Uncapturable("it changes a tensor in place under torch.no_grad()")
+        if not changed and not torch.is_grad_enabled():  # the same values as without no_grad, and no gradient
             self.nodes.describe(node, out)
             node = self.nodes.create("call_function", detached, (node,), {})
         given = {id(tensor) for tensor in sources} - {id(tensor) for tensor in changed}
@@ -199,6 +199,14 @@ class Recorder(TorchFunctionMode):
         for tensor in changed:
             self.nodes.mutated(node, tensor)
         return out
+
+    def _ungraded(self, changed: Sequence[Tensor], arguments: Any) -> Any:
+        """What stands for the arguments of an operation that changes a tensor in place under ``torch.no_grad()``: a
+        graph runs it with gradients. Raises Uncapturable where that tensor is no state, or has a gradient."""
+        if any(tensor.requires_grad or not self.nodes.is_state(tensor) for tensor in changed):
+            raise Uncapturable("it changes a tensor in place under torch.no_grad()")
+        kept = {id(tensor) for tensor in changed}
+        return map_tensors(arguments, lambda t: t if id(t) in kept else self.nodes.detach(t))
 
     def _measured(self, run: Callable[[], Any], dependent: bool) -> tuple[Any, dict[int, int], bool]:
         """Run something. Returns its result, the bytes of memory that it first saves for backward, by storage, and

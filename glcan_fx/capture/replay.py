@@ -2,7 +2,9 @@
 
 Where a model cannot be captured, one of its sub-modules, the trunk, still can. The model's forward then runs as Python:
 once up to the trunk, and once behind it for every local module, given what the trunk returned (or what an auxiliary
-network makes of it). What was called before the trunk is answered from a record, so that it runs once a step.
+network makes of it). What was called before the trunk is answered from a record, so that it runs once a step. Random
+numbers are the same each time, and what the forward changes (counters, buffers, attributes) it changes when it runs to
+its end.
 """
 
 import inspect
@@ -12,17 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map_only
 
-from glcan_fx.capture.shadow import kept_python_random, random_like, real_copy, replicate, seed
+from glcan_fx.capture.shadow import RandomState, kept_python_random, random_like, real_copy, replicate, seed
 from glcan_fx.capture.trace import within
+from glcan_fx.capture.views import empty_stand_ins, run_to_the_end, substituted
 from glcan_fx.errors import UnsupportedError
 from glcan_fx.initialization import freshen, moments, unhooked_copy
 from glcan_fx.pytree import map_tensors
 
-Record = dict[str, list[Any]]  # what sub-modules returned, by path, in order of their calls
+Record = dict[str, list[Any]]  # what sub-modules returned, by path, in order of their calls; and the random states
+_STATES = ""  # at the beginning and behind each of these calls
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,14 @@ def calls_of(
     it called, in order."""
     with torch.random.fork_rng(devices=[]), kept_python_random(), torch.enable_grad():
         seed()  # the same run whenever the model is planned
-        copy = replicate(model, real_copy).train()
+        real = replicate(model, real_copy).train()
         found: list[Call] = []
         events = _Events()
-        for path, part in copy.named_modules():
+        for path, part in real.named_modules():
             if path:
                 part.__dict__["forward"] = _watched(part.forward, path, found, events)
         convert = random_like if random else real_copy
-        copy(*(tree_map_only(Tensor, convert, value) for value in args),
+        real(*(tree_map_only(Tensor, convert, value) for value in args),
              **{key: tree_map_only(Tensor, convert, value) for key, value in kwargs.items()})
     return sorted(found, key=lambda call: call.first)
 
@@ -100,20 +103,20 @@ class _Answers:
         return map_tensors(value, self._copy) if self.check else value
 
     def _copy(self, tensor: Tensor) -> Tensor:
-        copy = tensor.clone()
-        self.given.append((copy, tensor, copy._version))
-        return copy
+        clone = tensor.clone()
+        self.given.append((clone, tensor, clone._version))
+        return clone
 
     def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Really call a sub-module, which may change what it is given."""
         self.look()
         result = module(*args, **kwargs)
-        self.given = [(copy, tensor, version) for copy, tensor, version in self.given if copy._version == version]
+        self.given = [(clone, tensor, version) for clone, tensor, version in self.given if clone._version == version]
         return result
 
     def look(self) -> None:
-        for copy, tensor, version in self.given:
-            if copy._version != version and not torch.equal(copy, tensor):
+        for clone, tensor, version in self.given:
+            if clone._version != version and not torch.equal(clone, tensor):
                 raise UnsupportedError(
                     f"the forward of {type(self.model).__name__} changes a value in place (x *= 2, y += x), but it "
                     "runs as Python, once for every local module, so that would happen as often. Write a new value: "
@@ -155,53 +158,29 @@ def arguments_of(module: nn.Module, call: Call) -> dict[str, Any]:
     return dict(bound.arguments)
 
 
-def _shallow(module: nn.Module) -> nn.Module:
-    if isinstance(module, torch.jit.ScriptModule):  # one that calls nothing of its own in Python
-        return nn.Module().train(module.training)
-    new: nn.Module = object.__new__(type(module))
-    new.__dict__ = {**vars(module), "_modules": dict(module._modules)}
-    new.__dict__.pop("_compiled_call_impl", None)  # it would call the module itself
-    for name, value in vars(module).items():
-        if "_hooks" in name and isinstance(value, dict):  # those that a forward registers while it runs stay here
-            new.__dict__[name] = value.copy()
-    return new
+class Answered:
+    """What a record has of the calls that a forward makes again, which leave the random states that they left then.
 
+    behind: what is not in the record, by path: its call leaves the random state as it is now."""
 
-def substituted(model: nn.Module, answer: Callable[[str, nn.Module], Callable[..., Any] | None]) -> nn.Module:
-    """A view of ``model`` in which the sub-modules that ``answer`` knows are called otherwise.
+    def __init__(self, record: Record, inputs: Any, behind: Record | None = None) -> None:
+        self.given = {path: list(values) for path, values in {**record, **(behind or {})}.items()}
+        self.states = self.given.pop(_STATES, [RandomState(inputs)])
+        if behind:
+            self.states.append(RandomState(inputs))
+        self._restore()
 
-    ``answer(path, module)`` returns what is called instead, or None to look inside. Parameters are shared, methods and
-    attributes stay.
-    """
-    def view(module: nn.Module, path: str) -> nn.Module:
-        if isinstance(module, torch.jit.ScriptModule):
-            return module
-        new = _shallow(module)
-        for name, child in module._modules.items():
-            if child is None:
-                continue
-            inner = f"{path}.{name}" if path else name
-            instead = answer(inner, child)
-            if instead is None:
-                new._modules[name] = view(child, inner)
-            elif instead is not child:
-                stand_in = _shallow(child.get_submodule("_orig_mod") if isinstance(child, OptimizedModule) else child)
-                stand_in.__dict__.update(forward=instead, _stands_in=True)
-                for key, value in vars(stand_in).items():
-                    if key.endswith("_hooks") and isinstance(value, dict):
-                        value.clear()
-                new._modules[name] = stand_in
-        if isinstance(module, OptimizedModule):  # its own forward calls the module itself
-            new.__dict__["forward"] = new._modules["_orig_mod"]
-        return new
+    def __contains__(self, path: str) -> bool:
+        return bool(self.given.get(path))
 
-    return view(model, "")
+    def take(self, path: str) -> Any:
+        """What the next call of a sub-module returned."""
+        self._restore()
+        return self.given[path].pop(0)
 
-
-def empty_stand_ins(view: nn.Module) -> None:
-    """Take the parameters out of what ``substituted`` put in: a copy shall not hold them. Its methods stay."""
-    for part in [part for part in view.modules() if "_stands_in" in vars(part)]:
-        part.__dict__.update(_modules={}, _parameters={}, _buffers={})
+    def _restore(self) -> None:
+        if self.states:
+            self.states.pop(0).restore()
 
 
 class Reached(BaseException):  # a model's own `except Exception` must not stop it
@@ -219,7 +198,7 @@ class Entry(nn.Module):
 
     def forward(self, *inputs: Any) -> tuple[tuple[Any, ...], Record]:
         around: Surroundings = self.__dict__["around"]
-        record: Record = {}
+        record: Record = {_STATES: [RandomState(inputs)]}
 
         def stop(*args: Any, **kwargs: Any) -> Any:
             given = inspect.signature(trunk.forward).bind(*args, **kwargs).arguments
@@ -234,12 +213,14 @@ class Entry(nn.Module):
             def recorded(*args: Any, **kwargs: Any) -> Any:
                 result = module(*args, **kwargs)
                 record.setdefault(path, []).append(result)
+                record[_STATES].append(RandomState(inputs))
                 return result
             return recorded
 
         trunk = self.__dict__["model"].get_submodule(around.trunk)
         try:
-            substituted(self.__dict__["model"], answer).forward(**dict(zip(around.inputs, inputs, strict=True)))
+            view = substituted(self.__dict__["model"], answer, again=True)
+            view.forward(**dict(zip(around.inputs, inputs, strict=True)))
         except Reached as reached:
             return reached.arguments, record
         raise UnsupportedError(f"this time the forward of {type(self.__dict__['model']).__name__} did not call "
@@ -278,17 +259,18 @@ class Rest(nn.Module):
     def forward(self, outputs: Any, record: Record, *inputs: Any) -> Any:
         around: Surroundings = self.__dict__["around"]
         model: nn.Module = self.__dict__["model"] if "model" in self.__dict__ else self.model  # noqa: SIM401
-        given = {path: list(values) for path, values in record.items()} | {around.trunk: [outputs]}
+        given = Answered(record, inputs, {around.trunk: [outputs]})
         self.__dict__["steps"] = steps = self.__dict__.get("steps", 0) + 1
         answers = _Answers(model, inputs, steps <= _CHECKED)
 
         def answer(path: str, module: nn.Module) -> Callable[..., Any] | None:
-            if within(around.trunk, path) and path not in given:
+            if within(around.trunk, path) and path != around.trunk:
                 return None
-            return lambda *args, **kwargs: (answers.give(given[path].pop(0)) if given.get(path)
+            return lambda *args, **kwargs: (answers.give(given.take(path)) if path in given
                                             else answers.call(module, args, kwargs))
 
-        found = substituted(model, answer).forward(**dict(zip(around.inputs, answers.inputs, strict=True)))
+        view = substituted(model, answer)
+        found = run_to_the_end(model, view, dict(zip(around.inputs, answers.inputs, strict=True)))
         answers.look()
         return found
 
@@ -305,8 +287,9 @@ class Segment(nn.Module):
         index, model = self.__dict__["index"], self.__dict__["model"]
         later = {path for group in segments.paths[index + 1:] for path in group}
         later -= {path for group in segments.paths[: index + 1] for path in group}
-        given = {path: list(values) for path, values in record.items()}
-        made = {path: list(values) for path, values in record.items()}
+        last = index == len(segments.paths) - 1
+        made = {path: list(values) for path, values in record.items()} or {_STATES: [RandomState(inputs)]}
+        given = Answered(record, inputs)
         units = {path for group in segments.paths for path in group}
         self.__dict__["steps"] = steps = self.__dict__.get("steps", 0) + 1
         answers = _Answers(model, inputs, steps <= _CHECKED and index > 0)
@@ -316,22 +299,25 @@ class Segment(nn.Module):
                 return None if any(within(unit, path) for unit in units) else module
 
             def call(*args: Any, **kwargs: Any) -> Any:
-                if given.get(path):
-                    return answers.give(given[path].pop(0))
+                if path in given:
+                    return answers.give(given.take(path))
                 if path in later:
                     raise Reached(())
                 result = answers.call(module, args, kwargs)
                 made.setdefault(path, []).append(result)
+                made[_STATES].append(RandomState(inputs))
                 return result
             return call
 
+        arguments = dict(zip(segments.inputs, answers.inputs, strict=True))
+        view = substituted(model, answer, again=not last)
         try:
-            outputs = substituted(model, answer).forward(**dict(zip(segments.inputs, answers.inputs, strict=True)))
+            outputs = run_to_the_end(model, view, arguments) if last else view.forward(**arguments)
         except Reached:
             answers.look()
             return made
         answers.look()
-        return outputs if index == len(segments.paths) - 1 else made  # an early exit: the last segment finds the same
+        return outputs if last else made  # an early exit: the last segment finds the same
 
 
 class Absent:

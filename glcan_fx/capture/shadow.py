@@ -19,6 +19,7 @@ from torch.jit._fuser import optimized_execution
 from glcan_fx.capture.patches import recording
 from glcan_fx.capture.source_lines import Uncapturable
 from glcan_fx.fakes import Fakes
+from glcan_fx.pytree import tensors_in
 
 _HOOKS = frozenset(name for name in vars(nn.Module()) if "_hooks" in name)
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -289,14 +290,58 @@ def python_random() -> Any:
 @contextmanager
 def kept_python_random() -> Iterator[None]:
     """Leave the random states of Python and NumPy as they are."""
-    state, numpy = random.getstate(), sys.modules.get("numpy")
-    numbers = numpy.random.get_state() if numpy is not None else None
+    restore = _python_random_restored()
     try:
         yield
     finally:
+        restore()
+
+
+def _python_random_restored() -> Callable[[], None]:
+    """Sets the random states of Python and NumPy to what they are now."""
+    state, numpy = random.getstate(), sys.modules.get("numpy")
+    numbers = numpy.random.get_state() if numpy is not None else None
+
+    def restore() -> None:
         random.setstate(state)
         if numpy is not None:
             numpy.random.set_state(numbers)
+
+    return restore
+
+
+def random_state(values: Any) -> tuple[torch.device, Tensor] | None:
+    """The random state of the device that values are on; None where nothing is drawn (on fake tensors)."""
+    tensor = next(tensors_in(values), None)
+    if tensor is None or isinstance(tensor, FakeTensor):
+        return None
+    if tensor.device.type == "cpu":
+        return tensor.device, torch.get_rng_state()
+    if tensor.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        return tensor.device, torch.cuda.get_rng_state(tensor.device)
+    return None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.cuda.set_rng_state(state, device)
+
+
+class RandomState:
+    """The random states of Python, of NumPy, and of torch on the device that values are on, as they are now."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __init__(self, values: Any) -> None:
+        self._restore, self._torch = _python_random_restored(), random_state(values)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def restore(self) -> None:
+        self._restore()
+        if self._torch is not None:
+            set_random_state(*self._torch)
 
 
 def seed(devices: Sequence[torch.device] = ()) -> None:

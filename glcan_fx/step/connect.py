@@ -9,7 +9,7 @@ from glcan_fx.fx_utils import Parts, function_of
 from glcan_fx.step.averages import Averages
 from glcan_fx.step.gradients import Agreement, LocalBackward, LossScale
 from glcan_fx.step.local_loss import LocalLoss
-from glcan_fx.step.parts import ReadOnly, Recomputed, SizeCheck, Whole, WithAux
+from glcan_fx.step.parts import Leave, ReadOnly, Recomputed, SizeCheck, Whole, WithAux
 from glcan_fx.step.sliced import SlicedHead
 from glcan_fx.step.trained import layers_of, targets_of, targets_of_last
 
@@ -32,6 +32,8 @@ def connect(
         aux.add_module("sizes", SizeCheck())
     if any(node.target == "aux.whole" for node in graph.nodes):
         aux.add_module("whole", Whole(model))
+    if any(node.target == "aux.leave" for node in graph.nodes):
+        aux.add_module("leave", Leave(model))
     for name, part in task.parts(model).items():
         aux.add_module(name, part)
     for module in aux.modules():

@@ -59,6 +59,8 @@ class _Emitter:
         self.cuts = [calls.at[cut] for cut in cuts]
         self.owner = {node: label.module for node, label in calls.label.items()}
         self.read_by_losses = {calls.at[node] for auxiliary in auxiliaries for node in auxiliary.inputs}
+        self.left = {calls.at[node]: name for call in calls.opened for node, name in call.left.items()
+                     if node in calls.at}
         self.tail = self._tail()
         self.raw: dict[fx.Node, fx.Node] = {}
         self.constant: dict[tuple[fx.Node, int], fx.Node] = {}
@@ -146,6 +148,12 @@ class _Emitter:
         self.raw[node] = self._copy(node, module)
         if read_later and node.meta["overwritten"] and is_float(node.meta["value"]):
             self.cache(node, keep=True)  # before the operation that overwrites it
+        self.leave(node)
+
+    def leave(self, node: fx.Node) -> None:
+        """Set the attribute of the model on which a forward that is written out leaves a value."""
+        if node in self.left:
+            self.graph.create_node("call_module", "aux.leave", (self.left[node], self.raw[node]), name="left")
 
     def may_run_again(self, group: Sequence[fx.Node], readers: Readers) -> bool:
         """Whether a part keeps something for backward, changes nothing that others see, and is the same twice (random
@@ -187,6 +195,7 @@ class _Emitter:
         for index, node in enumerate(ends):
             self.raw[node] = self.graph.create_node("call_function", operator.getitem, (called, index), name=node.name)
             self.raw[node].meta = {"local_module": module, "traced": node.name}
+            self.leave(node)
 
     def _part(
         self, group: Sequence[fx.Node], module: int, readers: Readers, depth: int
@@ -195,8 +204,8 @@ class _Emitter:
         inputs and outputs."""
         inside = set(group)
         inputs = list(dict.fromkeys(s for node in group for s in node.all_input_nodes if s not in inside))
-        ends = [node for node in group
-                if readers.get(node) or node in self.read_by_losses or not inside.issuperset(node.users)]
+        ends = [node for node in group if readers.get(node) or node in self.read_by_losses or node in self.left
+                or not inside.issuperset(node.users)]
         name = f"block_{module}_{sum(part.startswith(f'block_{module}_') for part in self.parts)}"
         self.parts[name] = graph = fx.Graph()
         made = {node: graph.placeholder(node.name) for node in inputs}

@@ -5,11 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from glcan_fx.auxiliary.builder import Auxiliary
-from glcan_fx.capture.shadow import python_random
-from glcan_fx.pytree import tensors_in
+from glcan_fx.capture.shadow import python_random, random_state, set_random_state
 from glcan_fx.step.averages import Averages
 from glcan_fx.step.gradients import Passed, Sides
 from glcan_fx.step.output import parts_of_loss, reported, shape_of, total
@@ -122,23 +120,3 @@ class Draws:
         now = (None if state is None else state[1].numpy().tobytes(), python_random())
         before, self.before = self.before, now
         return before != now
-
-
-def random_state(values: Any) -> tuple[torch.device, Tensor] | None:
-    """The random state of the device that values are on; None where nothing is drawn (on fake tensors)."""
-    tensor = next(tensors_in(values), None)
-    if tensor is None or isinstance(tensor, FakeTensor):
-        return None
-    if tensor.device.type == "cpu":
-        return tensor.device, torch.get_rng_state()
-    if tensor.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-        return tensor.device, torch.cuda.get_rng_state(tensor.device)
-    return None
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def set_random_state(device: torch.device, state: Tensor) -> None:
-    if device.type == "cpu":
-        torch.set_rng_state(state)
-    else:
-        torch.cuda.set_rng_state(state, device)

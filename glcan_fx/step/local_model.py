@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from glcan_fx.capture.shadow import random_state
 from glcan_fx.errors import (
     ModelChangedError,
     PlanError,
@@ -29,7 +30,7 @@ from glcan_fx.step.connect import connect
 from glcan_fx.step.gradients import LocalBackward, parameters_of, private_graph
 from glcan_fx.step.guards import Guards, Opened
 from glcan_fx.step.hooks import within_hooks
-from glcan_fx.step.local_loss import Draws, LocalLoss, random_state
+from glcan_fx.step.local_loss import Draws, LocalLoss
 from glcan_fx.step.members import SharedMembers
 from glcan_fx.step.notices import compare_shapes, compare_sizes, warn_of_unused
 from glcan_fx.step.optimizer_in_forward import OptimizerInForward, refuse_distributed

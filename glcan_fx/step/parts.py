@@ -31,6 +31,18 @@ class Whole(OfModel):
         return self.__dict__["model"](*args, **kwargs)
 
 
+class Leave(OfModel):
+    """Sets an attribute of the model, by its path, as the forward does that is written out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["model"] = model
+
+    def forward(self, path: str, value: Tensor) -> None:
+        owner, _, name = path.rpartition(".")
+        setattr(self.__dict__["model"].get_submodule(owner), name, value)
+
+
 class WithAux:
     """A model's attributes, with ``aux`` beside them, for parts that call others."""
 

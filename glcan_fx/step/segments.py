@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from glcan_fx.capture.replay import Absent, Call, Record, Segments, detach_record, empty_stand_ins, substituted
+from glcan_fx.capture.replay import Absent, Answered, Call, Record, Segments, detach_record
 from glcan_fx.capture.shadow import cuda_devices
 from glcan_fx.capture.trace import within
+from glcan_fx.capture.views import empty_stand_ins, substituted
 from glcan_fx.errors import PlanError
 from glcan_fx.fx_utils import with_headlines
 from glcan_fx.initialization import freshen, moments, unhooked_copy
@@ -188,7 +189,7 @@ class Remainder(nn.Module):
         self.parts = nn.ModuleList(_lean(model.get_submodule(path), unit, path == final) for path, unit in own.items())
 
     def forward(self, record: Record, *inputs: Any) -> Any:
-        given = {path: list(values) for path, values in record.items()}
+        given = Answered(record, inputs)
         parts = dict(zip(self.paths, self.parts, strict=True))
 
         def own(value: Any) -> Any:  # later modules read it, too, and the model's own forward may write into it
@@ -197,7 +198,7 @@ class Remainder(nn.Module):
         def answer(path: str, module: nn.Module) -> Callable[..., Any] | None:
             if path in parts or path in given:
                 return lambda *args, **kwargs: (
-                    own(given[path].pop(0)) if given.get(path) else parts[path](*args, **kwargs))
+                    own(given.take(path)) if path in given else parts[path](*args, **kwargs))
             return module if "_stands_in" in vars(module) else None
 
         return substituted(self.model, answer).forward(**dict(zip(self.inputs, own(inputs), strict=True)))

@@ -24,7 +24,10 @@ def why_not_sliced(structure: Structure, task: Task) -> str | None:
     """What keeps the tail from running slice by slice."""
     tail = sliced_tail(structure, task)
     inside = set(tail)
+    left = {node: name for node in tail for call in node.meta["call"].around() for node, name in call.left.items()}
     for node in tail:
+        if node in left:
+            return f"it leaves a value on '{left[node]}', which would be that of a slice"
         module = structure.trace.module(node)
         if module is not None and any("running_mean" in part._buffers for part in module.modules()):
             return f"'{node.target}' keeps statistics of the whole batch"

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from glcan_fx.capture.shadow import cuda_devices, kept_python_random, replicate, seed
+from glcan_fx.capture.shadow import cuda_devices, kept_python_random, random_state, replicate, seed
 from glcan_fx.errors import ModelChangedError, NotLearningError, TraceError
 from glcan_fx.pytree import map_tensors, tensors_in
 from glcan_fx.step import output as passing
 from glcan_fx.step.emit import Emitted
+from glcan_fx.step.local_loss import Draws
 from glcan_fx.step.local_model import LocalModel
 from glcan_fx.structure.structure import Structure, multiply_adds
 from glcan_fx.tasks import AnyLoss, Spec
@@ -48,6 +49,46 @@ def verify(local: LocalModel, emitted: Emitted, structure: Structure, targets: A
     return True
 
 
+def verify_around(local: LocalModel, inputs: Any) -> None:
+    """Compare a step that runs the model's own forward as Python, again for every local module, with one run of the
+    model: outputs, parameters, buffers, random numbers. ``inputs``: of the model, as ``Spec``s.
+
+    Both run on copies that share nothing. Raises TraceError where they differ.
+    """
+    model = local.original
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    batch = next((spec.shape[0] for spec in _specs(inputs) if len(spec.shape) > 1), 0)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), kept_python_random(), torch.no_grad():
+        values = _random(inputs, batch, min(batch, _PROBED) - batch, device)
+        plain = replicate(model, _clone).train()
+        trial = _trial(local, replicate(model, _clone), local.task)
+        draws = Draws()
+        seed(devices)
+        try:
+            with kept_python_random():
+                expected = _call(plain, _fresh(values))
+                draws.moved(random_state(values))
+        except Exception as error:  # noqa: BLE001 - a model that asks for values of a kind
+            log.info("not verified: %s does not run on random values: %s", type(model).__name__, error)
+            return
+        seed(devices)
+        with kept_python_random():
+            found = _call(fx.GraphModule(trial, without_losses(trial.graph)), _fresh(values))
+            others = draws.moved(random_state(values))
+    _compare(list(tensors_in(expected)), list(tensors_in(found)), "outputs", batch)
+    for what in ("parameters", "buffers"):
+        _compare(list(getattr(plain, what)()), list(getattr(trial.original, what)()), what, batch)
+    if others:
+        raise TraceError(f"the training step draws other random numbers than {type(model).__name__}, whose own forward "
+                         "runs as Python, once for every local module. Draw them in a sub-module.")
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    new = tensor.detach().clone()
+    return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+
+
 _PROBED = 4  # images
 
 
@@ -62,7 +103,7 @@ def _probe(local: LocalModel, structure: Structure, targets: Any, device: torch.
     if targets is not None or not local.task.takes_targets:
         task = copy.copy(local.task)
     try:
-        trial = _trial(local, task, structure.trace.hooks)
+        trial = _trial(local, _copy(local.original, structure.trace.hooks), task)
         small = min(batch, _PROBED) - batch
         values = _random(local.plan.inputs, batch, small, device)
         given = values if isinstance(values, dict) else dict(zip(local.names(), values, strict=False))
@@ -93,13 +134,13 @@ class _Away(AnyLoss):
         return super().loss(map_tensors(outputs, lambda t: t.float() + 1 if t.is_floating_point() else t), targets)
 
 
-def _trial(local: LocalModel, task: Any, hooks: bool) -> LocalModel:
-    """The compiled model on copies, with the model's own parameters and no hooks."""
+def _trial(local: LocalModel, model: nn.Module, task: Any) -> LocalModel:
+    """The compiled model on a copy of the model, and copies of its auxiliary networks."""
     aux = copy.deepcopy(local.aux)
     for part in aux.modules():
         if isinstance(part, LossHead):
             part.__dict__["task"] = task
-    return LocalModel(_copy(local.original, hooks), aux, copy.deepcopy(local.graph), local.plan, task, {},
+    return LocalModel(model, aux, copy.deepcopy(local.graph), local.plan, task, local.__dict__["_parts"],
                     local.__dict__["_opened"]).train()
 
 
@@ -158,7 +199,7 @@ def without_losses(graph: fx.Graph) -> fx.Graph:
         if node.op == "output":
             [result] = node.all_input_nodes
             new.output(fx.map_arg(result.args[1], made.__getitem__))
-        elif node.target is passing.collect:
+        elif node.target is passing.collect or node.target == "aux.leave":
             continue
         elif node.op == "call_module" and (node.target == "aux.last" or str(node.target).rpartition(".")[2].isdecimal()
                                            and str(node.target).startswith("aux.")):

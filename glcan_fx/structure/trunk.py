@@ -1,7 +1,7 @@
 """Find the trunk of a recorded network, and divide it into units. Only the graph decides; no architecture is known.
 
 The trunk is the chain of dominators from the input on. It ends where the resolution first grows, where the spatial
-positions are pooled away, or where a bypass comes back for the last time.
+positions are pooled away, where images in one batch are put together, or where a bypass comes back for the last time.
 """
 
 from collections.abc import Iterable, Mapping, Set
@@ -88,7 +88,7 @@ def _growing(flow: Flow, trunk: list[fx.Node]) -> set[str]:
 
 
 def _last_before_tail(flow: Flow, chain: list[fx.Node]) -> int:
-    """The index of the last value before the resolution grows, or the positions are gone."""
+    """The index of the last value before the resolution grows, the positions are gone, or one batch is taken apart."""
     positions = flow.positions
     for index, (start, end) in enumerate(pairwise(chain)):
         if flow.grows_between(start, end):
@@ -101,7 +101,19 @@ def _last_before_tail(flow: Flow, chain: list[fx.Node]) -> int:
         pooled = positions.get(start, 1) > 1 and flow.pools_away(end)
         if pooled or flattened:
             return index
+        whole = next((node for node in reversed(chain[:index + 1]) if _taken_apart(flow, node, end)), None)
+        if whole is not None and flow.trace.layers.isdisjoint(between(flow.graph, whole, end)):
+            return chain.index(whole)
     return len(chain) - 1
+
+
+def _taken_apart(flow: Flow, start: fx.Node, end: fx.Node) -> bool:
+    """Whether images that ran in one batch (two to compare, frames) become one value per example, at their size."""
+    if not (start in flow.positions and end in flow.positions):
+        return False
+    before, after = tensor_of(start), tensor_of(end)
+    return (before.dim() == after.dim() > 0 and after.shape[0] < before.shape[0]
+            and flow.positions[start] * after.shape[0] == flow.positions[end] * before.shape[0])
 
 
 def _before_long_skip(flow: Flow, chain: list[fx.Node], stop: int) -> int:

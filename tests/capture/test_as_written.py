@@ -1,5 +1,6 @@
 """Models as people write them: what eager mode leaves the same stays the same, and hides no block."""
 
+import copy
 import functools
 import importlib
 import sys
@@ -277,6 +278,71 @@ def test_a_tensor_that_wants_no_gradient_anyway() -> None:
     local = compiled(Weighted())
     assert local.plan.k == 5 and local.plan.report.rung == 1
     assert_trains(local)
+
+
+def test_statistics_that_the_model_moves_without_gradients() -> None:
+    class Centred(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(1, 8, 1, 1))
+            self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.features(x)
+            with torch.no_grad():
+                self.mean.mul_(0.9).add_(x.mean((0, 2, 3), keepdim=True), alpha=0.1)
+                self.calls += 1
+            return self.fc((x - self.mean).mean((2, 3)))
+
+    model = Centred()
+    plain, local = copy.deepcopy(model), compiled(model)
+    assert local.plan.k == 5 and local.plan.report.rung == 1
+    for _ in range(2):
+        out = local(IMAGES, LABELS)
+        torch.testing.assert_close(out.output, plain(IMAGES))
+        out.loss.backward()
+    torch.testing.assert_close(dict(model.named_buffers()), dict(plain.named_buffers()))
+    assert not model.mean.requires_grad and all(p.grad is not None for p in model.parameters())
+
+
+class Leaves(Net):
+    """Leaves a term of the loss, and a feature map, on itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.term = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.early = self.blocks[1](self.blocks[0](self.stem(x)))
+        x = self.blocks[3](self.blocks[2](x)).mean((2, 3))
+        self.term = x.square().mean()
+        return self.fc(x)
+
+
+def test_what_the_model_leaves_on_itself() -> None:
+    model = Leaves()
+    plain, local = copy.deepcopy(model), glcan_fx.transform(
+        model, k=3, criterion=lambda out, y: F.cross_entropy(out, y) + model.term, example_inputs=IMAGES).train()
+    last = local(IMAGES, LABELS).losses[-1]
+    torch.testing.assert_close(last, F.cross_entropy(plain(IMAGES), LABELS) + plain.term)
+    torch.testing.assert_close((model.term, model.early), (plain.term, plain.early))
+    with pytest.raises(glcan_fx.PlanError, match="slices=2: it leaves a value on 'term'"):
+        glcan_fx.transform(model, k=3, criterion=F.cross_entropy, example_inputs=IMAGES,
+                           options=glcan_fx.Options(slices=2))
+
+
+def test_outputs_by_kind_and_scale() -> None:
+    class Scales(Net):
+        def forward(self, x: Tensor) -> dict[tuple[str, int], Tensor]:
+            x = self.features(x)
+            return {("logits", scale): self.fc(F.avg_pool2d(x, 2 ** scale).amax((2, 3))) for scale in (0, 1)}
+
+    local = glcan_fx.transform(Scales(), k=3, example_inputs=IMAGES,
+                               criterion=lambda out, y: sum(F.cross_entropy(part, y) for part in out.values())).train()
+    out = local(IMAGES, LABELS)
+    out.loss.backward()
+    assert local.plan.report.rung == 1
+    torch.testing.assert_close(out.output, local.original(IMAGES))
 
 
 def test_a_power_behind_the_trunk() -> None:

@@ -320,3 +320,64 @@ def test_left_to_itself(kind: type[nn.Module]) -> None:
     out = local(IMAGES, LABELS)
     out.loss.backward()
     assert len(out.losses) == local.plan.k and all(p.grad is not None for p in local.parameters() if p.requires_grad)
+
+
+class Keeps(nn.Module):
+    """Moves a buffer and attributes, and draws random numbers, between the blocks of a forward that asks for values."""
+
+    def __init__(self, *, one_trunk: bool) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(16, 10)
+        blocks = [Block(8, 8), Block(8, 16, 2), Block(16, 16)]
+        self.blocks = nn.Sequential(*blocks) if one_trunk else nn.ModuleList(blocks)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.steps, self.seen = 0, torch.zeros(2)
+        self.run = self.noisy
+
+    def noisy(self, part: nn.Module, x: Tensor) -> Tensor:
+        return part(x) + (0.1 * torch.randn(1) if self.training else 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.mean() > 1e9:
+            raise ValueError("diverged")
+        self.calls += 1
+        self.seen += 1
+        self.steps += 1
+        scale = 1 + 0.1 * torch.rand(1)  # is read at both ends
+        x = self.run(self.stem, x * scale)
+        for part in [self.blocks] if isinstance(self.blocks, nn.Sequential) else self.blocks:
+            x = self.run(part, x)
+        self.mean = x.detach().mean()
+        return self.fc(x.mean((2, 3))) * scale
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("rung", [4, 5])
+def test_a_forward_that_runs_again_changes_what_one_run_changes(rung: int, k: int) -> None:
+    model = Keeps(one_trunk=rung == 4)
+    plain, local = copy.deepcopy(model), compiled(model, k=k)
+    assert local.plan.report.rung == rung and local.plan.k == k and "blocks" in repr(local)
+    for _ in range(2):
+        torch.manual_seed(3)
+        out, drawn = local(IMAGES, LABELS), torch.rand(1)
+        out.loss.backward()
+        torch.manual_seed(3)
+        assert torch.equal(out.output, plain(IMAGES)) and torch.equal(drawn, torch.rand(1))
+    assert (model.calls, model.steps, model.mean) == (plain.calls, plain.steps, plain.mean) and torch.equal(
+        model.seen, plain.seen)
+
+
+def test_what_a_forward_that_runs_again_would_change_twice_is_refused() -> None:
+    class Follows(InLoop):
+        def __init__(self) -> None:
+            super().__init__()
+            self.slow = copy.deepcopy(self.stem).requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                for slow, fast in zip(self.slow.parameters(), self.stem.parameters(), strict=True):
+                    slow.mul_(0.5).add_(fast + 1)
+            return super().forward(x + self.slow(x).mean())
+
+    with pytest.raises(glcan_fx.TraceError, match="does not compute what the model does"):
+        compiled(Follows())

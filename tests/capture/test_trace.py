@@ -445,7 +445,7 @@ class CountsInPlace(Block):
         return self.conv(x - self.mean) / self.calls
 
 
-@case(opaque=("blocks.1",))
+@case()
 class CountsWithoutGradients(Block):
     def __init__(self) -> None:
         super().__init__()

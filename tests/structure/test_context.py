@@ -126,3 +126,27 @@ def test_context_does_not_hide_the_network(name: str) -> None:
 
 def tensors_of(value: Any) -> list[Tensor]:
     return list(value.values()) if isinstance(value, dict) else [value]
+
+
+@pytest.mark.parametrize("joined", ["beside each other", "difference", "frames"])
+def test_images_of_one_batch_that_become_one_value(joined: str) -> None:
+    """Two images that are compared, or frames, run through the blocks as one batch; the auxiliary networks put them
+    together as the model does."""
+    class Compares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.Sequential(*(nn.Sequential(nn.Conv2d(i, 8, 3, 2, 1), nn.ReLU()) for i in (3, 8, 8)))
+            self.out = nn.Conv2d(16 if joined == "beside each other" else 8, 1, 1)
+
+        def forward(self, pair: Tensor) -> Tensor:
+            x = self.blocks(pair.flatten(0, 1) if joined == "frames" else torch.cat([pair[:, 0], pair[:, 1]]))
+            if joined == "frames":
+                return self.out(x.unflatten(0, (-1, 2)).mean(1))
+            a, b = x.chunk(2)
+            return self.out(torch.cat([a, b], 1) if joined == "beside each other" else (a - b).abs())
+
+    example = torch.empty(4, 2, 3, 16, 16)
+    local = glcan_fx.transform(Compares(), k=3, criterion=F.mse_loss, example_inputs=example).train()
+    out = local(torch.randn(4, 2, 3, 16, 16), torch.randn(4, 1, 2, 2))
+    out.loss.backward()
+    assert len(out.losses) == 3 and all(p.grad is not None for p in local.original.parameters())
