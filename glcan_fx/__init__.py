@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         BudgetError,
         CriterionError,
         GlcanFxError,
+        InputGradientWarning,
         LoadError,
         ModelChangedError,
         ModelChangedWarning,
@@ -48,7 +49,7 @@ _NAMES = {
     "glcan_fx.config": "Options",
     "glcan_fx.devices": "DEVICES Device Work",
     "glcan_fx.errors": (
-        "BudgetError CriterionError GlcanFxError LoadError ModelChangedError ModelChangedWarning "
+        "BudgetError CriterionError GlcanFxError InputGradientWarning LoadError ModelChangedError ModelChangedWarning "
         "NotLearningError PlanError RankError SmallExampleWarning StatefulCriterionWarning TargetError TraceError "
         "UnsupportedError UnusedGradientsWarning"),
     "glcan_fx.methods": "Feature FeatureInfo Rules",
@@ -65,12 +66,12 @@ _HOMES = {name: home for home, names in _NAMES.items() for name in names.split()
 
 __all__ = [
     "DEVICES", "Block", "BudgetError", "Classification", "CriterionError", "CriterionTask", "Detection", "Device",
-    "Estimate", "Feature", "FeatureInfo", "GlcanFxError", "LoadError", "LocalModel", "LocalModule", "LocalOutput",
-    "Memory", "ModelChangedError", "ModelChangedWarning", "NotLearningError", "Options", "OwnLoss", "Phase", "Plan",
-    "PlanError", "PlannedModel", "Point", "RankError", "Report", "Rules", "Run", "Segmentation", "SmallExampleWarning",
-    "StatefulCriterionWarning", "SuperResolution", "TargetError", "Task", "TraceError", "UnsupportedError",
-    "UnusedGradientsWarning", "Work", "distributed", "estimate_memory", "load_pretrained", "methods",
-    "plain_state_dict", "plan", "transform",
+    "Estimate", "Feature", "FeatureInfo", "GlcanFxError", "InputGradientWarning", "LoadError", "LocalModel",
+    "LocalModule", "LocalOutput", "Memory", "ModelChangedError", "ModelChangedWarning", "NotLearningError",
+    "Options", "OwnLoss", "Phase", "Plan", "PlanError", "PlannedModel", "Point", "RankError", "Report", "Rules",
+    "Run", "Segmentation", "SmallExampleWarning", "StatefulCriterionWarning", "SuperResolution", "TargetError",
+    "Task", "TraceError", "UnsupportedError", "UnusedGradientsWarning", "Work", "distributed", "estimate_memory",
+    "load_pretrained", "methods", "plain_state_dict", "plan", "transform",
 ]
 
 

@@ -69,6 +69,10 @@ class SmallExampleWarning(UserWarning):
     """A training step is much larger than the example inputs that its plan was made for."""
 
 
+class InputGradientWarning(UserWarning):
+    """An input requires a gradient, and gets that of the first local loss, which is not backpropagation's."""
+
+
 class UnusedGradientsWarning(UserWarning):
     """Gradients are computed for nothing: part of the last step's local losses never reached ``backward()``, or the
     optimizer steps no auxiliary network."""

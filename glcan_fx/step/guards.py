@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from glcan_fx.capture.modules import hooks_on, is_configuration
 from glcan_fx.errors import ModelChangedError, PlanError
+from glcan_fx.step.global_values import variables_of
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum)
 _MANY = 200  # values of one attribute
@@ -85,6 +87,9 @@ def _of_module(
     yield _Guard(f"the forward of {shown}", lambda: vars(module).get("forward"), vars(module).get("forward"), True)
     yield _Guard(f"the forward of the class of {shown}", lambda: type(module).forward, type(module).forward, True)
     yield _Guard(f"the parts of {shown}", lambda: list(module._modules), list(module._modules), False)
+    for function in [module.forward, *(getattr(module, name, None) for name in names)]:
+        if callable(function) and not isinstance(function, nn.Module):
+            yield from _of_variables(function)
     for name in names:
         if "." in name:
             yield from _of_configuration(path, module, name)
@@ -98,6 +103,14 @@ def _of_module(
                 yield _Guard(f"the class of '{path}.{name}'", _kind_of(module, name), type(value), True)
             else:
                 yield from _of_attributes(path, module, [name], called)
+
+
+def _of_variables(function: Callable[..., Any]) -> Iterator[_Guard]:
+    """Numbers and text outside of a function that is written out, and in containers there."""
+    for what, now in variables_of(function):
+        value = now()
+        if all(isinstance(leaf, _PLAIN) for leaf in tree_leaves(value)):  # no cache of tensors, no logger
+            yield _Guard(what, lambda now=now: _seen(now()), _seen(value), False)  # type: ignore[misc]
 
 
 def _of_attributes(path: str, module: nn.Module, names: list[str], called: Set[str]) -> Iterator[_Guard]:

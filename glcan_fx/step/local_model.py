@@ -32,7 +32,7 @@ from glcan_fx.step.guards import Guards, Opened
 from glcan_fx.step.hooks import within_hooks
 from glcan_fx.step.local_loss import Draws, LocalLoss
 from glcan_fx.step.members import SharedMembers
-from glcan_fx.step.notices import compare_shapes, compare_sizes, warn_of_unused
+from glcan_fx.step.notices import compare_shapes, compare_sizes, warn_of_input_gradients, warn_of_unused
 from glcan_fx.step.optimizer_in_forward import OptimizerInForward, refuse_distributed
 from glcan_fx.step.output import LocalOutput, collect, parts_of_loss, reported, total
 from glcan_fx.step.sharing import links_of, refuse_sharded
@@ -86,7 +86,7 @@ class LocalModel(SharedMembers):
         called |= {path for part in parts.values() for path in called_by(part.nodes)}
         self.__dict__.update(plan=plan, task=task, graph=graph, _last_reached=[], _parts=parts,
                              _opened=opened, _guards=Guards(model, opened, called), _optimizer=_no_optimizer,
-                             _compared=False, _steps={}, _asks=asks)
+                             _compared=False, _told=False, _steps={}, _asks=asks)
         losses: list[Any] = [part for part in aux.children() if isinstance(part, LocalLoss)]
         trained = [part.backward for part in losses if "backward" in part._modules]
         self.__dict__.update(_draws=Draws(), _parts_that_train=trained)
@@ -226,6 +226,8 @@ class LocalModel(SharedMembers):
         reached = {part.name: part.delivered for part in self.trained()}
         reached.setdefault(self.plan.modules[-1].name, self.__dict__["_last_reached"])
         warn_of_unused(reached)
+        if not self.__dict__["_told"]:
+            self.__dict__["_told"] = warn_of_input_gradients(self.plan, given, self.inputs())
         if not self.__dict__["_compared"]:
             self.__dict__["_compared"] = True
             compare_sizes(self.plan, next(iter(given.values()), None))

@@ -2,13 +2,14 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from glcan_fx.errors import ModelChangedWarning, SmallExampleWarning, UnusedGradientsWarning
+from glcan_fx.errors import InputGradientWarning, ModelChangedWarning, SmallExampleWarning, UnusedGradientsWarning
+from glcan_fx.pytree import tensors_in
 from glcan_fx.step.local_loss import LocalLoss
 from glcan_fx.step.output import LocalOutput, shape_of
 
@@ -53,6 +54,18 @@ def compare_shapes(plan: "Plan", aux: nn.Module, result: Any) -> None:
                 "are those of the new head: glcan_fx.transform(local.original, ...).",
                 ModelChangedWarning, stacklevel=4)
             return
+
+
+def warn_of_input_gradients(plan: "Plan", given: Mapping[str, Any], inputs: Iterable[str]) -> bool:
+    """Warn of an input that requires a gradient, of which it gets a part: no gradient crosses a cut. Whether that was
+    said."""
+    asked = [name for name in inputs if any(tensor.requires_grad for tensor in tensors_in(given.get(name)))]
+    if asked and plan.k > 1:
+        warnings.warn(
+            f"'{asked[0]}' requires a gradient, and with {plan.k} local modules it gets that of the first local loss, "
+            "not backpropagation's. Where it decides (adversarial images, a generator in front of this model) train "
+            "with k=1, or call local.original; else detach the input.", InputGradientWarning, stacklevel=4)
+    return bool(asked)
 
 
 def warn_of_unused(reached: Mapping[str, list[bool]]) -> None:

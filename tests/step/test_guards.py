@@ -327,6 +327,53 @@ class Configured(nn.Module):
         return self.head(x.mean((2, 3))) * self.read(self.config)
 
 
+GAIN = 1.0
+SETTINGS = {"offset": 0.0, "names": ["a"]}
+SEEN: dict[tuple[int, ...], Tensor] = {}
+
+
+def adjusted(x: Tensor) -> Tensor:
+    SEEN[tuple(x.shape)] = x.detach()  # as caches do
+    return x + SETTINGS["offset"]
+
+
+class Outside(nn.Module):
+    def __init__(self, bias: float = 0.0) -> None:
+        super().__init__()
+        self.first, self.second, self.head = Block(3, 8), Block(8, 8, 2), nn.Linear(8, 5)
+
+        def shifted(x: Tensor) -> Tensor:
+            return x + bias
+
+        def move() -> None:
+            nonlocal bias
+            bias += 1
+
+        self.shifted, self.move = shifted, move
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shifted(adjusted(self.head(self.second(self.first(x)).mean((2, 3))) * GAIN))
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda net: globals().update(GAIN=2.0), "the global 'GAIN' was 1.0"),
+    (lambda net: SETTINGS.update(offset=1.0), "the global 'SETTINGS' was"),
+    (lambda net: net.move(), "the variable 'bias' around Outside"),
+], ids=["number", "in a function that is called", "around a function"])
+def test_variables_outside_of_what_is_written_out_may_not_change(change: Any, said: str) -> None:
+    torch.manual_seed(0)
+    net = Outside()
+    local = compiled(net)
+    assert_as_the_model(local)
+    try:
+        change(net)
+        with pytest.raises(glcan_fx.ModelChangedError, match=said):
+            local(images(), LABELS)
+    finally:
+        globals().update(GAIN=1.0)
+        SETTINGS.update(offset=0.0)
+
+
 @pytest.mark.parametrize("read", [lambda config: config.scale, lambda config: config.gain,
                                   lambda config: getattr(config, "missing", config.scale),
                                   lambda config: config.to_dict()["scale"]],

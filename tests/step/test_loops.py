@@ -28,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
 
 import glcan_fx
-from glcan_fx import LocalModel, SmallExampleWarning, UnsupportedError, UnusedGradientsWarning
+from glcan_fx import InputGradientWarning, LocalModel, SmallExampleWarning, UnsupportedError, UnusedGradientsWarning
 from glcan_fx.models import retinanet
 from glcan_fx.step.unstepped import watched
 
@@ -798,6 +798,19 @@ def test_complete_loops_are_not_reported(loop):
             if loop == "evaluation between":
                 local.eval()(batch()[0])
                 local.train()
+
+
+def test_an_input_that_wants_backpropagations_gradient_is_reported():
+    """Once: what made it would be trained by the first local loss alone."""
+    images, labels = batch(8)
+    local = build()
+    with pytest.warns(InputGradientWarning, match="'x' requires a gradient, and with 4 local modules"):
+        local(images.requires_grad_(), labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", InputGradientWarning)
+        local(images, labels)
+        build(k=1)(images, labels).loss.backward()
+    assert images.grad is not None
 
 
 def test_batches_much_larger_than_the_example_are_reported():
