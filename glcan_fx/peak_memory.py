@@ -2,8 +2,9 @@
 
 import math
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from itertools import accumulate
 from typing import Any
 
@@ -88,11 +89,11 @@ class PeakMemory(TorchDispatchMode):
         super().__init__()
         self.bytes = 0
         self.live = 0
-        self.work = Work()
         self.log = Log()
+        self._work = [0, 0, 0]
         self._known: dict[int, int] = {}  # storage -> block
         self._owners = owners
-        self._finalizers: list[Any] = []
+        self._storages: dict[int, Any] = {}  # weak references to what is live
         self._tag = ""
 
     def __enter__(self) -> "PeakMemory":
@@ -108,8 +109,7 @@ class PeakMemory(TorchDispatchMode):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        for finalizer in self._finalizers:  # they would keep this object as long as what it counted
-            finalizer.detach()
+        self._storages.clear()
 
     def enter_phase(self, name: str) -> None:
         """From now on, ``name`` runs, and what is allocated is for it."""
@@ -125,21 +125,28 @@ class PeakMemory(TorchDispatchMode):
                 self.log.blocks[index].tag = tag
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE and type(args[0]) is FakeTensor:  # asked for more often than all operators
+            return args[0].fake_device
         kwargs = kwargs or {}
         mode = fake_mode_of(args, kwargs)
-        if func is _DEVICE:
-            return func(*args) if mode is None else args[0].fake_device
         out = func(*args, **kwargs) if mode is None else _on_fake(mode, func, types, args, kwargs)
-        made = [out] if isinstance(out, Tensor) else _tensors_in(out)
-        self.work = self.work.plus(_work_of(func, args, kwargs, out))
-        for tensor in made:
-            self._add(tensor)
+        _count(self._work, func, args, kwargs, out)
+        if isinstance(out, Tensor):
+            self._add(out)
+        else:
+            for tensor in _tensors_in(out):
+                self._add(tensor)
         return out
+
+    @property
+    def work(self) -> Work:
+        """What operators have done so far."""
+        return Work(*self._work)
 
     @property
     def flops(self) -> int:
         """Floating-point operations so far."""
-        return int(self.work.flops)
+        return self._work[0]
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -151,35 +158,46 @@ class PeakMemory(TorchDispatchMode):
         self.log.events.append((len(self.log.blocks), True))
         self.log.blocks.append(Block(size, self._tag))
         self.live += size
-        self.bytes = max(self.bytes, self.live)
-        self._finalizers.append(weakref.finalize(storage, self._free, key, size))
+        if self.live > self.bytes:
+            self.bytes = self.live
+        self._storages[key] = weakref.ref(storage, partial(self._free, key, size))
 
-    def _free(self, key: int, size: int) -> None:
-        index = self._known.pop(key, None)
-        if index is not None:
-            self.log.events.append((index, False))
+    def _free(self, key: int, size: int, _: Any) -> None:
+        self.log.events.append((self._known.pop(key), False))
         self.live -= size
 
 
 def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     """Floating-point operations of one operator, where it is a convolution, a matrix product or attention."""
-    packet = getattr(func, "overloadpacket", None)
-    count = flop_registry.get(packet)
+    count = _counter(func)
     if count is None:
         return 0
-    if packet is _aten.convolution_backward and args[9] > 1:  # torch counts a grouped weight's gradient as a dense one
-        *before, (inputs, weight, bias) = args
+    if getattr(func, "overloadpacket", None) is _aten.convolution_backward and args[9] > 1:
+        *before, (inputs, weight, bias) = args  # torch counts a grouped weight's gradient as a dense one
         parts = [int(count(*before, mask, **kwargs, out_val=out)) for mask in
                  ((inputs, False, False), (False, weight, bias))]
         return parts[0] + parts[1] // args[9]
     return int(count(*args, **kwargs, out_val=out))
 
 
-def _work_of(func: Any, args: Any, kwargs: Any, out: Any) -> Work:
-    """What one operator does; nothing where it only looks at memory, or makes some without values."""
-    if getattr(func, "is_view", False) or func in _WITHOUT_VALUES:
-        return Work()
-    return Work(flops_of(func, args, kwargs, out), _bytes(args) + _bytes(kwargs) + _bytes(out), 1)
+@cache
+def _counter(func: Any) -> Callable[..., Any] | None:
+    """What counts an operator's floating-point operations."""
+    return flop_registry.get(getattr(func, "overloadpacket", None))
+
+
+@cache
+def _works(func: Any) -> bool:
+    """Whether an operator does anything but look at memory, or make some without values."""
+    return not getattr(func, "is_view", False) and func not in _WITHOUT_VALUES
+
+
+def _count(work: list[int], func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Add what one operator does."""
+    if _works(func):
+        work[0] += flops_of(func, args, kwargs, out)
+        work[1] += _bytes(args) + (_bytes(kwargs) if kwargs else 0) + _bytes(out)
+        work[2] += 1
 
 
 _WITHOUT_VALUES = {_aten.detach.default, _aten.empty.memory_format, _aten.empty_strided.default,
@@ -190,9 +208,17 @@ def _bytes(value: Any) -> int:
     """Bytes of the tensors among an operator's nested arguments, or results."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
-    if isinstance(value, tuple | list):
-        return sum(map(_bytes, value))
-    return sum(map(_bytes, value.values())) if isinstance(value, dict) else 0
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, tuple | list):
+        return 0
+    total = 0
+    for part in value:
+        if isinstance(part, Tensor):
+            total += part.numel() * part.element_size()
+        elif isinstance(part, tuple | list):
+            total += _bytes(part)
+    return total
 
 
 def _tensors_in(value: Any) -> list[Tensor]:
@@ -207,14 +233,21 @@ class Counting(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.work = Work()
+        self._work = [0, 0, 0]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE and type(args[0]) is FakeTensor:
+            return args[0].fake_device
         kwargs = kwargs or {}
         mode = fake_mode_of(args, kwargs)
         out = func(*args, **kwargs) if mode is None else _on_fake(mode, func, types, args, kwargs)
-        self.work = self.work.plus(_work_of(func, args, kwargs, out))
+        _count(self._work, func, args, kwargs, out)
         return out
+
+    @property
+    def work(self) -> Work:
+        """What operators have done so far."""
+        return Work(*self._work)
 
 
 def _tensors(owner: nn.Module | Optimizer | Tensor) -> Iterable[tuple[str, Tensor]]:
