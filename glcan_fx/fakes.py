@@ -36,10 +36,14 @@ class Fakes(FakeTensorMode):
     Planning runs the same few hundred operators tens of thousands of times. What is remembered, by the metadata of
     tensors and all other arguments: operators that return new tensors, views of their first argument or that argument
     itself, and those that write into it and leave its metadata as it was. Constants take torch's own way.
+
+    exact: what depends on values of fake tensors is an error, also where ``PeakMemory`` would answer for the largest
+    case.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, exact: bool = False) -> None:
         super().__init__(allow_non_fake_inputs=True)
+        self.exact = exact
         self.cache_enabled = False  # torch's own, whose keys take longer than most operators
         self._states: dict[torch.device, dict[str, Any]] = {}  # what fake tensors know beside their metadata
 

@@ -269,22 +269,13 @@ def _tensors(owner: nn.Module | Optimizer | Tensor) -> Iterable[tuple[str, Tenso
 
 def _on_fake(mode: FakeTensorMode, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     """Run an operator of which some arguments are fake; where its result depends on values, see ``PeakMemory``."""
-    if func in (_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default):
-        indices = [part for index in args[1] for part in _whole(index)]
-        return func(args[0], indices, *args[2:], **kwargs)
-    if func is _aten.nonzero.default:
-        return _everywhere(args[0])
-    if func is _aten.masked_select.default:
-        return args[0].expand(torch.broadcast_shapes(args[0].shape, args[1].shape)).reshape(-1)
-    if func is _aten._local_scalar_dense.default:
-        kind = args[0].dtype
-        return False if kind == torch.bool else 0.0 if kind.is_floating_point else 0
-    if func is _aten._unique2.default:
-        one = torch.zeros(1, dtype=torch.int64)
-        return one.to(args[0].dtype), torch.zeros_like(args[0], dtype=torch.int64), one
-    if func.name() == "torchvision::nms":
-        return torch.arange(args[0].shape[0])
+    name = _by_value(func)
     try:
+        if name in ("index", "index_put", "index_put_"):
+            indices = [part for index in args[1] for part in _whole(index, mode)]
+            return func(args[0], indices, *args[2:], **kwargs)
+        if name is not None and not _is_exact(mode):
+            return _LARGEST[name](*args)
         if isinstance(mode, Fakes):
             out = mode.dispatch(func, types, args, kwargs)  # as func would, with less around it
             if out is not NotImplemented:
@@ -295,11 +286,32 @@ def _on_fake(mode: FakeTensorMode, func: Any, types: Any, args: Any, kwargs: Any
                         "values") from error
 
 
-def _whole(index: Tensor | None) -> list[Tensor | None]:
+@cache
+def _by_value(func: Any) -> str | None:
+    """The name of an operator whose result depends on values of its arguments, where we answer instead of it."""
+    name = func.name().partition("::")[2].partition(".")[0]
+    return name if name in _LARGEST or name in ("index", "index_put", "index_put_") else None
+
+
+def _number(value: Tensor) -> bool | float:
+    return False if value.dtype == torch.bool else 0.0 if value.dtype.is_floating_point else 0
+
+
+def _one_kind(value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    one = torch.zeros(1, dtype=torch.int64)
+    return one.to(value.dtype), torch.zeros_like(value, dtype=torch.int64), one
+
+
+def _is_exact(mode: FakeTensorMode) -> bool:
+    return isinstance(mode, Fakes) and mode.exact
+
+
+def _whole(index: Tensor | None, mode: FakeTensorMode) -> list[Tensor | None]:
     """A mask as whole numbers, one tensor per axis: a real mask exactly, a fake one as if it selected everything."""
     if index is None or index.dtype not in (torch.bool, torch.uint8):
         return [index]
-    return list((_everywhere(index) if isinstance(index, FakeTensor) else index.nonzero()).unbind(1))
+    fake = isinstance(index, FakeTensor) and not _is_exact(mode)
+    return list((_everywhere(index) if fake else index.nonzero()).unbind(1))
 
 
 def _everywhere(like: Tensor) -> Tensor:
@@ -307,3 +319,10 @@ def _everywhere(like: Tensor) -> Tensor:
     if math.prod(like.shape) == 0:
         return torch.empty(0, like.dim(), dtype=torch.int64)
     return torch.cartesian_prod(*map(torch.arange, like.shape)).reshape(-1, like.dim())
+
+
+_LARGEST: dict[str, Callable[..., Any]] = {
+    "nonzero": _everywhere, "_local_scalar_dense": _number, "_unique2": _one_kind,
+    "masked_select": lambda value, mask: value.expand(torch.broadcast_shapes(value.shape, mask.shape)).reshape(-1),
+    "nms": lambda boxes, *_: torch.arange(boxes.shape[0]),
+}
