@@ -55,7 +55,7 @@ class Fakes(FakeTensorMode):
             return args[0].fake_device
         kwargs = kwargs or {}
         kind = _kind(func)
-        usual = kind == "new" or kind is not None and _is_fake(args[0])
+        usual = kind == "new" or kind is not None and _is_fake(args[0]) and not (kind == "indexed" and _masks(args[1]))
         key = self._key(func, args, kwargs) if usual else None
         if key is None:
             return super().dispatch(func, types, args, kwargs)
@@ -142,10 +142,17 @@ def _is_fake(value: Any) -> bool:
     return all(type(part) is FakeTensor for part in (value if type(value) is list else (value,)))
 
 
+def _masks(indices: Sequence[Tensor | None]) -> bool:
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
+
+
 @cache
 def _kind(func: Any) -> str | None:
-    """What an operator returns that can be remembered: "new" tensors, a "view" of its first argument, or several, or
-    "written": that argument itself, or nothing."""
+    """What an operator returns that can be remembered: "new" tensors, a "view" of its first argument, or several;
+    "indexed": a new one whose size depends on the values of masks alone; "written": that argument itself, or nothing.
+    """
+    if func is torch.ops.aten.index.Tensor:
+        return "indexed"
     if not isinstance(func, OpOverload) or func.namespace not in _NAMESPACES or _OTHERS & set(func.tags):
         return None
     schema = func._schema
@@ -170,21 +177,22 @@ def _answer(
     if kind == "written":
         unchanged = mode._add(after := list(key[:2]), args[:1]) and tuple(after) == key[:len(after)]
         return None if not unchanged else _FIRST if out is args[0] else _NOTHING if out is None else None
-    if kind == "view" and out is args[0]:
-        return _FIRST
-    base = args[0] if kind == "view" else None
-    if not _memory(out).isdisjoint(_memory((args, kwargs))):
-        if base is None or _memory(out) != _memory(base):  # _unsafe_view's schema does not tell
+    if args and out is args[0]:
+        return _FIRST if kind == "view" else None
+    base, made = None, _memory(out)
+    if not made.isdisjoint(_memory((args, kwargs))):  # also that of _unsafe_view, whose schema does not tell
+        base = args[0]
+        if made != _memory(base):
             return None
-    else:
-        base = None  # the result of a conversion
     if isinstance(out, Tensor):
         return _like(out, base)
-    if type(out) not in (list, tuple):
+    if not isinstance(out, list | tuple):
         return None
-    likes = type(out)(_like(part, base) if isinstance(part, Tensor) else None for part in out)
+    several = list if isinstance(out, list) else tuple  # decompositions return named ones
+    likes = several(_like(part, base) if isinstance(part, Tensor) else None for part in out)
     known = all(like is not None or part is None for like, part in zip(likes, out, strict=True))
-    return likes if known else None
+    apart = base is not None or len(made) == sum(part is not None for part in out)
+    return likes if known and apart else None
 
 
 def _like(out: Tensor, base: Any) -> _Like | None:

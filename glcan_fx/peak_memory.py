@@ -272,9 +272,8 @@ def _on_fake(mode: FakeTensorMode, func: Any, types: Any, args: Any, kwargs: Any
     name = _by_value(func)
     try:
         if name in ("index", "index_put", "index_put_"):
-            indices = [part for index in args[1] for part in _whole(index, mode)]
-            return func(args[0], indices, *args[2:], **kwargs)
-        if name is not None and not _is_exact(mode):
+            args = args[0], [part for index in args[1] for part in _whole(index, mode)], *args[2:]
+        elif name is not None and not _is_exact(mode):
             return _LARGEST[name](*args)
         if isinstance(mode, Fakes):
             out = mode.dispatch(func, types, args, kwargs)  # as func would, with less around it
