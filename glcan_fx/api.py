@@ -24,6 +24,7 @@ from glcan_fx.planner.modules import check_plan
 from glcan_fx.planner.request import Request, request_for
 from glcan_fx.planner.segments import plan_segments
 from glcan_fx.plans.plan import Plan
+from glcan_fx.progress import progress
 from glcan_fx.simulate.estimate import Estimate
 from glcan_fx.simulate.simulator import Simulator
 from glcan_fx.step.local_model import LocalModel, is_compiled
@@ -138,7 +139,7 @@ def plan(
     if example_inputs is None:
         log.info("no example_inputs: planned for %s", ", ".join(map(str, inputs)))
 
-    with _no_raw_error(model):
+    with _no_raw_error(model), progress(f"planning {type(model).__name__}"):
         return _planned_now(model, made, inputs, values, request)
 
 
@@ -208,11 +209,12 @@ def transform(
     Raises TraceError (also where the compiled step would compute something else than the model), PlanError,
     NotLearningError where a local module would get no gradient.
     """
-    planned = _plan(model, k=k, task=task, criterion=criterion, example_inputs=example_inputs,
-                    memory_budget=memory_budget, compute_budget=compute_budget, method=method, plan=plan,
-                    devices=devices, options=options, **method_options)
-    with _no_raw_error(model):
-        local = planned.build()
+    with progress(f"compiling {type(model).__name__}"):
+        planned = _plan(model, k=k, task=task, criterion=criterion, example_inputs=example_inputs,
+                        memory_budget=memory_budget, compute_budget=compute_budget, method=method, plan=plan,
+                        devices=devices, options=options, **method_options)
+        with _no_raw_error(model):
+            local = planned.build()
     log.info("compiled %s; create the optimizer after this call, from its parameters()", planned.plan.model)
     return local
 

@@ -67,11 +67,12 @@ class Fakes(FakeTensorMode):
                     _answers.clear()
                 _answers[key] = answer
             return out
-        if type(answer) is _Like:
+        if isinstance(answer, _Like):
             return self._made(answer, args)
-        if type(answer) is str:
+        if isinstance(answer, str):
             return args[0] if answer is _FIRST else None
-        return type(answer)([None if like is None else self._made(like, args) for like in answer])
+        made = [None if like is None else self._made(like, args) for like in answer]
+        return made if isinstance(answer, list) else tuple(made)
 
     def empty(self, like: Tensor, dtype: torch.dtype | None = None) -> FakeTensor:
         """A new fake tensor on the CPU with the sizes and strides of ``like``."""

@@ -83,11 +83,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"glcan-fx inspect: the inputs of '{args.target}' are not known: pass --input, for example --input "
               "8x3x224x224", file=sys.stderr)
         return 2
-    from rich.console import Console
-
     try:
-        with Console(stderr=True).status(f"planning {args.target}"):  # shown on terminals; takes seconds, or a minute
-            plan = _plan(args, preset, model)
+        plan = _plan(args, preset, model)
     except TraceError as error:
         _print_reached(error)
         raise
@@ -138,8 +135,7 @@ def _print_frontier(plan: PlannedModel) -> None:
 
     from glcan_fx.report.frontier import frontier_table, frontier_text
 
-    with Console(stderr=True).status("simulating what else can be had"):
-        points = plan.frontier
+    points = plan.frontier
     console = Console(highlight=False)
     if console.is_terminal:
         console.print(frontier_table(points), markup=False, emoji=False)

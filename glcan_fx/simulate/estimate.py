@@ -21,6 +21,7 @@ from glcan_fx.config import OPTIMIZERS, OptimizerLike, check_optimizer
 from glcan_fx.devices import OPERATIONS, Device, Work, device_of
 from glcan_fx.errors import GlcanFxError, PlanError
 from glcan_fx.peak_memory import Log, PeakMemory
+from glcan_fx.progress import advance
 from glcan_fx.pytree import tensors_in
 from glcan_fx.step.local_model import LocalModel
 from glcan_fx.step.output import LocalOutput, total
@@ -138,6 +139,7 @@ def _simulate(
     model.zero_grad()
     memory = PeakMemory(model, *made, *tensors_in(inputs))
     with torch.random.fork_rng(devices=[]), kept_python_random(), quiet(), torch.enable_grad(), memory:
+        advance()
         watch(memory)
         loss = step()
         memory.enter_phase("backward")
