@@ -54,7 +54,7 @@ class Fakes(FakeTensorMode):
         if func is _DEVICE:
             return args[0].fake_device
         kwargs = kwargs or {}
-        kind = _kind(func)
+        kind = kind_of(func)
         usual = kind == "new" or kind is not None and _is_fake(args[0]) and not (kind == "indexed" and _masks(args[1]))
         key = self._key(func, args, kwargs) if usual else None
         if key is None:
@@ -148,7 +148,7 @@ def _masks(indices: Sequence[Tensor | None]) -> bool:
 
 
 @cache
-def _kind(func: Any) -> str | None:
+def kind_of(func: Any) -> str | None:
     """What an operator returns that can be remembered: "new" tensors, a "view" of its first argument, or several;
     "indexed": a new one whose size depends on the values of masks alone; "written": that argument itself, or nothing.
     """

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from glcan_fx.devices import Work
 from glcan_fx.errors import PlanError
 from glcan_fx.fakes import Fakes, fake_mode_of
+from glcan_fx.repeats import Repeats
 
 _DEVICE = torch.ops.prim.device.default
 _aten = torch.ops.aten
@@ -82,10 +83,10 @@ class PeakMemory(TorchDispatchMode):
 
     On fake tensors, results that depend on values are answered for the largest case: every element is selected, every
     box survives suppression, a number is 0, all elements are of one kind. Real tensors may be mixed in; what depends on
-    them alone is exact.
+    them alone is exact; with ``repeats`` it is computed once for the same values, which are kept for that.
     """
 
-    def __init__(self, *owners: nn.Module | Optimizer | Tensor) -> None:
+    def __init__(self, *owners: nn.Module | Optimizer | Tensor, repeats: bool = False) -> None:
         super().__init__()
         self.bytes = 0
         self.live = 0
@@ -94,6 +95,7 @@ class PeakMemory(TorchDispatchMode):
         self._known: dict[int, int] = {}  # storage -> block
         self._owners = owners
         self._storages: dict[int, Any] = {}  # weak references to what is live
+        self._repeats = Repeats() if repeats else None
         self._tag = ""
 
     def __enter__(self) -> "PeakMemory":
@@ -129,7 +131,10 @@ class PeakMemory(TorchDispatchMode):
             return args[0].fake_device
         kwargs = kwargs or {}
         mode = fake_mode_of(args, kwargs)
-        out = func(*args, **kwargs) if mode is None else _on_fake(mode, func, types, args, kwargs)
+        if mode is not None:
+            out = _on_fake(mode, func, types, args, kwargs)
+        else:
+            out = self._repeats.run(func, args, kwargs) if self._repeats else func(*args, **kwargs)
         _count(self._work, func, args, kwargs, out)
         if isinstance(out, Tensor):
             self._add(out)

@@ -137,7 +137,7 @@ def _simulate(
     parameters = [p for p in model.parameters() if p.requires_grad]
     made = optimizers_of(optimizer, parameters)
     model.zero_grad()
-    memory = PeakMemory(model, *made, *tensors_in(inputs))
+    memory = PeakMemory(model, *made, *tensors_in(inputs), repeats=True)
     with torch.random.fork_rng(devices=[]), kept_python_random(), quiet(), torch.enable_grad(), memory:
         advance()
         watch(memory)
