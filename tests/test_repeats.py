@@ -14,14 +14,16 @@ def grid():
 
 def written_in_a_view(x):
     y = x + 1
+    before = y * 2
     y[3:5].mul_(2)
-    return y * 2, x * 2
+    return before, y * 2, x * 2
 
 
 def written_through_data(x):
     y = x.clamp(min=0)
+    before = y * 2
     y.data.add_(3)
-    return y * 2
+    return before, y * 2
 
 
 def written_to_results(x):

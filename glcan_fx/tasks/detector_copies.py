@@ -114,15 +114,16 @@ def _lighten(
         (source, scale), (outputs, scale), (outputs, scale // 2)))
     if style != "full" or width < 1:
         if style == "lean":
-            found = predictors(detector, head(full, *small))
-            template.one_each = [path for path, part in detector.named_modules() if part in found]
-            _one_prediction_each(detector, found)
-        keep = predictors(detector, head(full, *small))
-        if style != "full":
-            for path in towers(detector, lambda: head(full, *small)):
-                if not any(part in keep for part in detector.get_submodule(path).modules()):
-                    replace(detector, path, nn.Identity())
-                    template.left_out.append(path)
+            keep = predictors(detector, head(full, *small))
+            template.one_each = [path for path, part in detector.named_modules() if part in keep]
+            _one_prediction_each(detector, keep)
+        losses: list[Any] = []
+        found = towers(detector, lambda: losses.append(head(full, *small)))
+        keep = predictors(detector, losses)
+        for path in found if style != "full" else ():
+            if not any(part in keep for part in detector.get_submodule(path).modules()):
+                replace(detector, path, nn.Identity())
+                template.left_out.append(path)
         template.widths = fit(detector, lambda: head(narrow, *small), width, keep)
     # a part grows with the positions, a part (sampled regions) only with the images: two sizes tell them apart
     costs = [cost_of(detector, lambda: head(wider, *large))[0], cost_of(detector, lambda: head(narrow, *small))[0]]
