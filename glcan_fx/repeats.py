@@ -44,7 +44,7 @@ class Repeats:
             for storage in {leaf.untyped_storage()._cdata for leaf in leaves}:
                 self._writes[storage] = self._writes.get(storage, 0) + 1
         made = _tensors((out,))
-        if not large and any(part.numel() > _SMALL for part in made) and _is_function(func):
+        if not large and not written and any(part.numel() > _SMALL for part in made) and _is_function(func):
             key = self._key(func, args, kwargs)
         if key is None:
             return out
