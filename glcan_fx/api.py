@@ -1,5 +1,6 @@
 """What users call: ``plan``, ``transform`` and ``estimate_memory``."""
 
+import gc
 import logging
 import threading
 import traceback
@@ -54,6 +55,19 @@ def _no_raw_error(model: nn.Module) -> Iterator[None]:
             f"{frame.lineno}, in {frame.name}). Where that is not your own code, please report it, with the traceback: "
             "glcan_fx should have compiled it, or said why not. A sub-module that holds most of the activations may "
             "compile alone.") from error
+
+
+@contextmanager
+def _garbage_waits() -> Iterator[None]:
+    """Collect no cycles meanwhile: graphs are full of them, hold no memory, and looking for them would take a tenth of
+    the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _one_at_a_time(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
@@ -139,7 +153,7 @@ def plan(
     if example_inputs is None:
         log.info("no example_inputs: planned for %s", ", ".join(map(str, inputs)))
 
-    with _no_raw_error(model), progress(f"planning {type(model).__name__}"):
+    with _no_raw_error(model), progress(f"planning {type(model).__name__}"), _garbage_waits():
         return _planned_now(model, made, inputs, values, request)
 
 

@@ -1,4 +1,5 @@
 """Progress: on terminals, after two seconds, and nothing else."""
+import gc
 import io
 
 import pytest
@@ -41,3 +42,18 @@ def test_progress_ends_with_an_error(monkeypatch):
     with progress.progress("another"):
         progress.advance()
     assert "one" in stderr.getvalue() and "another" in stderr.getvalue()
+
+
+def test_planning_leaves_garbage_collection_as_it_was():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    def fails():
+        with pytest.raises(glcan_fx.GlcanFxError):
+            glcan_fx.plan(net, task="classification", example_inputs=torch.ones(2, 5, 8, 8), k=1)
+
+    fails()
+    assert gc.isenabled()
+    gc.disable()
+    fails()
+    assert not gc.isenabled()
+    gc.enable()
