@@ -1,5 +1,6 @@
 """What users call: ``plan``, ``transform`` and ``estimate_memory``."""
 
+import gc
 import logging
 import threading
 import traceback
@@ -24,6 +25,7 @@ from glcan_fx.planner.modules import check_plan
 from glcan_fx.planner.request import Request, request_for
 from glcan_fx.planner.segments import plan_segments
 from glcan_fx.plans.plan import Plan
+from glcan_fx.progress import progress
 from glcan_fx.simulate.estimate import Estimate
 from glcan_fx.simulate.simulator import Simulator
 from glcan_fx.step.local_model import LocalModel, is_compiled
@@ -53,6 +55,19 @@ def _no_raw_error(model: nn.Module) -> Iterator[None]:
             f"{frame.lineno}, in {frame.name}). Where that is not your own code, please report it, with the traceback: "
             "glcan_fx should have compiled it, or said why not. A sub-module that holds most of the activations may "
             "compile alone.") from error
+
+
+@contextmanager
+def _garbage_waits() -> Iterator[None]:
+    """Collect no cycles meanwhile: graphs are full of them, hold no memory, and looking for them would take a tenth of
+    the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _one_at_a_time(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
@@ -138,7 +153,7 @@ def plan(
     if example_inputs is None:
         log.info("no example_inputs: planned for %s", ", ".join(map(str, inputs)))
 
-    with _no_raw_error(model):
+    with _no_raw_error(model), progress(f"planning {type(model).__name__}"), _garbage_waits():
         return _planned_now(model, made, inputs, values, request)
 
 
@@ -208,11 +223,12 @@ def transform(
     Raises TraceError (also where the compiled step would compute something else than the model), PlanError,
     NotLearningError where a local module would get no gradient.
     """
-    planned = _plan(model, k=k, task=task, criterion=criterion, example_inputs=example_inputs,
-                    memory_budget=memory_budget, compute_budget=compute_budget, method=method, plan=plan,
-                    devices=devices, options=options, **method_options)
-    with _no_raw_error(model):
-        local = planned.build()
+    with progress(f"compiling {type(model).__name__}"):
+        planned = _plan(model, k=k, task=task, criterion=criterion, example_inputs=example_inputs,
+                        memory_budget=memory_budget, compute_budget=compute_budget, method=method, plan=plan,
+                        devices=devices, options=options, **method_options)
+        with _no_raw_error(model):
+            local = planned.build()
     log.info("compiled %s; create the optimizer after this call, from its parameters()", planned.plan.model)
     return local
 

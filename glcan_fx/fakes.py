@@ -1,6 +1,7 @@
 """Fake tensors whose operators are run once for each kind of arguments, and answered from memory afterwards."""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -23,22 +24,28 @@ class _Like(NamedTuple):
 _CPU = torch.device("cpu")
 _DEVICE = torch.ops.prim.device.default
 _Key = tuple[Any, ...]
-_NOTHING, _FIRST = "nothing", "first argument"  # what operators that write into their arguments return
-_Answer = tuple[_Like | None, ...] | _Like | str
+_NOTHING, _FIRST = "nothing", "first argument"  # what operators return that make no tensor
+_Answer = list[_Like | None] | tuple[_Like | None, ...] | _Like | str
+_MOST = 2**18  # answers: more are of many models, and of no use to the next one
+_answers: dict[_Key, _Answer] = {}  # they hold in every mode
 
 
 class Fakes(FakeTensorMode):
     """A ``FakeTensorMode`` that takes real tensors, too, and knows what it was asked before.
 
     Planning runs the same few hundred operators tens of thousands of times. What is remembered, by the metadata of
-    tensors and all other arguments: operators that return new tensors, views of their first argument, and those that
-    write into it and leave its metadata as it was. Factories and constants take torch's own way.
+    tensors and all other arguments: operators that return new tensors, views of their first argument or that argument
+    itself, and those that write into it and leave its metadata as it was. Constants take torch's own way.
+
+    exact: what depends on values of fake tensors is an error, also where ``PeakMemory`` would answer for the largest
+    case.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, exact: bool = False) -> None:
         super().__init__(allow_non_fake_inputs=True)
-        self._answers: dict[_Key, _Answer] = {}
-        self._kinds: dict[Any, str | None] = {}  # of operators, what of them can be remembered
+        self.exact = exact
+        self.cache_enabled = False  # torch's own, whose keys take longer than most operators
+        self._states: dict[torch.device, dict[str, Any]] = {}  # what fake tensors know beside their metadata
 
     def dispatch(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -47,43 +54,51 @@ class Fakes(FakeTensorMode):
         if func is _DEVICE:
             return args[0].fake_device
         kwargs = kwargs or {}
-        try:
-            kind = self._kinds[func]
-        except KeyError:
-            kind = self._kinds[func] = _kind(func)
-        usual = kind == "new" or kind is not None and type(args[0]) is FakeTensor
+        kind = kind_of(func)
+        usual = kind == "new" or kind is not None and _is_fake(args[0]) and not (kind == "indexed" and _masks(args[1]))
         key = self._key(func, args, kwargs) if usual else None
         if key is None:
             return super().dispatch(func, types, args, kwargs)
-        answer = self._answers.get(key)
+        answer = _answers.get(key)
         if answer is None:
             out = super().dispatch(func, types, args, kwargs)
             if out is not NotImplemented and (answer := _answer(kind, out, args, kwargs, key, self)) is not None:
-                self._answers[key] = answer
+                if len(_answers) >= _MOST:
+                    _answers.clear()
+                _answers[key] = answer
             return out
+        if isinstance(answer, _Like):
+            return self._made(answer, args)
         if isinstance(answer, str):
             return args[0] if answer is _FIRST else None
-        if isinstance(answer, _Like):
-            return self._made(answer, args[0])
-        made = (None if like is None else self._made(like, args[0]) for like in answer)
-        return list(made) if kind == "views" else tuple(made)
+        made = [None if like is None else self._made(like, args) for like in answer]
+        return made if isinstance(answer, list) else tuple(made)
 
     def empty(self, like: Tensor, dtype: torch.dtype | None = None) -> FakeTensor:
         """A new fake tensor on the CPU with the sizes and strides of ``like``."""
         return self._made(_Like(like.shape, like.stride(), dtype or like.dtype, _CPU, None))
 
-    def _made(self, like: _Like, base: Any = None) -> FakeTensor:
+    def _made(self, like: _Like, args: Sequence[Any] = ()) -> FakeTensor:
+        """A fake tensor, as ``FakeTensor`` makes it, in a fraction of the time; args: of the operator."""
+        shape, stride, dtype, device, offset = like
         with torch._C._DisableTorchDispatch():
-            if like.offset is None:
-                made = torch.empty_strided(like.shape, like.stride, dtype=like.dtype, device="meta")
+            if offset is None:
+                made = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
             else:
-                made = torch.empty(0, dtype=like.dtype, device="meta")
-                made.set_(base.untyped_storage(), like.offset, like.shape, like.stride)
-        return FakeTensor(self, made, like.device)
+                made = torch.empty(0, dtype=dtype, device="meta")
+                made.set_(args[0].untyped_storage(), offset, shape, stride)
+        state = self._states.get(device)
+        if state is None:
+            state = self._states[device] = dict(FakeTensor(self, made, device).__dict__)
+        fake: FakeTensor = Tensor._make_subclass(
+            FakeTensor, made, dispatch_device=True, device_for_backend_keys=device)
+        _warn_of_values(fake)
+        fake.__dict__.update(state)
+        return fake
 
     def _key(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Key | None:
         """What the answer depends on; None where there is more than can be told."""
-        key: list[Any] = [func]
+        key: list[Any] = [func, torch.get_default_dtype()]
         if not self._add(key, args):
             return None
         if kwargs:
@@ -120,14 +135,28 @@ _layout = Tensor.layout.__get__  # type: ignore[attr-defined] # a fake tensor's 
 _PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout))
 
 
-def _kind(func: Any) -> str | None:
-    """What an operator returns that can be remembered: "new" tensors, a "view" or "views" of its first argument, or
-    "written": that argument itself, or nothing."""
+_warn_of_values = torch._C._set_warn_deprecated_on_mutable_data_ptr
+
+
+def _is_fake(value: Any) -> bool:
+    """Whether an argument is a fake tensor, or a list of them."""
+    return all(type(part) is FakeTensor for part in (value if type(value) is list else (value,)))
+
+
+def _masks(indices: Sequence[Tensor | None]) -> bool:
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
+
+
+@cache
+def kind_of(func: Any) -> str | None:
+    """What an operator returns that can be remembered: "new" tensors, a "view" of its first argument, or several;
+    "indexed": a new one whose size depends on the values of masks alone; "written": that argument itself, or nothing.
+    """
+    if func is torch.ops.aten.index.Tensor:
+        return "indexed"
     if not isinstance(func, OpOverload) or func.namespace not in _NAMESPACES or _OTHERS & set(func.tags):
         return None
     schema = func._schema
-    if not any("Tensor" in str(argument.type) for argument in schema.arguments):
-        return None
     aliases = [argument.alias_info for argument in schema.arguments if argument.alias_info is not None]
     returned = [value.alias_info for value in schema.returns if value.alias_info is not None]
     if not aliases and not returned:
@@ -135,10 +164,7 @@ def _kind(func: Any) -> str | None:
     first = schema.arguments[0].alias_info
     if first is None or len(aliases) > 1 or len(schema.returns) > 1:
         return None
-    if first.is_write:
-        return "written"
-    several = any("[]" in str(value.type) or "List" in str(value.type) for value in schema.returns)
-    return ("views" if several else "view") if func.is_view else None
+    return "written" if first.is_write else "view" if func.is_view else None
 
 
 _NAMESPACES = ("aten", "prims", "torchvision")
@@ -150,18 +176,24 @@ def _answer(
 ) -> _Answer | None:
     """What to return the next time; None where that cannot be told."""
     if kind == "written":
-        unchanged = mode._add(after := [key[0]], args[:1]) and tuple(after) == key[:len(after)]
+        unchanged = mode._add(after := list(key[:2]), args[:1]) and tuple(after) == key[:len(after)]
         return None if not unchanged else _FIRST if out is args[0] else _NOTHING if out is None else None
-    base = args[0] if kind != "new" else None
-    if base is None and not _memory(out).isdisjoint(_memory((args, kwargs))):
-        return None  # _unsafe_view's schema does not tell
+    if args and out is args[0]:
+        return _FIRST if kind == "view" else None
+    base, made = None, _memory(out)
+    if not made.isdisjoint(_memory((args, kwargs))):  # also that of _unsafe_view, whose schema does not tell
+        base = args[0]
+        if made != _memory(base):
+            return None
     if isinstance(out, Tensor):
         return _like(out, base)
-    if type(out) is not (list if kind == "views" else tuple):
+    if not isinstance(out, list | tuple):
         return None
-    likes = tuple(_like(part, base) if isinstance(part, Tensor) else None for part in out)
+    several = list if isinstance(out, list) else tuple  # decompositions return named ones
+    likes = several(_like(part, base) if isinstance(part, Tensor) else None for part in out)
     known = all(like is not None or part is None for like, part in zip(likes, out, strict=True))
-    return likes if known else None
+    apart = base is not None or len(made) == sum(part is not None for part in out)
+    return likes if known and apart else None
 
 
 def _like(out: Tensor, base: Any) -> _Like | None:

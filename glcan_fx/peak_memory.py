@@ -2,8 +2,9 @@
 
 import math
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from itertools import accumulate
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from glcan_fx.devices import Work
 from glcan_fx.errors import PlanError
 from glcan_fx.fakes import Fakes, fake_mode_of
+from glcan_fx.repeats import Repeats
 
 _DEVICE = torch.ops.prim.device.default
 _aten = torch.ops.aten
@@ -81,18 +83,19 @@ class PeakMemory(TorchDispatchMode):
 
     On fake tensors, results that depend on values are answered for the largest case: every element is selected, every
     box survives suppression, a number is 0, all elements are of one kind. Real tensors may be mixed in; what depends on
-    them alone is exact.
+    them alone is exact; with ``repeats`` it is computed once for the same values, which are kept for that.
     """
 
-    def __init__(self, *owners: nn.Module | Optimizer | Tensor) -> None:
+    def __init__(self, *owners: nn.Module | Optimizer | Tensor, repeats: bool = False) -> None:
         super().__init__()
         self.bytes = 0
         self.live = 0
-        self.work = Work()
         self.log = Log()
+        self._work = [0, 0, 0]
         self._known: dict[int, int] = {}  # storage -> block
         self._owners = owners
-        self._finalizers: list[Any] = []
+        self._storages: dict[int, Any] = {}  # weak references to what is live
+        self._repeats = Repeats() if repeats else None
         self._tag = ""
 
     def __enter__(self) -> "PeakMemory":
@@ -108,8 +111,7 @@ class PeakMemory(TorchDispatchMode):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        for finalizer in self._finalizers:  # they would keep this object as long as what it counted
-            finalizer.detach()
+        self._storages.clear()
 
     def enter_phase(self, name: str) -> None:
         """From now on, ``name`` runs, and what is allocated is for it."""
@@ -125,21 +127,31 @@ class PeakMemory(TorchDispatchMode):
                 self.log.blocks[index].tag = tag
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE and type(args[0]) is FakeTensor:  # asked for more often than all operators
+            return args[0].fake_device
         kwargs = kwargs or {}
         mode = fake_mode_of(args, kwargs)
-        if func is _DEVICE:
-            return func(*args) if mode is None else args[0].fake_device
-        out = func(*args, **kwargs) if mode is None else _on_fake(mode, func, types, args, kwargs)
-        made = [out] if isinstance(out, Tensor) else _tensors_in(out)
-        self.work = self.work.plus(_work_of(func, args, kwargs, out))
-        for tensor in made:
-            self._add(tensor)
+        if mode is not None:
+            out = _on_fake(mode, func, types, args, kwargs)
+        else:
+            out = self._repeats.run(func, args, kwargs) if self._repeats else func(*args, **kwargs)
+        _count(self._work, func, args, kwargs, out)
+        if isinstance(out, Tensor):
+            self._add(out)
+        else:
+            for tensor in _tensors_in(out):
+                self._add(tensor)
         return out
+
+    @property
+    def work(self) -> Work:
+        """What operators have done so far."""
+        return Work(*self._work)
 
     @property
     def flops(self) -> int:
         """Floating-point operations so far."""
-        return int(self.work.flops)
+        return self._work[0]
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -151,35 +163,46 @@ class PeakMemory(TorchDispatchMode):
         self.log.events.append((len(self.log.blocks), True))
         self.log.blocks.append(Block(size, self._tag))
         self.live += size
-        self.bytes = max(self.bytes, self.live)
-        self._finalizers.append(weakref.finalize(storage, self._free, key, size))
+        if self.live > self.bytes:
+            self.bytes = self.live
+        self._storages[key] = weakref.ref(storage, partial(self._free, key, size))
 
-    def _free(self, key: int, size: int) -> None:
-        index = self._known.pop(key, None)
-        if index is not None:
-            self.log.events.append((index, False))
+    def _free(self, key: int, size: int, _: Any) -> None:
+        self.log.events.append((self._known.pop(key), False))
         self.live -= size
 
 
 def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     """Floating-point operations of one operator, where it is a convolution, a matrix product or attention."""
-    packet = getattr(func, "overloadpacket", None)
-    count = flop_registry.get(packet)
+    count = _counter(func)
     if count is None:
         return 0
-    if packet is _aten.convolution_backward and args[9] > 1:  # torch counts a grouped weight's gradient as a dense one
-        *before, (inputs, weight, bias) = args
+    if getattr(func, "overloadpacket", None) is _aten.convolution_backward and args[9] > 1:
+        *before, (inputs, weight, bias) = args  # torch counts a grouped weight's gradient as a dense one
         parts = [int(count(*before, mask, **kwargs, out_val=out)) for mask in
                  ((inputs, False, False), (False, weight, bias))]
         return parts[0] + parts[1] // args[9]
     return int(count(*args, **kwargs, out_val=out))
 
 
-def _work_of(func: Any, args: Any, kwargs: Any, out: Any) -> Work:
-    """What one operator does; nothing where it only looks at memory, or makes some without values."""
-    if getattr(func, "is_view", False) or func in _WITHOUT_VALUES:
-        return Work()
-    return Work(flops_of(func, args, kwargs, out), _bytes(args) + _bytes(kwargs) + _bytes(out), 1)
+@cache
+def _counter(func: Any) -> Callable[..., Any] | None:
+    """What counts an operator's floating-point operations."""
+    return flop_registry.get(getattr(func, "overloadpacket", None))
+
+
+@cache
+def _works(func: Any) -> bool:
+    """Whether an operator does anything but look at memory, or make some without values."""
+    return not getattr(func, "is_view", False) and func not in _WITHOUT_VALUES
+
+
+def _count(work: list[int], func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Add what one operator does."""
+    if _works(func):
+        work[0] += flops_of(func, args, kwargs, out)
+        work[1] += _bytes(args) + (_bytes(kwargs) if kwargs else 0) + _bytes(out)
+        work[2] += 1
 
 
 _WITHOUT_VALUES = {_aten.detach.default, _aten.empty.memory_format, _aten.empty_strided.default,
@@ -190,9 +213,17 @@ def _bytes(value: Any) -> int:
     """Bytes of the tensors among an operator's nested arguments, or results."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
-    if isinstance(value, tuple | list):
-        return sum(map(_bytes, value))
-    return sum(map(_bytes, value.values())) if isinstance(value, dict) else 0
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, tuple | list):
+        return 0
+    total = 0
+    for part in value:
+        if isinstance(part, Tensor):
+            total += part.numel() * part.element_size()
+        elif isinstance(part, tuple | list):
+            total += _bytes(part)
+    return total
 
 
 def _tensors_in(value: Any) -> list[Tensor]:
@@ -207,14 +238,21 @@ class Counting(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.work = Work()
+        self._work = [0, 0, 0]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE and type(args[0]) is FakeTensor:
+            return args[0].fake_device
         kwargs = kwargs or {}
         mode = fake_mode_of(args, kwargs)
         out = func(*args, **kwargs) if mode is None else _on_fake(mode, func, types, args, kwargs)
-        self.work = self.work.plus(_work_of(func, args, kwargs, out))
+        _count(self._work, func, args, kwargs, out)
         return out
+
+    @property
+    def work(self) -> Work:
+        """What operators have done so far."""
+        return Work(*self._work)
 
 
 def _tensors(owner: nn.Module | Optimizer | Tensor) -> Iterable[tuple[str, Tensor]]:
@@ -236,22 +274,12 @@ def _tensors(owner: nn.Module | Optimizer | Tensor) -> Iterable[tuple[str, Tenso
 
 def _on_fake(mode: FakeTensorMode, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     """Run an operator of which some arguments are fake; where its result depends on values, see ``PeakMemory``."""
-    if func in (_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default):
-        indices = [part for index in args[1] for part in _whole(index)]
-        return func(args[0], indices, *args[2:], **kwargs)
-    if func is _aten.nonzero.default:
-        return _everywhere(args[0])
-    if func is _aten.masked_select.default:
-        return args[0].expand(torch.broadcast_shapes(args[0].shape, args[1].shape)).reshape(-1)
-    if func is _aten._local_scalar_dense.default:
-        kind = args[0].dtype
-        return False if kind == torch.bool else 0.0 if kind.is_floating_point else 0
-    if func is _aten._unique2.default:
-        one = torch.zeros(1, dtype=torch.int64)
-        return one.to(args[0].dtype), torch.zeros_like(args[0], dtype=torch.int64), one
-    if func.name() == "torchvision::nms":
-        return torch.arange(args[0].shape[0])
+    name = _by_value(func)
     try:
+        if name in ("index", "index_put", "index_put_"):
+            args = args[0], [part for index in args[1] for part in _whole(index, mode)], *args[2:]
+        elif name is not None and not _is_exact(mode):
+            return _LARGEST[name](*args)
         if isinstance(mode, Fakes):
             out = mode.dispatch(func, types, args, kwargs)  # as func would, with less around it
             if out is not NotImplemented:
@@ -262,11 +290,32 @@ def _on_fake(mode: FakeTensorMode, func: Any, types: Any, args: Any, kwargs: Any
                         "values") from error
 
 
-def _whole(index: Tensor | None) -> list[Tensor | None]:
+@cache
+def _by_value(func: Any) -> str | None:
+    """The name of an operator whose result depends on values of its arguments, where we answer instead of it."""
+    name = func.name().partition("::")[2].partition(".")[0]
+    return name if name in _LARGEST or name in ("index", "index_put", "index_put_") else None
+
+
+def _number(value: Tensor) -> bool | float:
+    return False if value.dtype == torch.bool else 0.0 if value.dtype.is_floating_point else 0
+
+
+def _one_kind(value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    one = torch.zeros(1, dtype=torch.int64)
+    return one.to(value.dtype), torch.zeros_like(value, dtype=torch.int64), one
+
+
+def _is_exact(mode: FakeTensorMode) -> bool:
+    return isinstance(mode, Fakes) and mode.exact
+
+
+def _whole(index: Tensor | None, mode: FakeTensorMode) -> list[Tensor | None]:
     """A mask as whole numbers, one tensor per axis: a real mask exactly, a fake one as if it selected everything."""
     if index is None or index.dtype not in (torch.bool, torch.uint8):
         return [index]
-    return list((_everywhere(index) if isinstance(index, FakeTensor) else index.nonzero()).unbind(1))
+    fake = isinstance(index, FakeTensor) and not _is_exact(mode)
+    return list((_everywhere(index) if fake else index.nonzero()).unbind(1))
 
 
 def _everywhere(like: Tensor) -> Tensor:
@@ -274,3 +323,10 @@ def _everywhere(like: Tensor) -> Tensor:
     if math.prod(like.shape) == 0:
         return torch.empty(0, like.dim(), dtype=torch.int64)
     return torch.cartesian_prod(*map(torch.arange, like.shape)).reshape(-1, like.dim())
+
+
+_LARGEST: dict[str, Callable[..., Any]] = {
+    "nonzero": _everywhere, "_local_scalar_dense": _number, "_unique2": _one_kind,
+    "masked_select": lambda value, mask: value.expand(torch.broadcast_shapes(value.shape, mask.shape)).reshape(-1),
+    "nms": lambda boxes, *_: torch.arange(boxes.shape[0]),
+}

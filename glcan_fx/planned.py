@@ -15,6 +15,7 @@ from glcan_fx.planner.frontier import Point
 from glcan_fx.planner.modules import check_plan
 from glcan_fx.planner.request import Request
 from glcan_fx.plans.plan import Plan
+from glcan_fx.progress import progress
 from glcan_fx.report.dot import PICTURES, picture, plan_dot
 from glcan_fx.report.page import plan_fragment, plan_report
 from glcan_fx.report.table import plan_text
@@ -93,7 +94,8 @@ class PlannedModel:
             raise PlanError(f"no frontier: {self.plan.model} runs as Python, and its steps cannot be simulated.")
         method = self._method or type(self.plan.method)()
         request = Request("fewest", method, None, None, self._options)
-        return frontier_of(self.captured, request, self.simulator, self.plan)
+        with progress(f"simulating what else {self.plan.model} can have"):
+            return frontier_of(self.captured, request, self.simulator, self.plan)
 
     def simulated(self) -> "PlannedModel":
         """The same, after its memory was simulated, so that it prints: ``print(plan.simulated())``. Where it cannot be

@@ -221,6 +221,7 @@ def _ratio(structure: Structure, start: fx.Node, end: fx.Node) -> tuple[int, ...
 _FEWER = 1.5  # less is an extra token
 
 
+@once
 def _shrinks(structure: Structure, before: fx.Node, node: fx.Node, start: fx.Node, end: fx.Node) -> bool:
     """Whether positions are lost on the way from ``start`` to ``end``; attention's heads and scores have none."""
     a, b, first, last = (structure.spatial(value) for value in (before, node, start, end))

@@ -71,14 +71,11 @@ def run(args: argparse.Namespace) -> int:
             raise OSError(f"{path}: {NO_DOT}")
     # a plan knows its inputs, and a detector resizes images itself
     preset = preset_of(args, inputs_known=args.plan is not None or args.task == "detection")
-    from rich.console import Console
-
     from glcan_fx.models.load import load
 
     model = load(preset.target, preset.kwargs)
     try:
-        with Console(stderr=True).status(f"planning {args.target}"):  # shown on terminals; takes seconds, or a minute
-            plan = _plan(args, preset, model)
+        plan = _plan(args, preset, model)
     except TraceError as error:
         _print_reached(error)
         raise
@@ -129,8 +126,7 @@ def _print_frontier(plan: PlannedModel) -> None:
 
     from glcan_fx.report.frontier import frontier_table, frontier_text
 
-    with Console(stderr=True).status("simulating the trade-offs"):
-        points = plan.frontier
+    points = plan.frontier
     console = Console(highlight=False)
     if console.is_terminal:
         console.print(frontier_table(points), markup=False, emoji=False)

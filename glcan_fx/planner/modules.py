@@ -15,6 +15,7 @@ from glcan_fx.auxiliary.remainder import Remainder, blocks_ahead, feature_info, 
 from glcan_fx.errors import PlanError
 from glcan_fx.layers import Cost, weights_in
 from glcan_fx.plans.plan import Block, LocalModule, Plan, Run
+from glcan_fx.progress import advance
 from glcan_fx.structure.influence import reads_some
 from glcan_fx.structure.nodes import is_size
 from glcan_fx.structure.parts import parts_of
@@ -37,6 +38,7 @@ class Costs:
                reads_some(structure, remainder.end), _shapes_ahead(structure, remainder.end))
         depends_on_rest = method.depends_on_blocks or len(shape) <= 2
         if depends_on_rest or key not in self._known:
+            advance()
             made = auxiliary_network(remainder, features, method, None)
             head = self.captured.task.head_cost(self.captured.model, **head_request(remainder, made, method))
             cost = made.cost + head

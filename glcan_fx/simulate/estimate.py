@@ -21,6 +21,7 @@ from glcan_fx.config import OPTIMIZERS, OptimizerLike, check_optimizer
 from glcan_fx.devices import OPERATIONS, Device, Work, device_of
 from glcan_fx.errors import GlcanFxError, PlanError
 from glcan_fx.peak_memory import Log, PeakMemory
+from glcan_fx.progress import advance
 from glcan_fx.pytree import tensors_in
 from glcan_fx.step.local_model import LocalModel
 from glcan_fx.step.output import LocalOutput, total
@@ -136,8 +137,9 @@ def _simulate(
     parameters = [p for p in model.parameters() if p.requires_grad]
     made = optimizers_of(optimizer, parameters)
     model.zero_grad()
-    memory = PeakMemory(model, *made, *tensors_in(inputs))
+    memory = PeakMemory(model, *made, *tensors_in(inputs), repeats=True)
     with torch.random.fork_rng(devices=[]), kept_python_random(), quiet(), torch.enable_grad(), memory:
+        advance()
         watch(memory)
         loss = step()
         memory.enter_phase("backward")

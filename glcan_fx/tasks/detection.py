@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torchvision.models.detection.image_list import ImageList
 
 from glcan_fx.errors import PlanError, TargetError
-from glcan_fx.initialization import freshen, unhooked_copy
+from glcan_fx.initialization import unhooked_copy
 from glcan_fx.layers import Cost
 from glcan_fx.tasks.base import Task
 from glcan_fx.tasks.detector_copies import (
@@ -128,9 +128,7 @@ class Detection(Task):
         image: tuple[int, int],
     ) -> nn.Module:
         template = self._template(model, outputs, source, levels, style, width, image)
-        new = copy.deepcopy(template.detector)
-        freshen(new, template.moments)
-        return DetectorHead(new)
+        return DetectorHead(template.copy_of(model))
 
     def head_cost(
         self, model: nn.Module, outputs: Any, source: Any, levels: Sequence[int], style: str, width: float,

@@ -3,7 +3,8 @@
 import copy
 import math
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,25 +14,42 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSDScoringHead
 from torchvision.ops import MultiScaleRoIAlign
 
+from glcan_fx.capture.shadow import fake_copy, real_copy, replicate
 from glcan_fx.devices import Work
 from glcan_fx.errors import PlanError
-from glcan_fx.initialization import Moments, moments, unhooked_copy
-from glcan_fx.layers import Cost, cost_of, fit, keep_outputs, not_in_place, predictors, replace, towers
+from glcan_fx.fakes import Fakes
+from glcan_fx.initialization import Moments, freshen, moments, unhooked_copy
+from glcan_fx.layers import (
+    Cost,
+    Widths,
+    cost_of,
+    fit,
+    keep_outputs,
+    not_in_place,
+    predictors,
+    replace,
+    set_width,
+    towers,
+)
+from glcan_fx.peak_memory import Counting
 from glcan_fx.tasks.detector_head import BEFORE, DetectorHead
 
 EXAMPLE = 320  # pixels: large enough for every torchvision detector's coarsest level
 
 
-@dataclass(frozen=True)
 class Template:
-    """The detector behind its backbone, made lighter; what its copies are drawn from; what they cost: bytes kept for
-    backward and ``Work``, for each image and for each position."""
+    """How the detector behind its backbone is made lighter, and what a copy costs: parameters, and, for each image and
+    for each position, bytes kept for backward and ``Work``."""
 
-    detector: nn.Module
-    moments: Moments
-    parameters: int
-    per_image: tuple[float, ...]
-    per_position: tuple[float, ...]
+    def __init__(self, names: Sequence[str], levels: Sequence[int]) -> None:
+        self.names, self.levels = list(names), levels
+        self.one_each: list[str] | None = None  # paths of the layers that predict, where they do so for one anchor
+        self.left_out: list[str] = []
+        self.widths: Widths = {}
+        self.parameters = 0
+        self.per_image: tuple[float, ...] = ()
+        self.per_position: tuple[float, ...] = ()
+        self._made: tuple[nn.Module, Moments] | None = None
 
     def cost(self, images: int, positions: int) -> Cost:
         """What a copy costs."""
@@ -39,45 +57,95 @@ class Template:
                         for image, position in zip(self.per_image, self.per_position, strict=True))
         return Cost(self.parameters, saved, Work(*work))
 
+    def copy_of(self, model: nn.Module) -> nn.Module:
+        """A lighter detector, drawn from what the model's weights are."""
+        if self._made is None:
+            detector = unhooked_copy(_behind(model)).cpu().train()
+            not_in_place(detector)
+            _select_levels(detector, self.levels, self.names)
+            if self.one_each is not None:
+                _one_prediction_each(detector, {detector.get_submodule(path) for path in self.one_each})
+            source = moments(detector)
+            for path in self.left_out:
+                replace(detector, path, nn.Identity())
+            for path, (inputs, outputs) in self.widths.items():
+                set_width(detector.get_submodule(path), inputs, outputs)
+            self._made = detector, source
+        new = copy.deepcopy(self._made[0])
+        freshen(new, self._made[1])
+        return new
+
 
 def make_template(
     model: nn.Module, outputs: dict[str, Tensor], source: dict[str, Tensor], levels: Sequence[int], style: str,
     width: float, image: tuple[int, int],
 ) -> Template:
-    """Copy the detector without transform and backbone, on ``levels``.
+    """How the detector without transform and backbone is made lighter, on ``levels``.
 
-    The layers to leave out and the layers to keep are found by running the copy, on small random features.
+    The layers to leave out and the layers to keep are found by running a copy, on small features: fake ones, or random
+    ones where their values decide what is computed.
     """
-    detector = copy.copy(model)
-    detector.__dict__["_modules"] = {k: v for k, v in model._modules.items() if k not in BEFORE}
-    detector = unhooked_copy(detector).cpu().train()
-    not_in_place(detector)
-    _select_levels(detector, levels, list(outputs))
-    source_moments = moments(detector)
+    modes = [None, Fakes(exact=True)]
+    while True:
+        mode = modes.pop()
+        detector = replicate(_behind(model), real_copy if mode is None else partial(_fake_parameter, mode)).train()
+        not_in_place(detector)
+        _select_levels(detector, levels, list(outputs))
+        template = Template(list(outputs), levels)
+        try:
+            with torch.random.fork_rng(devices=[]), Counting():
+                _lighten(template, detector, model, outputs, source, style, width, image, mode)
+            return template
+        except Exception:
+            if mode is not None:
+                continue
+            raise
+
+
+def _lighten(
+    template: Template, detector: nn.Module, model: nn.Module, outputs: dict[str, Tensor], source: dict[str, Tensor],
+    style: str, width: float, image: tuple[int, int], mode: Fakes | None,
+) -> None:
+    """Make a copy of the detector lighter, and write down how."""
     head = DetectorHead(detector)
     *large, scale = example_of(model, outputs, image)
     *small, scale = example_of(model, outputs, image, 2 * scale)
-    with torch.random.fork_rng(devices=[]):
-        full, narrow, wider = (random_features(*of) for of in (
-            (source, scale), (outputs, scale), (outputs, scale // 2)))
-        if style != "full" or width < 1:
-            if style == "lean":
-                _one_prediction_each(detector, predictors(detector, head(full, *small)))
-                source_moments = moments(detector)
+    full, narrow, wider = (random_features(*of, mode) for of in (
+        (source, scale), (outputs, scale), (outputs, scale // 2)))
+    if style != "full" or width < 1:
+        if style == "lean":
             keep = predictors(detector, head(full, *small))
-            if style != "full":
-                for path in towers(detector, lambda: head(full, *small)):
-                    if not any(part in keep for part in detector.get_submodule(path).modules()):
-                        replace(detector, path, nn.Identity())
-            fit(detector, lambda: head(narrow, *small), width, keep)
-        # a part grows with the positions, a part (sampled regions) only with the images: two sizes tell them apart
-        costs = [cost_of(detector, lambda: head(wider, *large))[0], cost_of(detector, lambda: head(narrow, *small))[0]]
+            template.one_each = [path for path, part in detector.named_modules() if part in keep]
+            _one_prediction_each(detector, keep)
+        losses: list[Any] = []
+        found = towers(detector, lambda: losses.append(head(full, *small)))
+        keep = predictors(detector, losses)
+        for path in found if style != "full" else ():
+            if not any(part in keep for part in detector.get_submodule(path).modules()):
+                replace(detector, path, nn.Identity())
+                template.left_out.append(path)
+        template.widths = fit(detector, lambda: head(narrow, *small), width, keep)
+    # a part grows with the positions, a part (sampled regions) only with the images: two sizes tell them apart
+    costs = [cost_of(detector, lambda: head(wider, *large))[0], cost_of(detector, lambda: head(narrow, *small))[0]]
     count, fewer = positions_of(wider), positions_of(narrow)
     figures = [(cost.saved, *cost.work) for cost in costs]
-    per_position = tuple(max(0.0, (more - less) / max(1, count - fewer)) for more, less in zip(*figures, strict=True))
-    per_image = tuple(max(0.0, (more - count * each) / 2)  # of two images
-                      for more, each in zip(figures[0], per_position, strict=True))
-    return Template(detector, source_moments, costs[0].parameters, per_image, per_position)
+    template.parameters = costs[0].parameters
+    template.per_position = tuple(
+        max(0.0, (more - less) / max(1, count - fewer)) for more, less in zip(*figures, strict=True))
+    template.per_image = tuple(max(0.0, (more - count * each) / 2)  # of two images
+                               for more, each in zip(figures[0], template.per_position, strict=True))
+
+
+def _behind(model: nn.Module) -> nn.Module:
+    """The detector without what makes the features."""
+    detector = copy.copy(model)
+    detector.__dict__["_modules"] = {k: v for k, v in model._modules.items() if k not in BEFORE}
+    return detector
+
+
+def _fake_parameter(mode: Fakes, tensor: Tensor) -> Tensor:
+    """Other tensors may decide what is computed: anchors."""
+    return fake_copy(mode)(tensor) if isinstance(tensor, nn.Parameter) else real_copy(tensor)
 
 
 def _one_prediction_each(detector: nn.Module, predictors: Set[nn.Module]) -> None:
@@ -104,9 +172,11 @@ def positions_of(features: dict[str, Tensor]) -> int:
     return sum(value.shape[0] * math.prod(value.shape[2:]) for value in features.values())
 
 
-def random_features(like: dict[str, Tensor], scale: int) -> dict[str, Tensor]:
-    return {key: torch.randn(2, value.shape[1], *(-(-size // scale) for size in value.shape[2:]), dtype=value.dtype)
-            for key, value in like.items()}
+def random_features(like: dict[str, Tensor], scale: int, mode: Fakes | None = None) -> dict[str, Tensor]:
+    """Smaller features of two images; fake ones with a mode."""
+    with mode or nullcontext():
+        return {key: torch.randn(2, value.shape[1], *(-(-size // scale) for size in value.shape[2:]), dtype=value.dtype)
+                for key, value in like.items()}
 
 
 def example_of(

@@ -13,8 +13,10 @@ from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, Keypoi
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 import glcan_fx
+from glcan_fx.errors import PlanError
 from glcan_fx.methods import GLCAN
 from glcan_fx.models import retinanet, yolo
+from glcan_fx.tasks import detector_copies
 
 
 def small_fpn(levels: int) -> nn.Module:
@@ -175,3 +177,31 @@ def test_images_without_objects_are_legal() -> None:
     losses = local(images, targets)
     sum(losses.values()).backward()
     assert all(torch.isfinite(p.grad).all() for p in local.parameters())
+
+
+@pytest.mark.parametrize(("name", "style", "fakes"), [
+    ("RetinaNet", "lean", True), ("RetinaNet", "full", True), ("FCOS", "lean", False)])
+def test_lighter_heads_cost_the_same_on_fake_features_and_on_real_ones(monkeypatch, name, style, fakes):
+    """Fake features, which cost nothing, where their values decide nothing: FCOS matches what they are largest for."""
+    model = DETECTORS[name]()
+    features = {str(i): torch.rand(2, 32, 32 // 2**i, 32 // 2**i) for i in range(5)}
+    lighten, modes, found = detector_copies._lighten, [], []
+
+    def on(real):
+        def run(*args):
+            if real and args[-1] is not None:
+                raise PlanError("values wanted")
+            lighten(*args)
+            modes.append(args[-1])
+        return run
+
+    for real in (False, True):
+        monkeypatch.setattr(detector_copies, "_lighten", on(real))
+        with torch.random.fork_rng():
+            made = detector_copies.make_template(model, features, features, range(5), style, 0.5, (256, 256))
+            copied = made.copy_of(model)
+        assert sum(p.numel() for p in copied.parameters()) == made.parameters
+        found.append((made.parameters, made.per_image, made.per_position, made.left_out, made.widths))
+    assert found[0] == found[1]
+    assert made.one_each if style == "lean" else made.widths
+    assert [mode is not None for mode in modes] == [fakes, False]
