@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
 
 from torch import nn
 
@@ -21,7 +20,8 @@ from glcan_fx.planner.frontier import Point, frontier
 from glcan_fx.planner.partition import partition
 from glcan_fx.planner.predict import Foretold, Predictor, Savings
 from glcan_fx.planner.request import Request
-from glcan_fx.planner.search import ALIKE, COMPUTE, EXTRA_MEMORY, Candidate, Search, allowances, in_words
+from glcan_fx.planner.search import ALIKE, COMPUTE, EXTRA_MEMORY, Candidate, Search, allowances
+from glcan_fx.planner.within import WithinMemory
 from glcan_fx.plans.plan import Plan
 from glcan_fx.replacement import kept_together
 from glcan_fx.simulate.estimate import Estimate
@@ -36,7 +36,6 @@ from glcan_fx.units import size
 log = logging.getLogger("glcan_fx")
 
 _SLICES = 4  # more would save little: other modules are then the peak
-_STEP, _FAR = 1.04, 1.3  # when the least memory was foretold too low
 _MUCH = 1.5  # compute, relative to backpropagation's, which with exact gradients saves most memory
 TOO_LARGE = "auxiliary networks are large"
 
@@ -52,14 +51,14 @@ def choose(captured: Captured, request: Request, simulator: Simulator) -> Plan:
     Raises PlanError where there is none, NothingToCut where no auxiliary network can be built at all.
     """
     try:
-        plan = _Choice(captured, request, simulator).plan()
+        plan = Choice(captured, request, simulator).plan()
         for note in plan.notes:
             if note.startswith(TOO_LARGE):
                 log.warning("%s: %s", plan.model, note)
         return plan
     except NothingToCut as error:
         try:
-            plan = _Choice(captured, replace(request, method=DGL()), simulator).plan()
+            plan = Choice(captured, replace(request, method=DGL()), simulator).plan()
         except PlanError:
             raise error from None
         note = f"auxiliary networks are decoupled greedy learning's, on each module's own output, since {error}"
@@ -71,10 +70,10 @@ def frontier_of(captured: Captured, request: Request, simulator: Simulator, chos
     request: for the fewest local modules, without budgets. Raises PlanError where a step cannot be simulated."""
     memory = simulator.memory(chosen, request.options.optimizer)
     peers = [(name, step) for name, step in memory.named() if step is not memory.plan]
-    return frontier(_Choice(captured, request, simulator).everything(), chosen, memory.plan, peers, memory.device)
+    return frontier(Choice(captured, request, simulator).everything(), chosen, memory.plan, peers, memory.device)
 
 
-class _Choice:
+class Choice:
     """One choice of a plan: what it chooses from, and what it has computed."""
 
     def __init__(self, captured: Captured, request: Request, simulator: Simulator) -> None:
@@ -95,10 +94,10 @@ class _Choice:
         self.units = [*(unit for unit in self.table.offered(request.method) if unit.name not in self.refused),
                       self.structure.units[-1]]
         self._optimizer, states = kind_of_optimizer(request.options.optimizer)
-        self.predictor = Predictor(self.table, self._simulate, states,
+        self.predictor = Predictor(self.table, self.simulate, states,
                                    bool(sliced_tail(self.structure, captured.task)))
         self._candidates: dict[tuple[str, Method, float], Candidate | None] = {}
-        self._given: K | None = None  # the local modules that the user asked for
+        self.given: K | None = None  # the local modules that the user asked for
 
     def _plain(self) -> Method:
         """The richest method without hidden layers, to find out whether a network can be built at all."""
@@ -110,14 +109,14 @@ class _Choice:
             first = next(iter(self.refused.values()))
             raise first if request.needs_graph else NothingToCut(str(first))
         if request.memory_budget is not None:
-            return self._within_memory(request.memory_budget)
+            return WithinMemory(self).plan(request.memory_budget)
         if request.k == "fewest":
             return self._fewest()
         return self._planned(self._richest(request.k), self._savings)
 
     def everything(self) -> Search:
         """All that there is to choose from."""
-        return self._search(range(1, len(self.units) + 1), self._kinds(), self._learn)
+        return self.search(range(1, len(self.units) + 1), self.kinds(), self.learn)
 
     # ---- what is asked for
 
@@ -128,7 +127,7 @@ class _Choice:
         if budget is not None and candidate.compute > budget:
             raise BudgetError(
                 f"compute_budget={budget:g}: with k={candidate.k} a step takes "
-                f"{math.ceil(1000 * candidate.compute) / 1000:.3f} of backpropagation's {self._unit}. Give at least "
+                f"{math.ceil(1000 * candidate.compute) / 1000:.3f} of backpropagation's {self.unit}. Give at least "
                 "that, choose another k, or leave auxiliary networks to the planner.")
         return candidate
 
@@ -136,18 +135,18 @@ class _Choice:
         """One local module per block, or as many as the compute budget allows. Raises BudgetError where it allows
         none."""
         budget = self.request.compute_budget
-        numbers = range(len(self.units) - 1, self._least_k, -1) if budget is not None else ()
+        numbers = range(len(self.units) - 1, self.least_k, -1) if budget is not None else ()
         for k in ("natural", *numbers):
             candidate = next(self.candidates(k))
             if budget is None or candidate.compute <= budget:
                 return candidate
-        return self._richest(self._least_k)
+        return self._richest(self.least_k)
 
     def _fewest(self) -> Plan:
         """As little memory as one local module per block takes, with as few as possible."""
         natural = self._most()
         plan = self._planned(natural, self._savings)
-        if natural.k <= self._least_k:
+        if natural.k <= self.least_k:
             return plan
         try:
             least = self.predictor.learn(plan, natural.cuts).peak
@@ -155,106 +154,41 @@ class _Choice:
             log.warning("k=%d, one local module per block: %s", plan.k, error)
             return replace(plan, notes=(*plan.notes, f"k={plan.k}, one local module per block: {error}"))
         self._learn_exact(self._savings)
-        search = self._search(range(self._least_k, natural.k), [self._savings], lambda savings: None)
+        search = self.search(range(self.least_k, natural.k), [self._savings], lambda savings: None)
         search.most = self.request.compute_budget or max(COMPUTE, natural.compute)
         limit = int(ALIKE * least)
         found = search.within(limit) or plan
         beside = f"as little memory as k={plan.k}, to 2 %" if found is not plan else "no fewer need as little memory"
         tried = "; ".join(filter(None, [f"k={plan.k}: {size(least)}", search.note()]))
-        same = math.ceil(ALIKE * self._simulate(found).peak)
-        notes = [f"{_named(found)}: {beside}; simulated: {tried}", *self._exactly(search, found, same)]
+        same = math.ceil(ALIKE * self.simulate(found).peak)
+        notes = [f"{_named(found)}: {beside}; simulated: {tried}", *self.exactly(search, found, same)]
         return replace(found, notes=(*found.notes, *notes))
 
-    def _within_memory(self, budget: int | Literal["least"]) -> Plan:
-        """The fewest local modules that a memory budget and the compute allow; where none do, the least compute that
-        the memory allows."""
-        k = None if isinstance(self.request.k, str) and self.request.k != "natural" else self.request.k
-        self._given = k
-        numbers = range(self._least_k, len(self.units) + 1) if k is None else [next(self.candidates(k)).k]
-        search = self._search(numbers, self._kinds(), self._learn)
-        if budget == "least":
-            budget = self._least(search)
-        found = search.within(budget)
-        if found is not None and self._allow_others_as_much(search, found):
-            found = search.within(budget) or found
-        if found is not None:
-            notes = [f"memory budget {size(budget)}; simulated: {search.note()}"]
-            return replace(found, notes=(*found.notes, *notes, *self._exactly(search, found, budget)))
-        found = search.cheapest(budget)
-        if found is None:
-            found = search.smallest()
-            if self._simulate(found).peak > budget:
-                raise self._nothing_fits(found, budget)
-        compute, most = self._compute(found), self.request.compute_budget
-        asked = f"compute_budget={most:g}" if most is not None else f"{COMPUTE:g} of backpropagation's {self._unit}"
-        note = (f"memory budget {size(budget)}: nothing fits it and {asked}; this plan takes {compute:.2f}, the least "
-                f"that was found; simulated: {search.note()}")
-        if most is not None:
-            log.warning("%s", note)
-        return replace(found, notes=(*found.notes, note))
-
-    def _allow_others_as_much(self, search: Search, found: Plan) -> bool:
-        """Where local modules are to take more compute than usual, for their auxiliary networks, a plan that is closer
-        to exact gradients may, too. Whether that is so."""
-        compute = self._compute(found)
-        if search.most is not None or found.k == 1 or compute <= 1.005 * COMPUTE:
-            return False
-        search.most = compute
-        return True
-
-    def _least(self, search: Search) -> int:
-        """The fewest bytes that a plan takes with no more compute than it may; of one local module, with any."""
-        if self._given == 1 and search.most is None:
-            search.most = math.inf
-        budget, found = self._least_within(search)
-        if found is not None and self._allow_others_as_much(search, found):
-            budget = min(budget, self._least_within(search)[0])
-        return budget
-
-    def _least_within(self, search: Search) -> tuple[int, Plan | None]:
-        """The same, of what may be taken now, and the plan where one was found."""
-        budget = int(ALIKE * search.least())
-        found = search.within(budget)
-        if found is None:  # more than was foretold
-            most = max(self._simulate(search.smallest()).peak, int(_FAR * budget))
-            while found is None and budget < most:
-                budget = min(most, int(_STEP * budget))
-                found = search.within(budget)
-        return budget, found
-
-    def _nothing_fits(self, smallest: Plan, budget: int) -> BudgetError:
-        least = self._simulate(smallest)
-        parts = ", ".join(f"{name} {size(part)}" for name, part in sorted(least.parts.items(), key=lambda x: -x[1]))
-        return BudgetError(
-            f"no plan fits memory_budget {size(budget)}: the least found is {size(least.peak, up=True)} "
-            f"({in_words(smallest)}), during {least.when}: {parts}. Use a smaller batch or smaller images, or "
-            "give at least that budget.")
-
-    def _exactly(self, search: Search, found: Plan, limit: int) -> list[str]:
+    def exactly(self, search: Search, found: Plan, limit: int) -> list[str]:
         """What backpropagation's own gradients would take, where the plan has others."""
-        if found.k == 1 or self._least_k > 1 or isinstance(self.request.k, int | Sequence) and not isinstance(
+        if found.k == 1 or self.least_k > 1 or isinstance(self.request.k, int | Sequence) and not isinstance(
                 self.request.k, str):
             return []
         exact = search.exact(limit)
         if exact is None:
             smallest = search.smallest(1)
-            return [f"exact gradients (k=1) need {size(self._simulate(smallest).peak)} at least, at "
-                    f"{self._compute(smallest):.2f} of backpropagation's {self._unit}"]
-        compute = self._compute(exact)
-        return [f"exact gradients (k=1) fit the same memory at {compute:.2f} of backpropagation's {self._unit}: "
+            return [f"exact gradients (k=1) need {size(self.simulate(smallest).peak)} at least, at "
+                    f"{self.compute(smallest):.2f} of backpropagation's {self.unit}"]
+        compute = self.compute(exact)
+        return [f"exact gradients (k=1) fit the same memory at {compute:.2f} of backpropagation's {self.unit}: "
                 f"memory_budget='{limit / 2**20:.0f}MiB', compute_budget={math.ceil(100 * compute) / 100:g}"]
 
     @property
-    def _unit(self) -> str:
+    def unit(self) -> str:
         """What ``compute_budget`` is about."""
         device = self.table.device
         return "compute" if device is OPERATIONS else f"time on {device.name}"
 
-    def _compute(self, plan: Plan) -> float:
+    def compute(self, plan: Plan) -> float:
         """The compute of a plan's simulated step, relative to backpropagation's."""
-        return self._relative(self._simulate(plan))
+        return self.relative(self.simulate(plan))
 
-    def _relative(self, step: Estimate) -> float:
+    def relative(self, step: Estimate) -> float:
         return step.relative_to(self.simulator.backpropagation(self.request.options.optimizer), self.table.device)
 
     # ---- what there is
@@ -264,7 +198,7 @@ class _Choice:
         options, task = self.request.options, self.captured.task
         return Savings(options.fused_loss and task.fuses_losses(self.captured.model), options.slices)
 
-    def _kinds(self) -> list[Savings]:
+    def kinds(self) -> list[Savings]:
         """In the order in which they are tried."""
         kinds = [self._savings]
         if self._may_slice():
@@ -272,7 +206,7 @@ class _Choice:
         return kinds
 
     @property
-    def _least_k(self) -> int:
+    def least_k(self) -> int:
         return min(len(self.units), 1 + self.request.method.window) if self.request.wants_auxiliary else 1
 
     def _may_slice(self) -> bool:
@@ -280,31 +214,31 @@ class _Choice:
         return task.averages_images(self.captured.model, levels_of(self.structure, task)) and not why_not_sliced(
             self.structure, task)
 
-    def _search(
+    def search(
         self, numbers: Sequence[int], kinds: Sequence[Savings], learn: Callable[[Savings], None]
     ) -> Search:
-        return Search(self.predictor, self._numbered, numbers, kinds, self._planned, self._simulate, learn,
-                      self._relative, self.request.compute_budget)
+        return Search(self.predictor, self._numbered, numbers, kinds, self._planned, self.simulate, learn,
+                      self.relative, self.request.compute_budget)
 
     def _numbered(self, k: int) -> Iterator[Candidate]:
-        return self.candidates(k if self._given is None else self._given)
+        return self.candidates(k if self.given is None else self.given)
 
-    def _learn(self, savings: Savings) -> None:
+    def learn(self, savings: Savings) -> None:
         """Simulate steps to learn from, once for each kind of savings: one with many local modules, and, to be sure of
         it, the exact one."""
-        *others, last = self.candidates("natural" if self._given is None else self._given)
+        *others, last = self.candidates("natural" if self.given is None else self.given)
         for candidate in (last, *others):  # with other auxiliary networks the same number may be cut elsewhere
             if not self.predictor.knows(candidate.cuts, savings):
                 self.predictor.learn(self._planned(candidate, savings), candidate.cuts)
-        if self._given is None:
+        if self.given is None:
             self._learn_exact(savings)
 
     def _learn_exact(self, savings: Savings) -> None:
         """Simulate the step of one local module, where there may be one, to learn from it."""
-        if self._least_k == 1 and not self.predictor.knows((), savings):
+        if self.least_k == 1 and not self.predictor.knows((), savings):
             self.predictor.learn(self._planned(next(self.candidates(1)), savings), ())
 
-    def _simulate(self, plan: Plan) -> Estimate:
+    def simulate(self, plan: Plan) -> Estimate:
         return self.simulator.simulate(plan, self.request.options.optimizer)
 
     def candidates(self, k: K) -> Iterator[Candidate]:
