@@ -164,7 +164,7 @@ def fixes_size_of_all(
 @once
 def region_between(structure: Structure, start: fx.Node, end: fx.Node) -> list[fx.Node]:
     """Nodes between two values of the trunk (start excluded, end included), in graph order."""
-    behind, before = ancestors([end]), ancestors([start])
+    behind, before = ancestors([end]), structure.above(start)
     return [node for node in structure.trace.graph.nodes if node in behind and node not in before]
 
 

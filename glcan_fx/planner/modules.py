@@ -33,7 +33,7 @@ class Costs:
     def of(self, remainder: Remainder, features: Sequence[Feature], method: Method) -> Cost:
         """Parameters, bytes saved for backward, and operations of an auxiliary network and its head."""
         structure, shape = remainder.structure, remainder.structure.shape(remainder.end)
-        key = (shape, remainder.end in structure.channels_last, tuple(features), remainder.levels, method,
+        key = (tuple(map(structure.shape, structure.together(remainder.end))), remainder.end in structure.channels_last, tuple(features), remainder.levels, method,
                reads_some(structure, remainder.end), _shapes_ahead(structure, remainder.end))
         depends_on_rest = method.depends_on_blocks or len(shape) <= 2
         if depends_on_rest or key not in self._known:

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from glcan_fx.capture.trace import Trace, is_float, within
 from glcan_fx.errors import PlanError
 from glcan_fx.pytree import tensors_in
-from glcan_fx.structure.nodes import common_path, input_dependent, tensor_of
+from glcan_fx.structure.nodes import Groups, ancestors, common_path, input_dependent, makes_new, tensor_of
 
 START: Any = "start"  # a virtual node before all inputs
 _GROWS = 1.5  # fewer positions than this factor more are padding or an extra token, not up-sampling
@@ -40,7 +40,7 @@ class Flow:
 
     positions: the number of spatial positions (or tokens) of every floating-point tensor. weight: of a node, by which
     one of several paths is taken for the network, the others for bypasses. bypassed: the nodes that removed bypass
-    edges led to.
+    edges led to. groups: values that are side by side, of which the graph has the first alone.
     """
 
     trace: Trace
@@ -48,6 +48,11 @@ class Flow:
     positions: dict[fx.Node, int]
     weight: Weight
     bypassed: set[fx.Node]
+    groups: Groups
+
+    def above(self, node: fx.Node, known: Set[fx.Node] = frozenset()) -> set[fx.Node]:
+        """What a value, and those that are side by side with it, are computed from, but for what is ``known``."""
+        return ancestors([node], known, self.groups)
 
     def open_chain(self) -> list[fx.Node]:
         """The chain from the inputs to the output, once the bypasses around hidden networks are removed from the graph.
@@ -186,45 +191,52 @@ def elements(node: fx.Node) -> float:
 
 
 def dataflow(
-    trace: Trace, positions: dict[fx.Node, int], data: Set[fx.Node], weight: Weight, carrying: Set[fx.Node]
+    trace: Trace, positions: dict[fx.Node, int], data: Set[fx.Node], weight: Weight, carrying: Set[fx.Node],
+    groups: Groups,
 ) -> Flow:
     """Edges along which gradients flow from the data to the outputs; sizes, masks and context carry none.
 
     positions: of every floating-point tensor; data: the inputs that are not context, carrying: what is computed of
-    them; weight: see ``Flow``.
+    them; weight, groups: see ``Flow``.
 
     Raises PlanError where no output depends on a floating-point input.
     """
-    graph = _gradients(trace, data, carrying)
+    graph = _gradients(trace, data, carrying, groups)
     if trace.output not in graph:
         raise PlanError(
             "no output depends on a floating-point input: there is nothing to cut. Pass example_inputs= with the "
             "tensors that the model is trained on."
         )
-    return Flow(trace, graph, positions, weight, set())
+    return Flow(trace, graph, positions, weight, set(), groups)
 
 
-def _gradients(trace: Trace, data: Set[fx.Node], carrying: Set[fx.Node]) -> nx.DiGraph:
+def _gradients(trace: Trace, data: Set[fx.Node], carrying: Set[fx.Node], groups: Groups) -> nx.DiGraph:
+    def first(node: fx.Node) -> fx.Node:
+        return groups.get(node, (node,))[0]
+
     graph = nx.DiGraph()
     dependent = input_dependent(trace.graph)
     integers: set[fx.Node] = set()  # integer inputs (pixels in uint8, tokens) until they become floating-point numbers
     for node in trace.graph.nodes:
         if node.op == "placeholder" and node not in data:
             continue
-        starts = node.op == "placeholder" or any(source in integers for source in node.all_input_nodes)
+        starts = node.op == "placeholder" or any(source in integers for source in _sources(node))
         carries = node.op == "output" or (node in dependent and is_float(node.meta["value"]))
         if not carries:
             if starts and _holds_tensor(node) and node in carrying:
                 integers.add(node)
             continue
         if starts and node.op != "output":
-            graph.add_edge(START, node)
-        graph.add_edges_from((source, node) for source in _sources(node) if source in graph)
+            graph.add_edge(START, first(node))
+        graph.add_edges_from((first(source), first(node)) for source in _sources(node) if first(source) in graph)
     return graph
 
 
 def _sources(node: fx.Node) -> list[fx.Node]:
-    """What a node reads, but for what it reads the shape or type of alone (``x.reshape_as(y)``)."""
+    """What a node reads, but for what it reads the shape or type of alone (``x.reshape_as(y)``, ``torch.zeros_like(x)``).
+    """
+    if makes_new(node):
+        return []
     alike = node.op == "call_method" and str(node.target).endswith("_as") and isinstance(node.args[0], fx.Node)
     return [node.args[0]] if alike else node.all_input_nodes  # type: ignore[list-item]
 

@@ -17,8 +17,9 @@ from glcan_fx.capture.trace import Trace, within
 from glcan_fx.structure.context import carrying_data, data_inputs
 from glcan_fx.structure.layout import channels_last, count_positions
 from glcan_fx.structure.nodes import (
-    ancestors,
+    Groups,
     called_path,
+    Groups,
     common_path,
     descendants,
     input_dependent,
@@ -27,6 +28,7 @@ from glcan_fx.structure.nodes import (
     tensor_of,
 )
 from glcan_fx.structure.regions import Flow, Weight, between, dataflow, elements
+from glcan_fx.structure.streams import streams
 from glcan_fx.structure.structure import Structure, Tap, Unit
 
 _CLEARLY = 1.5  # so many times more units: fewer are those of a neck
@@ -55,7 +57,7 @@ def _structure(trace: Trace, data: frozenset[fx.Node], layouts: frozenset[fx.Nod
     positions = {node: count_positions(tuple(tensor_of(node).shape), node in layouts, batch)
                  for node in trace.graph.nodes if is_float_tensor(node)}
     carrying = carrying_data(trace, data)
-    flow = dataflow(trace, positions, data, weight, carrying)
+    flow = dataflow(trace, positions, data, weight, carrying, streams(trace, data))
     whole = flow.open_chain()
     chain = _until_tail(flow, whole)
     units = _units(flow, chain) or _units(flow, whole)[:1]  # no layer before what was taken for the tail: one unit
@@ -63,8 +65,8 @@ def _structure(trace: Trace, data: frozenset[fx.Node], layouts: frozenset[fx.Nod
     units = _without_ending(flow, whole, units, carrying)
     chain = chain if units[-1].end in chain else whole
     chain = chain[: chain.index(units[-1].end) + 1]
-    structure = Structure(trace, chain, units, [], layouts, data)
-    taps = _taps(trace, structure.trunk - structure.context, [unit.end for unit in units])
+    structure = Structure(trace, chain, units, [], layouts, data, flow.groups)
+    taps = _taps(structure, structure.trunk - structure.context)
     return replace(structure, taps=taps)
 
 
@@ -82,7 +84,7 @@ def _until_tail(flow: Flow, chain: list[fx.Node]) -> list[fx.Node]:
 
 def _growing(flow: Flow, trunk: list[fx.Node]) -> set[str]:
     """The modules in which the resolution of a value grows that the trunk does not come from."""
-    beside = flow.positions.keys() - ancestors([trunk[-1]])
+    beside = flow.positions.keys() - flow.above(trunk[-1])
     return {node.meta["module"] for node in beside for source in node.all_input_nodes[:1]
             if source in flow.positions and flow.grows_between(source, node)}
 
@@ -127,7 +129,7 @@ def _units(flow: Flow, chain: list[fx.Node]) -> list[Unit]:
     at_block = weighted = False
     done: set[fx.Node] = set()
     for node in chain:
-        fresh = ancestors([node], done)
+        fresh = flow.above(node, done)
         done |= fresh
         if not trace.layers.isdisjoint(fresh):
             if weighted and cut is not None:
@@ -159,7 +161,7 @@ def _is_head(flow: Flow, chain: list[fx.Node], start: fx.Node, end: fx.Node) -> 
         if node not in seen:
             seen.add(node)
             stack += [user for user in node.users if not is_size(user)]
-    if any(node.op == "get_attr" and node in trace.layers for node in ancestors([end], ancestors([start]))):
+    if any(node.op == "get_attr" and node in trace.layers for node in flow.above(end, flow.above(start))):
         return True
     for first, last in pairwise(chain[chain.index(start): chain.index(end) + 1]):
         inside = between(flow.graph, first, last)
@@ -186,7 +188,7 @@ def _without_ending(flow: Flow, chain: list[fx.Node], units: list[Unit], carryin
 
     index = chain.index(units[-1].end)
     while index > 1 and not belongs(chain[index]) and trace.layers.isdisjoint(
-            ancestors([chain[index]], ancestors([chain[index - 1]]))):
+            flow.above(chain[index], flow.above(chain[index - 1]))):
         index -= 1
     if index == 0 or not is_float_tensor(chain[index]):
         return units
@@ -236,25 +238,28 @@ def _nodes_in(nodes: Iterable[fx.Node]) -> dict[str, set[fx.Node]]:
 
 
 def _names(
-    trace: Trace, node: fx.Node, inside: Mapping[str, Set[fx.Node]] = MappingProxyType({})
+    trace: Trace, node: fx.Node, inside: Mapping[str, Set[fx.Node]] = MappingProxyType({}),
+    groups: Groups = MappingProxyType({}),
 ) -> tuple[str, tuple[str, ...]]:
     """A value's name in the user's module paths, and its other names.
 
-    The name is the outermost module that returns this value and holds none of the others (``inside``, by module).
+    The name is the outermost module that returns this value and holds none of the others (``inside``, by module), but
+    for those that are side by side with it.
     """
     paths = [path for path in node.meta["returned_by"] if path]
     calls = {path: trace.returns[path].index(node) for path in paths}
     if not paths:
         inner = node.name.removeprefix(node.meta["module"].replace(".", "_") + "_")
         return ".".join(filter(None, [node.meta["module"], inner])), ()
-    own = [p for p in paths if not inside.get(p, set()) - {node}]
+    own = [p for p in paths if not inside.get(p, set()).difference(groups.get(node, (node,)))]
     unique = {path: f"{path}:{call}" if call else path for path, call in calls.items()}  # a module's later calls
     name = own[-1] if own else paths[0]
     return unique[name], tuple(unique[path] for path in paths if path != name)
 
 
-def _taps(trace: Trace, trunk: frozenset[fx.Node], ends: list[fx.Node]) -> list[Tap]:
+def _taps(structure: Structure, trunk: frozenset[fx.Node]) -> list[Tap]:
     """Values of the trunk, and inputs, that the tail reads, in graph order."""
+    trace = structure.trace
     dependent = input_dependent(trace.graph)
     found: set[fx.Node] = set()
     seen: set[fx.Node] = set()
@@ -270,9 +275,9 @@ def _taps(trace: Trace, trunk: frozenset[fx.Node], ends: list[fx.Node]) -> list[
         else:
             stack.extend(node.all_input_nodes)
 
-    inside = _nodes_in(ends)
+    inside = _nodes_in(unit.end for unit in structure.units)
     return [
-        Tap(node, str(node.target) if node.op == "placeholder" else _names(trace, node, inside)[0])
+        Tap(node, str(node.target) if node.op == "placeholder" else _names(trace, node, inside, structure.groups)[0])
         for node in trace.graph.nodes if node in found
     ]
 
