@@ -81,15 +81,19 @@ def stage(
                           fresh=True)
     if last_out:
         value = _move_axis(build, value, rank, to_last=True)
-    return _normalised(build, value, name, target, norm, activation)
+    return _normalised(build, value, name, target, rank, norm, activation)
 
 
 def _normalised(
-    build: Builder, value: fx.Node, name: str, channels: int, norm: fx.Node | None, activation: fx.Node | str | None
+    build: Builder, value: fx.Node, name: str, channels: int, rank: int, norm: fx.Node | None,
+    activation: fx.Node | str | None,
 ) -> fx.Node:
-    """Copies of a norm layer, at another width, and of an activation."""
+    """Copies of a norm layer, at another width or for maps of another rank, and of an activation."""
     if norm is not None:
         new = build.clone(str(norm.target))
+        if isinstance(new, nn.modules.batchnorm._NormBase) and len(build.structure.spatial(norm)) != rank:
+            with build.making():  # between values of another rank (neighbours of points)
+                new = KINDS[rank].norm(channels, dtype=tensor_of(norm).dtype)
         own: Moments = {} if build.draft else moments(new)  # those of the source, whatever its width
         if not fits(new, channels):
             set_width(new, channels)
@@ -132,7 +136,7 @@ def hidden_layers(build: Builder, tap: fx.Node, value: fx.Node, layers: int, hal
         value = build.add(f"{name}.layer{index}.conv", conv, value, fresh=True)
         if last:
             value = _move_axis(build, value, rank, to_last=True)
-        value = _normalised(build, value, f"{name}.layer{index}", channels, norm, activation)
+        value = _normalised(build, value, f"{name}.layer{index}", channels, rank, norm, activation)
     if not last and not takes_any_size(structure, tap):  # a pooling layer that expects this many positions
         value = build.graph.call_function(F.interpolate, (value,), {"size": sides})
     return value

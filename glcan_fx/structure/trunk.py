@@ -137,7 +137,7 @@ def _units(flow: Flow, chain: list[fx.Node]) -> list[Unit]:
                 cut, at_block = None, False
             weighted = True
         may_end = weighted and not at_block and is_float_tensor(node) and not _inside_block(trace, node, kinds)
-        if may_end and (cut is None or _divides(trace, node) <= _divides(trace, cut)):
+        if may_end and (cut is None or _cost(trace, node) <= _cost(trace, cut)):
             cut = node
             at_block = any(type(trace.shadow.get_submodule(path)) in kinds for path in node.meta["returned_by"])
     if weighted and (cut is not None or not ends):
@@ -204,6 +204,11 @@ def _block_kinds(flow: Flow, chain: list[fx.Node]) -> set[type[nn.Module]]:
         if path and not all(within(node.meta["module"], path) for node in chain[1:]):
             kinds.add(type(flow.trace.shadow.get_submodule(path)))
     return kinds
+
+
+def _cost(trace: Trace, node: fx.Node) -> tuple[int, int]:
+    """What speaks against a cut at a value: calls that it divides, then elements that are handed on."""
+    return _divides(trace, node), tensor_of(node).numel()
 
 
 def _divides(trace: Trace, node: fx.Node) -> int:
