@@ -65,8 +65,8 @@ _FEW = {1: 4, 2: 2, 3: 2}
 
 
 def _predicted(build: Builder, cut: fx.Node, end: fx.Node, name: str) -> fx.Node:
-    """A value of the shape of ``end`` from the module's own output alone, values side by side as one of all channels: decoupled greedy learning's auxiliary network
-    (Belilovsky et al. 2020, arXiv 1901.08164, section 4.1, "MLP-SR-aux").
+    """A value of the shape of ``end`` from the module's own output alone, all of what is side by side: decoupled greedy
+    learning's auxiliary network (Belilovsky et al. 2020, arXiv 1901.08164, section 4.1, "MLP-SR-aux").
 
     Three pointwise convolutions on a map of a quarter of the size, then on its 2 x 2 averages three layers of a
     perceptron and the classifier; for tokens, sequences and volumes likewise. Where a map is asked for, the

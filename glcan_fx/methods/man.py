@@ -53,8 +53,8 @@ class MAN(Extension):
         place = {node: position for position, node in enumerate(structure.chain)}
         block = next(unit for unit in structure.units if place[unit.end] > place[remainder.end])
         if len(structure.together(block.end)) > 1 and not structure.shares_layers:
-            raise PlanError(f"MAN: '{block.name}' is one of several blocks side by side, with weights of their own. Choose "
-                            "another method.")
+            raise PlanError(f"MAN: '{block.name}' is one of several blocks side by side, with weights of their own. "
+                            "Choose another method.")
         with build.each_stream(block.end):
             learned = _copy(build, remainder.end, block.end, own, _LEARNED)
             averaged = _copy(build, remainder.end, block.end, own, _AVERAGED)

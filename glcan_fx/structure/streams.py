@@ -56,8 +56,8 @@ def _alike(trace: Trace, starts: Mapping[fx.Node, int]) -> list[tuple[fx.Node, .
             origin[node] = frozenset().union(*(origin[source] for source in sources))
         number[node] = numbers.setdefault(what, len(numbers))
         if len(origin[node]) == 1:
-            rows.setdefault(number[node], {}).setdefault(*origin[node], []).append(node)
-    found = []
+            rows.setdefault(number[node], {}).setdefault(min(origin[node]), []).append(node)
+    found: list[tuple[fx.Node, ...]] = []
     for row in rows.values():
         if len(row) == len(starts) and len({len(nodes) for nodes in row.values()}) == 1:
             found += zip(*(row[stream] for stream in sorted(row)), strict=True)
@@ -72,16 +72,8 @@ def _what(trace: Trace, node: fx.Node, number: Mapping[fx.Node, int]) -> str:
     elif node.op == "get_attr":
         value = node.meta["value"]
         what = tuple(value.shape[:1]) if isinstance(value, Tensor) else what
-    args = fx.map_arg((node.args, dict(node.kwargs)), lambda source: _Number(number[source]))
+    args: Any = fx.map_arg((node.args, node.kwargs), lambda source: f"%{number[source]}")
     return f"{node.op} {what} {args}"
-
-
-class _Number:
-    def __init__(self, value: int) -> None:
-        self.value = value
-
-    def __repr__(self) -> str:
-        return f"%{self.value}"
 
 
 def _draws(trace: Trace, node: fx.Node) -> bool:
@@ -94,5 +86,6 @@ def _draws(trace: Trace, node: fx.Node) -> bool:
         if node.op == "call_method":
             getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:
-            (trace.module(node) or node.target)(*args, **kwargs)
+            function: Any = trace.module(node) or node.target
+            function(*args, **kwargs)
     return seeded.found

@@ -176,11 +176,11 @@ class Structure:
     def divided(self, cuts: Sequence[fx.Node]) -> set[Call]:
         """The calls of modules that go on behind one of the cuts with layers that have parameters."""
         found: set[Call] = set()
-        for cut in (value for cut in cuts for value in self.together(cut)):
-            calls = [call for call in cut.meta["call"].around() if call.path not in cut.meta["returned_by"]] if (
-                cut.meta.get("call")) else []
+        for end in (value for cut in cuts for value in self.together(cut)):
+            calls = [call for call in end.meta["call"].around() if call.path not in end.meta["returned_by"]] if (
+                end.meta.get("call")) else []
             if calls:
-                behind = {node for node in descendants(cut) if node in self._weighted}
+                behind = {node for node in descendants(end) if node in self._weighted}
                 found |= {call for call in calls if not behind.isdisjoint(self.trace.inside[call])}
         return found
 

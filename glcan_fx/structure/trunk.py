@@ -4,6 +4,7 @@ The trunk is the chain of dominators from the input on. It ends where the resolu
 positions are pooled away, or where a bypass comes back for the last time.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 from itertools import pairwise
@@ -19,7 +20,6 @@ from glcan_fx.structure.layout import channels_last, count_positions
 from glcan_fx.structure.nodes import (
     Groups,
     called_path,
-    Groups,
     common_path,
     descendants,
     input_dependent,
@@ -27,7 +27,7 @@ from glcan_fx.structure.nodes import (
     is_size,
     tensor_of,
 )
-from glcan_fx.structure.regions import Flow, Weight, between, dataflow, elements
+from glcan_fx.structure.regions import GROWS, Edge, Flow, Weight, between, dataflow, elements
 from glcan_fx.structure.streams import streams
 from glcan_fx.structure.structure import Structure, Tap, Unit
 
@@ -41,23 +41,50 @@ def analyze(trace: Trace) -> Structure:
     """
     layouts = channels_last(trace)
 
-    def most_units(weight: Weight) -> Structure:
-        found = [_structure(trace, data, layouts, weight) for data in data_inputs(trace)]
+    def most_units(weight: Weight, ignored: Set[Edge] = frozenset()) -> Structure:
+        found = [_structure(trace, data, layouts, weight, ignored) for data in data_inputs(trace)]
         return max(found, key=lambda structure: len(structure.units))
 
     # Where paths part, the network is the one with the largest values. But below nested decoders and wide heads, that
-    # is theirs, and many more blocks lie on the one with the most layers.
+    # is theirs, and many more blocks lie on the one with the most layers; and where the data go along (the positions of
+    # points, beside their features), on what layers compute.
     by_size, by_depth = most_units(elements), most_units(lambda node: node in trace.layers)
-    return by_depth if len(by_depth.units) >= _CLEARLY * len(by_size.units) else by_size
+    found = by_depth if len(by_depth.units) >= _CLEARLY * len(by_size.units) else by_size
+    along = _data_along(trace)
+    if along and _is_finer(structure := most_units(elements, along), found):
+        return structure
+    return found
 
 
-def _structure(trace: Trace, data: frozenset[fx.Node], layouts: frozenset[fx.Node], weight: Weight) -> Structure:
-    """The structure with these inputs as the data."""
+def _is_finer(structure: Structure, than: Structure) -> bool:
+    """Whether a structure has clearly more units, or as many and clearly fewer layers in the largest."""
+    def largest(structure: Structure) -> int:
+        owner = structure.assign([unit.end for unit in structure.units])
+        return max(Counter(owner[node] for node in structure.trace.layers if node in owner).values(), default=0)
+
+    more = len(structure.units) / len(than.units)
+    return more >= _CLEARLY or more >= 1 and largest(than) >= _CLEARLY * largest(structure)
+
+
+def _data_along(trace: Trace) -> frozenset[Edge]:
+    """The edges by which what no layer has computed joins what layers have."""
+    learned: set[fx.Node] = set()
+    for node in trace.graph.nodes:
+        if node in trace.layers or not learned.isdisjoint(node.all_input_nodes):
+            learned.add(node)
+    return frozenset((source, node) for node in learned for source in node.all_input_nodes
+                     if source not in learned and not learned.isdisjoint(node.all_input_nodes))
+
+
+def _structure(
+    trace: Trace, data: frozenset[fx.Node], layouts: frozenset[fx.Node], weight: Weight, ignored: Set[Edge]
+) -> Structure:
+    """The structure with these inputs as the data. ignored: edges on which nothing is learnt."""
     batch = next((tensor_of(node).shape[0] for node in data if tensor_of(node).dim() > 1), 0)
     positions = {node: count_positions(tuple(tensor_of(node).shape), node in layouts, batch)
                  for node in trace.graph.nodes if is_float_tensor(node)}
     carrying = carrying_data(trace, data)
-    flow = dataflow(trace, positions, data, weight, carrying, streams(trace, data))
+    flow = dataflow(trace, positions, data, weight, carrying, streams(trace, data), ignored)
     whole = flow.open_chain()
     chain = _until_tail(flow, whole)
     units = _units(flow, chain) or _units(flow, whole)[:1]  # no layer before what was taken for the tail: one unit
@@ -137,7 +164,7 @@ def _units(flow: Flow, chain: list[fx.Node]) -> list[Unit]:
                 cut, at_block = None, False
             weighted = True
         may_end = weighted and not at_block and is_float_tensor(node) and not _inside_block(trace, node, kinds)
-        if may_end and (cut is None or _cost(trace, node) <= _cost(trace, cut)):
+        if may_end and (cut is None or _no_worse(flow, node, cut)):
             cut = node
             at_block = any(type(trace.shadow.get_submodule(path)) in kinds for path in node.meta["returned_by"])
     if weighted and (cut is not None or not ends):
@@ -206,9 +233,17 @@ def _block_kinds(flow: Flow, chain: list[fx.Node]) -> set[type[nn.Module]]:
     return kinds
 
 
-def _cost(trace: Trace, node: fx.Node) -> tuple[int, int]:
-    """What speaks against a cut at a value: calls that it divides, then elements that are handed on."""
-    return _divides(trace, node), tensor_of(node).numel()
+def _no_worse(flow: Flow, node: fx.Node, before: fx.Node) -> bool:
+    """Whether a cut at a value divides as few calls as one before it, and hands on no more, but for a few positions."""
+    def handed_on(value: fx.Node) -> int:
+        known = flow.above(value)
+        return sum(tensor_of(each).numel() for each in known if is_float_tensor(each) and any(
+            user not in known and not is_size(user) for user in each.users))
+
+    divides, divided_before = _divides(flow.trace, node), _divides(flow.trace, before)
+    if divides != divided_before:
+        return divides < divided_before
+    return handed_on(node) - handed_on(before) <= (GROWS - 1) * tensor_of(before).numel()
 
 
 def _divides(trace: Trace, node: fx.Node) -> int:
@@ -256,7 +291,7 @@ def _names(
     if not paths:
         inner = node.name.removeprefix(node.meta["module"].replace(".", "_") + "_")
         return ".".join(filter(None, [node.meta["module"], inner])), ()
-    own = [p for p in paths if not inside.get(p, set()).difference(groups.get(node, (node,)))]
+    own = [p for p in paths if not inside.get(p, set()) - set(groups.get(node, (node,)))]
     unique = {path: f"{path}:{call}" if call else path for path, call in calls.items()}  # a module's later calls
     name = own[-1] if own else paths[0]
     return unique[name], tuple(unique[path] for path in paths if path != name)

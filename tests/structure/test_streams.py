@@ -216,9 +216,8 @@ def test_methods_read_all_streams(method: str) -> None:
                              method=method)
         assert any("several blocks side by side" in note for note in plan.notes)
         return
-    local = case.compiled(method=method)
+    local = case.compiled(method=method, k=["flow.0", "flow.1", "flow.2"])
     local(*case.inputs(), case.targets()).loss.backward()
-    assert local.plan.k == 6
     assert not [name for name, p in local.named_parameters() if p.grad is None or not p.grad.any()]
 
 
