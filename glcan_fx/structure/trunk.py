@@ -9,12 +9,14 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 from itertools import pairwise
 from types import MappingProxyType
+from typing import Any
 
 import networkx as nx
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from glcan_fx.capture.trace import Trace, within
+from glcan_fx.pytree import tensors_in
 from glcan_fx.structure.context import carrying_data, data_inputs
 from glcan_fx.structure.layout import channels_last, count_positions
 from glcan_fx.structure.nodes import (
@@ -31,6 +33,7 @@ from glcan_fx.structure.regions import GROWS, Edge, Flow, Weight, between, dataf
 from glcan_fx.structure.streams import streams
 from glcan_fx.structure.structure import Structure, Tap, Unit
 
+_FEW = 0.25  # of the layers: what a neck takes over of the trunk at most
 _CLEARLY = 1.5  # so many times more units: fewer are those of a neck
 
 
@@ -60,7 +63,7 @@ def _is_finer(structure: Structure, than: Structure) -> bool:
     """Whether a structure has clearly more units, or as many and clearly fewer layers in the largest."""
     def largest(structure: Structure) -> int:
         owner = structure.assign([unit.end for unit in structure.units])
-        return max(Counter(owner[node] for node in structure.trace.layers if node in owner).values(), default=0)
+        return _most(owner[node] for node in structure.trace.layers if node in owner)
 
     more = len(structure.units) / len(than.units)
     return more >= _CLEARLY or more >= 1 and largest(than) >= _CLEARLY * largest(structure)
@@ -104,9 +107,15 @@ def _until_tail(flow: Flow, chain: list[fx.Node]) -> list[fx.Node]:
     # growth beside it.
     event, trunk = chain[min(stop + 1, len(chain) - 1)], chain[: stop + 1]
     for home in sorted({event.meta.get("module", "") if event.op != "output" else "", *_growing(flow, trunk)}):
-        outside = [node for node in trunk if not (within(node.meta["module"], home) or within(called_path(node), home))]
-        trunk = outside if len(outside) > len(trunk) / 2 else trunk
+        outside = [node for node in trunk if not _lies_in(node, home)]
+        layers = flow.above(trunk[-1]) & flow.trace.layers
+        few = sum(_lies_in(node, home) for node in layers) <= _FEW * len(layers)
+        trunk = outside if len(outside) > len(trunk) / 2 and few else trunk
     return trunk
+
+
+def _lies_in(node: fx.Node, home: str) -> bool:
+    return within(node.meta["module"], home) or within(called_path(node), home)
 
 
 def _growing(flow: Flow, trunk: list[fx.Node]) -> set[str]:
@@ -153,7 +162,7 @@ def _units(flow: Flow, chain: list[fx.Node]) -> list[Unit]:
     trace, kinds = flow.trace, _block_kinds(flow, chain)
     ends: list[fx.Node] = []
     cut: fx.Node | None = None  # where the present unit may end
-    at_block = weighted = False
+    at_block = weighted = apart = False
     done: set[fx.Node] = set()
     for node in chain:
         fresh = flow.above(node, done)
@@ -162,8 +171,10 @@ def _units(flow: Flow, chain: list[fx.Node]) -> list[Unit]:
             if weighted and cut is not None:
                 ends.append(cut)
                 cut, at_block = None, False
-            weighted = True
-        may_end = weighted and not at_block and is_float_tensor(node) and not _inside_block(trace, node, kinds)
+            weighted, apart = True, False
+        apart |= _joins_positions(flow, node, fresh & trace.layers)  # until a layer mixes them, a tail that reads some teaches some layers
+        may_end = weighted and not (at_block or apart) and is_float_tensor(node) and not _inside_block(
+            trace, node, kinds)
         if may_end and (cut is None or _no_worse(flow, node, cut)):
             cut = node
             at_block = any(type(trace.shadow.get_submodule(path)) in kinds for path in node.meta["returned_by"])
@@ -173,6 +184,13 @@ def _units(flow: Flow, chain: list[fx.Node]) -> list[Unit]:
         ends[-1] = chain[-1]
     inside = _nodes_in(ends)
     return [Unit(end, *_names(trace, end, inside)) for end in ends]
+
+
+def _joins_positions(flow: Flow, node: fx.Node, layers: Set[fx.Node]) -> bool:
+    """Whether a node puts values that some of these layers made, each others, beside one another as positions."""
+    sources = [source for source in node.all_input_nodes if source in flow.graph and source in flow.positions]
+    beside = len(sources) > 1 and flow.positions.get(node) == sum(flow.positions[source] for source in sources)
+    return beside and sum(not layers.isdisjoint(flow.above(source)) for source in sources) > 1
 
 
 def _is_head(flow: Flow, chain: list[fx.Node], start: fx.Node, end: fx.Node) -> bool:
@@ -223,27 +241,36 @@ def _without_ending(flow: Flow, chain: list[fx.Node], units: list[Unit], carryin
 
 
 def _block_kinds(flow: Flow, chain: list[fx.Node]) -> set[type[nn.Module]]:
-    """The classes of modules that close a region, but for those that hold the whole chain."""
-    kinds = set()
+    """The classes of modules that close a region, but for those that hold the whole chain, or several
+    blocks of one class (a stage)."""
+    paths = set()
     for start, end in pairwise(chain):
         region = between(flow.graph, start, end)
         path = common_path([*region, end]) if region else ""
         if path and not all(within(node.meta["module"], path) for node in chain[1:]):
-            kinds.add(type(flow.trace.shadow.get_submodule(path)))
-    return kinds
+            paths.add(path)
+    kinds = {path: type(flow.trace.shadow.get_submodule(path)) for path in paths}
+    stages = {path for path in paths if _most(kinds[other] for other in paths - {path} if within(other, path)) > 1}
+    return {kinds[path] for path in paths} - {kinds[path] for path in stages}
+
+
+def _most(values: Iterable[Any]) -> int:
+    """How many there are of the most frequent of some values."""
+    return max(Counter(values).values(), default=0)
 
 
 def _no_worse(flow: Flow, node: fx.Node, before: fx.Node) -> bool:
     """Whether a cut at a value divides as few calls as one before it, and hands on no more, but for a few positions."""
     def handed_on(value: fx.Node) -> int:
         known = flow.above(value)
-        return sum(tensor_of(each).numel() for each in known if is_float_tensor(each) and any(
-            user not in known and not is_size(user) for user in each.users))
+        read = (each for each in known if any(user not in known and not is_size(user) for user in each.users))
+        memory = (tensor.untyped_storage() for each in read for tensor in tensors_in(each.meta["value"]))
+        return sum({storage._cdata: storage.nbytes() for storage in memory}.values())
 
     divides, divided_before = _divides(flow.trace, node), _divides(flow.trace, before)
     if divides != divided_before:
         return divides < divided_before
-    return handed_on(node) - handed_on(before) <= (GROWS - 1) * tensor_of(before).numel()
+    return handed_on(node) - handed_on(before) <= (GROWS - 1) * tensor_of(before).nbytes
 
 
 def _divides(trace: Trace, node: fx.Node) -> int:
