@@ -14,7 +14,8 @@ from torch import Tensor, fx
 
 from glcan_fx.capture.recorder import Seeded
 from glcan_fx.capture.trace import Trace, is_float, quiet
-from glcan_fx.structure.nodes import Groups, is_float_tensor, is_size, makes_new
+from glcan_fx.pytree import map_tensors
+from glcan_fx.structure.nodes import Groups, is_size, makes_new
 
 
 def streams(trace: Trace, data: Set[fx.Node]) -> Groups:
@@ -22,10 +23,10 @@ def streams(trace: Trace, data: Set[fx.Node]) -> Groups:
     the layers compute such values, nor where these draw random numbers, which would be drawn in another order."""
     starts = _starts(trace, data)
     groups = _alike(trace, {node: index for index, node in enumerate(starts)}) if starts else []
-    members = {node for group in groups for node in group}
-    if 2 * len(members & trace.layers) < len(trace.layers) or any(_draws(trace, group[0]) for group in groups):
-        return {}
-    return {node: group for group in groups for node in group}
+    found = {node: group for group in groups for node in group}
+    layers = found.keys() & trace.layers
+    enough = layers and 2 * len(layers) >= len(trace.layers)
+    return found if enough and not any(_draws(trace, group[0]) for group in groups) else {}
 
 
 def _starts(trace: Trace, data: Set[fx.Node]) -> list[fx.Node]:
@@ -36,7 +37,7 @@ def _starts(trace: Trace, data: Set[fx.Node]) -> list[fx.Node]:
         users = [user for user in stack.pop().users if user.op != "output"]
         found = [user for user in users if user.target is operator.getitem]
         stack = [user for user in users if not isinstance(user.meta["value"], Tensor)] if len(found) < 2 else []
-    if len(found) < 2 or not all(is_float_tensor(node) and node.users for node in found):
+    if len(found) < 2 or not all(isinstance(node.meta["value"], Tensor) and node.users for node in found):
         return []
     return sorted(found, key=lambda node: min(node.users))
 
@@ -77,12 +78,15 @@ def _what(trace: Trace, node: fx.Node, number: Mapping[fx.Node, int]) -> str:
 
 
 def _draws(trace: Trace, node: fx.Node) -> bool:
-    """Whether a node draws random numbers."""
+    """Whether a node draws random numbers, as opaque modules may."""
     if node.op in ("placeholder", "get_attr", "output") or is_size(node) or not is_float(node.meta["value"]):
         return False
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: source.meta["value"])
+    if any(opaque.path == node.target for opaque in trace.report.opaque):
+        return True
     seeded = Seeded()
     with quiet(), trace.mode, torch.no_grad(), seeded:
+        args, kwargs = fx.map_arg(
+            (node.args, node.kwargs), lambda source: map_tensors(source.meta["value"], Tensor.clone))
         if node.op == "call_method":
             getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:

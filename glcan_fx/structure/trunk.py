@@ -172,7 +172,7 @@ def _units(flow: Flow, chain: list[fx.Node]) -> list[Unit]:
                 ends.append(cut)
                 cut, at_block = None, False
             weighted, apart = True, False
-        apart |= _joins_positions(flow, node, fresh & trace.layers)  # until a layer mixes them, a tail that reads some teaches some layers
+        apart |= _joins_positions(flow, node, fresh & trace.layers)  # a tail that reads some teaches some layers only
         may_end = weighted and not (at_block or apart) and is_float_tensor(node) and not _inside_block(
             trace, node, kinds)
         if may_end and (cut is None or _no_worse(flow, node, cut)):

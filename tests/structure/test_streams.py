@@ -231,6 +231,50 @@ def test_streams_share_auxiliary_layers_where_they_share_layers() -> None:
     assert pairs and all(a.weight.shape == b.weight.shape and not torch.equal(a.weight, b.weight) for a, b in pairs)
 
 
+class Texts(nn.Module):
+    """How alike two texts are: streams begin with ids. ``asks``: its blocks are called whole, as they ask about values.
+    """
+
+    class Block(nn.Module):
+        def __init__(self, asks: bool) -> None:
+            super().__init__()
+            self.norm, self.mlp, self.asks = nn.LayerNorm(16), nn.Linear(16, 16), asks
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(x)
+            if self.asks and y.mean() > 100:
+                y = y / 2
+            return x + self.mlp(y).relu()
+
+    def __init__(self, asks: bool = False) -> None:
+        super().__init__()
+        self.embed, self.blocks = nn.Embedding(50, 16), nn.ModuleList(self.Block(asks) for _ in range(3))
+
+    def read(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return x.mean(1)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return F.cosine_similarity(self.read(a), self.read(b))
+
+
+def test_streams_of_ids() -> None:
+    torch.manual_seed(0)
+    ids, targets = (torch.randint(50, (4, 6)), torch.randint(50, (4, 6))), torch.rand(4)
+    local = glcan_fx.transform(Texts(), k="natural", criterion=F.mse_loss, example_inputs=ids).train()
+    assert local.plan.cuts == ("embed", "blocks.0", "blocks.1")
+    local(*ids, targets).loss.backward()
+    assert not [name for name, p in local.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+def test_what_may_draw_random_numbers_is_not_side_by_side() -> None:
+    ids = torch.randint(50, (4, 6)), torch.randint(50, (4, 6))
+    plan = glcan_fx.plan(Texts(asks=True), k="natural", criterion=F.mse_loss, example_inputs=ids)
+    assert not any("side by side" in note for note in plan.notes)
+
+
 def test_random_numbers_keep_their_order() -> None:
     """Dropout in both streams would be drawn in another order: such networks are cut where one value is left."""
     torch.manual_seed(0)
