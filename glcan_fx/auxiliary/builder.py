@@ -1,6 +1,7 @@
 """What an auxiliary network is made with: its options, and the graph under construction."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +63,7 @@ class Builder:
     full: set[str] = field(default_factory=set)  # prefixes of copies whose layers keep their widths
     terms: dict[str, tuple[Term, fx.Node]] = field(default_factory=dict)  # and the node of what it is computed from
     twins: dict[str, str] = field(default_factory=dict)  # copies that begin as the model's own layers, by path
+    streams: dict[tuple[fx.Node, int], fx.Node] = field(default_factory=dict)  # of the first stream's nodes the others'
     average: str = ""  # prefix of such copies that follow the model's weights, with this momentum
     momentum: float = 0.0
 
@@ -97,6 +99,52 @@ class Builder:
             self.inputs.append(node)
             self.values[node] = self.graph.placeholder(node.name)
         return self.values[node]
+
+    @contextmanager
+    def each_stream(self, node: fx.Node) -> Iterator[None]:
+        """What is written meanwhile to make ``node`` is repeated for the values that are side by side with it: with
+        the same layers where the model has the same, else with copies."""
+        before, known = set(self.graph.nodes), dict(self.values)
+        yield
+        new = [node for node in self.graph.nodes if node not in before and node.op != "placeholder"]
+        for stream in range(1, len(self.structure.together(node))):
+            for made in new:
+                if any(self._on_stream(source, stream) is not source for source in made.all_input_nodes):
+                    self.streams[made, stream] = self._repeated(made, stream)
+        for source, made in list(self.values.items()):
+            if known.get(source) is not made:
+                self.values |= self.side_by_side(source, made)
+
+    def side_by_side(self, source: fx.Node, made: fx.Node) -> dict[fx.Node, fx.Node]:
+        """What stands for a value of the first stream, and for those that are side by side with it."""
+        return {node: self._on_stream(made, stream) for stream, node in enumerate(self.structure.together(source))}
+
+    def _on_stream(self, made: fx.Node, stream: int) -> fx.Node:
+        if stream and made.op == "placeholder":
+            source = self.inputs[self.graph.find_nodes(op="placeholder").index(made)]
+            group = self.structure.together(source)
+            return self.input(group[stream]) if source is group[0] and len(group) > 1 else made
+        return self.streams.get((made, stream), made)
+
+    def _repeated(self, node: fx.Node, stream: int) -> fx.Node:
+        new = self.graph.node_copy(node, lambda source: self._on_stream(source, stream))
+        new.meta = {}
+        if node.op == "call_module" and not self.structure.shares_layers:
+            first, dot, rest = str(node.target).partition(".")
+            new.target = f"{first}_{stream}{dot}{rest}"
+            if not hasattr_path(self.root, new.target):
+                self._add_copy(str(node.target), new.target)
+        return new
+
+    def _add_copy(self, path: str, new: str) -> None:
+        """One more of a layer of this network, that begins as it does."""
+        layer = self.root.get_submodule(path)
+        self.register(new, shadow(layer, self.structure.trace.mode) if self.draft else unhooked_copy(layer),
+                      fresh=path in self.fresh)
+        own = {name: value for name, value in self.moments.items() if name.startswith(f"{path}.")}
+        self.moments.update({new + name.removeprefix(path): value for name, value in own.items()})
+        if path.partition(".")[0] in self.full:
+            self.full.add(new.partition(".")[0])
 
     def copy(self, node: fx.Node, prefix: str) -> fx.Node:
         """Copy one node of the traced graph, its module or parameter included; its inputs must be there.

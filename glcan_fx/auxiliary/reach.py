@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from glcan_fx.capture.trace import shadow
 from glcan_fx.errors import PlanError
 from glcan_fx.fx_utils import Network
-from glcan_fx.structure.influence import Seen, Undecided, Walk, alone, makes_new, walked
+from glcan_fx.structure.influence import Seen, Undecided, Walk, alone, walked
+from glcan_fx.structure.nodes import makes_new
 from glcan_fx.structure.structure import Structure
 
 
@@ -40,7 +41,8 @@ def reach(network: Network, structure: Structure, cut: fx.Node, inputs: list[fx.
         made = _outputs(walk)
         if cut in mixed and (any(isinstance(leaf, Seen) and leaf.depends == "some" for leaf in made)
                              or _ignores_the_rest(network, structure, cut, inputs)):
-            _add_mean(network, inputs.index(cut), mixed[cut])
+            for node in structure.together(cut):
+                _add_mean(network, inputs.index(node), mixed[cut])
             return
         if made and all(isinstance(leaf, Seen) and leaf.depends == "none" for leaf in made):
             raise PlanError(f"what an auxiliary network behind '{cut.name}' computes does not depend on the data there")
@@ -55,9 +57,10 @@ def _begun(
     for node, source in zip(network.graph.find_nodes(op="placeholder"), inputs, strict=True):
         known = before.constant(source) if before else tree_map_only(
             Tensor, lambda t: Seen(walk.empty(t.shape, t.dtype), "none"), source.meta["value"])
-        if source is cut and not isinstance(known, Seen):
+        mine = source in structure.together(cut)
+        if mine and not isinstance(known, Seen):
             raise Undecided
-        if source is cut:
+        if mine:
             known = replace(own) if own is not None else replace(known, depends="all")
         walk.values[node] = known
     return walk

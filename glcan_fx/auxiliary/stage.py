@@ -26,8 +26,8 @@ from glcan_fx.layers import (
     set_width,
 )
 from glcan_fx.pytree import tensors_in
-from glcan_fx.structure.nodes import is_size, region_between, tensor_of
-from glcan_fx.structure.structure import Structure, once
+from glcan_fx.structure.nodes import is_size, tensor_of
+from glcan_fx.structure.structure import Structure, once, region_between
 
 _Kinds = tuple[fx.Node | None, fx.Node | str | None]
 
@@ -42,7 +42,7 @@ def stage(
     """
     structure = build.structure
     build.full.add(name)  # made at its final width
-    region, path = set(region_between(start, end)), _heaviest_path(structure, start, end)
+    region, path = set(region_between(structure, start, end)), _heaviest_path(structure, start, end)
     rank = len(structure.spatial(end))
     last_in, last_out = present in structure.channels_last, end in structure.channels_last
     channels = structure.channels(present)
@@ -81,15 +81,19 @@ def stage(
                           fresh=True)
     if last_out:
         value = _move_axis(build, value, rank, to_last=True)
-    return _normalised(build, value, name, target, norm, activation)
+    return _normalised(build, value, name, target, rank, norm, activation)
 
 
 def _normalised(
-    build: Builder, value: fx.Node, name: str, channels: int, norm: fx.Node | None, activation: fx.Node | str | None
+    build: Builder, value: fx.Node, name: str, channels: int, rank: int, norm: fx.Node | None,
+    activation: fx.Node | str | None,
 ) -> fx.Node:
-    """Copies of a norm layer, at another width, and of an activation."""
+    """Copies of a norm layer, at another width or for maps of another rank, and of an activation."""
     if norm is not None:
         new = build.clone(str(norm.target))
+        if isinstance(new, nn.modules.batchnorm._NormBase) and len(build.structure.spatial(norm)) != rank:
+            with build.making():  # between values of another rank (neighbours of points)
+                new = KINDS[rank].norm(channels, dtype=tensor_of(norm).dtype)
         own: Moments = {} if build.draft else moments(new)  # those of the source, whatever its width
         if not fits(new, channels):
             set_width(new, channels)
@@ -132,7 +136,7 @@ def hidden_layers(build: Builder, tap: fx.Node, value: fx.Node, layers: int, hal
         value = build.add(f"{name}.layer{index}.conv", conv, value, fresh=True)
         if last:
             value = _move_axis(build, value, rank, to_last=True)
-        value = _normalised(build, value, f"{name}.layer{index}", channels, norm, activation)
+        value = _normalised(build, value, f"{name}.layer{index}", channels, rank, norm, activation)
     if not last and not takes_any_size(structure, tap):  # a pooling layer that expects this many positions
         value = build.graph.call_function(F.interpolate, (value,), {"size": sides})
     return value
@@ -162,7 +166,6 @@ def fixes_size_of_all(
 
 
 @once
-@once
 def _heaviest_path(structure: Structure, start: fx.Node, end: fx.Node) -> list[fx.Node]:
     """The path from start (excluded) to end through the region with the most weights and values; through pieces of
     maps, too, where no other loses as many positions as the region does."""
@@ -177,7 +180,7 @@ def _heaviest(
 ) -> list[fx.Node]:
     """The maps on the heaviest path through nodes that ``passes`` allows. What has fewer positions than the end is
     beside it (a squeeze-excitation's pooled branch)."""
-    positions, region = structure.positions(end), region_between(start, end)
+    positions, region = structure.positions(end), region_between(structure, start, end)
     best: dict[fx.Node, tuple[int, fx.Node | None]] = {start: (0, None)}
     for node in region:
         narrower = is_map(node) and len(structure.shape(node)) == len(structure.shape(end)) and (
@@ -301,7 +304,7 @@ def _kinds(structure: Structure, start: fx.Node, end: fx.Node) -> _Kinds:
     norm: fx.Node | None = None
     activation: fx.Node | str | None = None
     path = _heaviest_path(structure, start, end)
-    beside = [node for node in region_between(start, end) if node not in path]
+    beside = [node for node in region_between(structure, start, end) if node not in path]
     for node in [*beside, *path]:
         module = structure.trace.module(node)
         if module is not None and is_norm(module) and is_map(node):

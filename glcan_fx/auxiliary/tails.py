@@ -14,10 +14,9 @@ from glcan_fx.structure.nodes import (
     descendants,
     is_float_tensor,
     is_size,
-    region_between,
     tensor_of,
 )
-from glcan_fx.structure.structure import Structure, once
+from glcan_fx.structure.structure import Structure, once, region_between
 
 Ending = Literal["mean", "decoder", "maps"]
 """How a network ends: with global average pooling of the trunk's last map, as classifiers do; with a decoder that joins
@@ -233,7 +232,7 @@ def is_queried(structure: Structure, start: fx.Node, end: fx.Node) -> bool:
         name_of(structure, node) in _ATTENTION and {True, False} == {
             by_values(structure, source) for source in node.all_input_nodes
             if source.op != "get_attr" and is_float_tensor(source)}
-        for node in region_between(start, end))
+        for node in region_between(structure, start, end))
 
 
 @once

@@ -5,7 +5,7 @@ Regions of the trunk that keep the shape are dropped (or, with ``depth``, sample
 activation (GLCAN, arXiv 2406.00446, section 4.1).
 """
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 
@@ -16,8 +16,8 @@ from glcan_fx.auxiliary.stage import fixes_size_of_all, reaches, repeat, stage
 from glcan_fx.auxiliary.tails import by_values, fixed_sizes, is_map, is_queried
 from glcan_fx.errors import PlanError
 from glcan_fx.layers import narrowed
-from glcan_fx.structure.nodes import ancestors, is_float_tensor, is_size, region_between, tensor_of
-from glcan_fx.structure.structure import Structure
+from glcan_fx.structure.nodes import ancestors, is_float_tensor, is_size, tensor_of
+from glcan_fx.structure.structure import Structure, region_between
 
 
 def synthesize_taps(
@@ -26,7 +26,8 @@ def synthesize_taps(
 ) -> None:
     """Walk the trunk from the cut and make the missing taps on the way."""
     structure = build.structure
-    wanted = {*missing, *(unit.end for unit in structure.units)}
+    missing = list(dict.fromkeys(structure.together(node)[0] for node in missing))
+    wanted = {*missing, *(unit.end for unit in structure.units), *_joins(structure)}
     order = {node: index for index, node in enumerate(structure.chain)}
     ahead = [node for node in structure.chain[order[cut] + 1:] if node in wanted]
     ahead = ahead[: max((i + 1 for i, node in enumerate(ahead) if node in missing), default=0)]
@@ -34,38 +35,55 @@ def synthesize_taps(
     keep = _sampled_blocks(structure, way, depth)
     interface = structure.interface if predictions else frozenset()
     value, present, narrow = own, cut, False
-    regions = Regions(build, cut, width, lean, {cut: own})
+    regions = Regions(build, cut, width, lean, build.side_by_side(cut, own))
     for index, (start, end) in enumerate(pairwise(way)):
-        same = structure.shape(start) == structure.shape(end)
-        if (same and end in keep) or not _can_shorten(structure, start, end):
-            value = regions.copy(start, end, f"block{index}")
-            present = end
-            if not narrow:
-                build.full.add(f"block{index}")
-        elif not same:
-            final = predictions and _is_output(structure, end, way[index + 1:]) or any(
-                structure.trace.module(node) in interface for node in region_between(start, end))
-            final_width = 1.0 if final else width
-            value = stage(build, start, end, value, present, f"stage{index}", final_width, lean)
-            present = end
-            narrow = narrowed(structure.channels(end), final_width) < structure.channels(end)
-        else:
-            value = _resized(build, start, end, value, f"sized{index}")
-        regions.made[end] = value
-        if end in missing:
-            made, needed = tensor_of(present).dtype, tensor_of(end).dtype
-            build.values[end] = value if made == needed else build.graph.call_method("to", (value, needed))
-    for tap in missing:  # taps beside the chain: from the nearest value of the chain before them
-        if tap not in build.values and not by_values(structure, tap):
-            regions.again(tap, f"tap_{tap.name}")
-        elif tap not in build.values:
-            above = ancestors([tap])
-            start = next((n for n in reversed(structure.chain) if n in above and n is not tap), structure.chain[0])
-            base = own if order.get(start, -1) <= order[cut] else build.values.get(start, own)
-            origin = start if order.get(start, -1) > order[cut] and start in build.values else cut
-            same = structure.shape(origin) == structure.shape(tap)
-            build.values[tap] = base if same else stage(
-                build, origin, tap, base, origin, f"tap_{tap.name}", width, lean)
+        with build.each_stream(end):
+            same = structure.shape(start) == structure.shape(end)
+            if (same and end in keep) or not _can_shorten(structure, start, end):
+                value = regions.copy(start, end, f"block{index}")
+                present = end
+                if not narrow:
+                    build.full.add(f"block{index}")
+            elif not same:
+                final = predictions and _is_output(structure, end, way[index + 1:]) or any(
+                    structure.trace.module(node) in interface for node in region_between(structure, start, end))
+                final_width = 1.0 if final else width
+                value = stage(build, start, end, value, present, f"stage{index}", final_width, lean)
+                present = end
+                narrow = narrowed(structure.channels(end), final_width) < structure.channels(end)
+            else:
+                value = _resized(build, start, end, value, f"sized{index}")
+            if end in missing:
+                made, needed = tensor_of(present).dtype, tensor_of(end).dtype
+                build.values[end] = value if made == needed else build.graph.call_method("to", (value, needed))
+        regions.made.update(build.side_by_side(end, value))
+    for tap in missing:
+        with build.each_stream(tap):
+            _beside_the_chain(regions, tap, order, own)
+
+
+def _beside_the_chain(regions: "Regions", tap: fx.Node, order: Mapping[fx.Node, int], own: fx.Node) -> None:
+    """Make a tap that is not on the chain from the nearest value of the chain before it."""
+    build, cut, structure = regions.build, regions.cut, regions.build.structure
+    if tap not in build.values and not by_values(structure, tap):
+        regions.again(tap, f"tap_{tap.name}")
+    elif tap not in build.values:
+        above = ancestors([tap])
+        start = next((n for n in reversed(structure.chain) if n in above and n is not tap), structure.chain[0])
+        base = own if order.get(start, -1) <= order[cut] else build.values.get(start, own)
+        origin = start if order.get(start, -1) > order[cut] and start in build.values else cut
+        same = structure.shape(origin) == structure.shape(tap)
+        build.values[tap] = base if same else stage(
+            build, origin, tap, base, origin, f"tap_{tap.name}", regions.width, regions.lean)
+
+
+def _joins(structure: Structure) -> list[fx.Node]:
+    """The values of the trunk in which streams that were side by side have become one."""
+    return [end for start, end in pairwise(structure.chain) if is_float_tensor(end) and _join(structure, start, end)]
+
+
+def _join(structure: Structure, start: fx.Node, end: fx.Node) -> bool:
+    return len(structure.together(start)) > len(structure.together(end))
 
 
 def _is_output(structure: Structure, made: fx.Node, ahead: Sequence[fx.Node]) -> bool:
@@ -83,7 +101,7 @@ def _way(structure: Structure, cut: fx.Node, ahead: list[fx.Node], missing: list
     way = [cut]
 
     def asks_for_what_is_not_made(start: fx.Node, end: fx.Node) -> bool:
-        region = region_between(start, end)
+        region = region_between(structure, start, end)
         made = known | {start, *region}
         present = {structure.shape(node) for node in way}
         for node in region:
@@ -119,7 +137,7 @@ def _without_detours(structure: Structure, way: list[fx.Node], missing: list[fx.
     """The way without values of another shape (a map in windows) between two of the same, if none of them is missing.
     """
     def alike(a: fx.Node, b: fx.Node) -> bool:
-        return structure.shape(a) == structure.shape(b) and (
+        return structure.shape(a) == structure.shape(b) and not _join(structure, a, b) and (
             (a in structure.channels_last) == (b in structure.channels_last))
 
     found = way[:1]
@@ -141,7 +159,8 @@ def _sampled_blocks(structure: Structure, way: list[fx.Node], depth: int) -> set
 
 def _can_shorten(structure: Structure, start: fx.Node, end: fx.Node) -> bool:
     same_rank = len(structure.spatial(start)) == len(structure.spatial(end)) and len(structure.shape(start)) > 2
-    return same_rank and reaches(structure, start, end) and not is_queried(structure, start, end)
+    return same_rank and not _join(structure, start, end) and reaches(structure, start, end) and not is_queried(
+        structure, start, end)
 
 
 @dataclass
@@ -159,9 +178,9 @@ class Regions:
         something that cannot be made."""
         build, structure = self.build, self.build.structure
         known, dependent, context = structure.known_by(self.cut), structure.dependent, structure.context
-        region = [node for node in region_between(start, end) if node not in known]
+        region = [node for node in region_between(structure, start, end) if node not in known]
         saved = dict(build.values)
-        build.values[start] = self.made[start]
+        build.values |= {node: self.made[node] for node in structure.together(start)}
         for node in region:
             if node.op == "placeholder":
                 build.input(node)
@@ -229,6 +248,6 @@ def _resized(build: Builder, start: fx.Node, end: fx.Node, value: fx.Node, name:
     alike = [node for node in fixed_sizes(structure) if structure.spatial(node) == structure.spatial(end)
              and len(structure.shape(node)) == len(structure.shape(end))
              and (node in structure.channels_last) == (start in structure.channels_last)]
-    region = region_between(start, end) if alike else []
+    region = region_between(structure, start, end) if alike else []
     fixed = [node for node in region if node in alike and fixes_size_of_all(structure, set(region), start, node, end)]
     return repeat(build, fixed[-1], value, name) if fixed else value

@@ -222,7 +222,7 @@ class Recorder(TorchFunctionMode):
                 saved[storage._cdata] = storage.nbytes()
             return tensor.detach()  # the tensor itself would hold the graph that holds it
 
-        seeded = None if dependent else _Seeded()
+        seeded = None if dependent else Seeded()
         with saved_tensors_hooks(pack, lambda tensor: tensor), seeded or contextlib.nullcontext():
             out = run()
         return out, saved, seeded is not None and seeded.found
@@ -418,7 +418,7 @@ class Recorder(TorchFunctionMode):
             self._paused = before
 
 
-class _Seeded(TorchDispatchMode):
+class Seeded(TorchDispatchMode):
     """Whether an operation draws random numbers."""
 
     found = False

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
+import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
@@ -44,11 +45,11 @@ class DGL(BaseMethod):
         if not remainder.task.takes_targets:
             raise PlanError("method='dgl' predicts what the model returns, and this model's loss is among that: it can "
                             "only be computed by a copy of the model's own code. Use method='glcan', or a criterion.")
-        own = build.input(remainder.end)
+        build.input(remainder.end)
         nodes = [node for node in tree_leaves(remainder.outputs) if isinstance(node, fx.Node)]
         made, behind = last_layers(build.structure, nodes)
         for index, node in enumerate(made):
-            build.values[node] = _predicted(build, remainder.end, own, node, f"local{index}")
+            build.values[node] = _predicted(build, remainder.end, node, f"local{index}")
         for node in behind:
             if node.op == "placeholder":
                 build.input(node)
@@ -63,16 +64,18 @@ _FEW = {1: 4, 2: 2, 3: 2}
 """Places a side in front of the perceptron, by rank: four in all where that is possible."""
 
 
-def _predicted(build: Builder, cut: fx.Node, value: fx.Node, end: fx.Node, name: str) -> fx.Node:
-    """A value of the shape of ``end`` from the module's own output alone: decoupled greedy learning's auxiliary network
-    (Belilovsky et al. 2020, arXiv 1901.08164, section 4.1, "MLP-SR-aux").
+def _predicted(build: Builder, cut: fx.Node, end: fx.Node, name: str) -> fx.Node:
+    """A value of the shape of ``end`` from the module's own output alone, all of what is side by side: decoupled greedy
+    learning's auxiliary network (Belilovsky et al. 2020, arXiv 1901.08164, section 4.1, "MLP-SR-aux").
 
     Three pointwise convolutions on a map of a quarter of the size, then on its 2 x 2 averages three layers of a
     perceptron and the classifier; for tokens, sequences and volumes likewise. Where a map is asked for, the
     convolutions work at its resolution, or at the module's own where that is coarser, and a fourth one predicts it.
     Weights begin at the scale of PyTorch's own initialisation, as in the authors' code.
     """
-    structure, channels, dtype = build.structure, build.structure.channels(cut), tensor_of(cut).dtype
+    structure, dtype = build.structure, tensor_of(cut).dtype
+    together = structure.together(cut)
+    channels = len(together) * structure.channels(cut)
     small, last = structure.spatial(cut), cut in structure.channels_last
     rank = len(small)
     if rank not in KINDS:
@@ -86,6 +89,9 @@ def _predicted(build: Builder, cut: fx.Node, value: fx.Node, end: fx.Node, name:
                         "points, or method='glcan'.")
     kinds = KINDS[rank]
     build.full.add(name)
+    value = build.input(cut)
+    if len(together) > 1:
+        value = build.graph.call_function(torch.cat, ([build.input(node) for node in together], -1 if last else 1))
     if last:
         value = build.graph.call_method("movedim", (value, -1, 1))
 

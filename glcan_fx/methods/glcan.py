@@ -103,8 +103,11 @@ class GLCAN(BaseMethod):
         synthesize_taps(build, remainder.end, own, missing, self.width, self.depth, self.head == "lean",
                         remainder.predicts)
         for node in learning:
-            if self.hidden and is_averaged(build.structure, node, remainder.tail):
-                build.values[node] = hidden_layers(build, node, build.values[node], self.hidden, self.head != "full")
+            first = build.structure.together(node)[0] is node
+            if self.hidden and first and is_averaged(build.structure, node, remainder.tail):
+                with build.each_stream(node):
+                    build.values[node] = hidden_layers(
+                        build, node, build.values[node], self.hidden, self.head != "full")
         copy_tail(build, remainder.tail, self.head != "full")
 
     def in_words(self, levels: Sequence[int]) -> list[str]:
@@ -120,7 +123,7 @@ class GLCAN(BaseMethod):
 
     def _direct(self, remainder: Remainder) -> tuple[list[fx.Node], list[fx.Node]] | None:
         """The layers that make the network's maps, and what follows them, where a lean head stands for them."""
-        if self.head != "lean" or not remainder.predicts:
+        if self.head != "lean" or not remainder.predicts or len(remainder.structure.together(remainder.end)) > 1:
             return None
         return direct_layers(remainder.structure, remainder.end, remainder.tail)
 

@@ -13,7 +13,6 @@ from glcan_fx.auxiliary.method import Extension
 from glcan_fx.auxiliary.remainder import Remainder
 from glcan_fx.auxiliary.trunk import Regions
 from glcan_fx.errors import PlanError
-from glcan_fx.structure.nodes import ancestors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +52,20 @@ class MAN(Extension):
         own = build.input(remainder.end)
         place = {node: position for position, node in enumerate(structure.chain)}
         block = next(unit for unit in structure.units if place[unit.end] > place[remainder.end])
-        learned = _copy(build, remainder.end, block.end, own, _LEARNED)
-        averaged = _copy(build, remainder.end, block.end, own, _AVERAGED)
+        if len(structure.together(block.end)) > 1 and not structure.shares_layers:
+            raise PlanError(f"MAN: '{block.name}' is one of several blocks side by side, with weights of their own. "
+                            "Choose another method.")
+        with build.each_stream(block.end):
+            learned = _copy(build, remainder.end, block.end, own, _LEARNED)
+            averaged = _copy(build, remainder.end, block.end, own, _AVERAGED)
+            with build.making():
+                both = Both(self.scaled)
+            build.values[block.end] = build.add("both", both, learned, averaged)
         if not any(path.startswith(f"{_AVERAGED}.") for path in build.twins):
             raise PlanError(f"MAN: the block '{block.name}', which follows '{remainder.unit.name}', has no weights to "
                             "follow. Choose other split points, or another method.")
         build.average, build.momentum = _AVERAGED, self.momentum
-        with build.making():
-            both = Both(self.scaled)
-        build.values[block.end] = build.add("both", both, learned, averaged)
-        before = ancestors([block.end])  # which the local module is taken to make, the block's values included
+        before = structure.above(block.end)  # which the local module is taken to make, the block's values included
         behind = replace(remainder, unit=block, owner={
             node: min(module, remainder.index) if node in before else module
             for node, module in remainder.owner.items()})
@@ -80,7 +83,7 @@ _LEARNED, _AVERAGED = "learned", "averaged"
 def _copy(build: Builder, start: fx.Node, end: fx.Node, own: fx.Node, prefix: str) -> fx.Node:
     """A copy of what lies between two values, that begins with the model's own weights."""
     build.full.add(prefix)
-    result = Regions(build, start, 1.0, False, {start: own}).copy(start, end, prefix)
+    result = Regions(build, start, 1.0, False, build.side_by_side(start, own)).copy(start, end, prefix)
     for path in [path for path in build.copies if path.startswith(f"{prefix}.")]:
         owner, _, last = path.rpartition(".")
         parent = build.root.get_submodule(owner)

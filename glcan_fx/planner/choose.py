@@ -381,4 +381,7 @@ def _facts(structure: Structure, model: nn.Module) -> list[str]:
     constants = structure.trace.constants
     if constants:
         notes.append(f"{len(constants)} tensors that are neither parameters nor buffers were recorded as constants")
+    streams = max(map(len, structure.groups.values()), default=1)
+    if streams > 1:
+        notes.append(f"{streams} streams are side by side: until they join, a local module ends with a value of each")
     return [*notes, *missed_blocks(structure), *structure.trace.report.lost]

@@ -13,7 +13,6 @@ from glcan_fx.errors import PlanError
 from glcan_fx.layers import Cost
 from glcan_fx.planner.modules import Costs, auxiliary_cost, last_module, plan_module, reads_model, tail_cost
 from glcan_fx.plans.plan import LocalModule, reaches_of
-from glcan_fx.structure.nodes import ancestors
 from glcan_fx.structure.structure import Unit, work_of
 from glcan_fx.tasks.captured import Captured
 
@@ -108,7 +107,7 @@ class CostTable:
             for module in range(reach.first, reach.last):
                 total = total.plus(work_of(structure, nodes[module]), 2)
             if index < len(ends):
-                known = ancestors([ends[index]])
+                known = structure.above(ends[index])
                 passed = [node for module in range(reach.last + 1, reach.until + 1) for node in nodes[module]]
                 total = total.plus(work_of(structure, [node for node in passed if node in known]), 1)
         device = device or self.device

@@ -33,10 +33,11 @@ class Costs:
 
     def of(self, remainder: Remainder, features: Sequence[Feature], method: Method) -> Cost:
         """Parameters, bytes saved for backward, and operations of an auxiliary network and its head."""
-        structure, shape = remainder.structure, remainder.structure.shape(remainder.end)
-        key = (shape, remainder.end in structure.channels_last, tuple(features), remainder.levels, method,
-               reads_some(structure, remainder.end), _shapes_ahead(structure, remainder.end))
-        depends_on_rest = method.depends_on_blocks or len(shape) <= 2
+        structure, end = remainder.structure, remainder.end
+        shapes = tuple(structure.shape(node) for node in structure.together(end))
+        key = (shapes, end in structure.channels_last, tuple(features), remainder.levels, method,
+               reads_some(structure, end), _shapes_ahead(structure, end))
+        depends_on_rest = method.depends_on_blocks or len(shapes[0]) <= 2
         if depends_on_rest or key not in self._known:
             advance()
             made = auxiliary_network(remainder, features, method, None)

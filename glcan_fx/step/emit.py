@@ -50,15 +50,17 @@ class _Emitter:
         self.reaches, self.agree = reaches, agree
         self.graph = fx.Graph()
         self.trace = structure.trace
+        ends = [structure.together(cut) for cut in cuts]
+        read = [auxiliary.inputs for auxiliary in auxiliaries]
         calls = whole_calls(structure.trace, _labels(structure, cuts, tail, recomputed),
-                            [*cuts, *(node for auxiliary in auxiliaries for node in auxiliary.inputs)])
+                            [node for nodes in (*ends, *read) for node in nodes])
         self.calls = calls
         self.opened = tuple(dict.fromkeys(call.path for call in calls.opened))
-        pool_first(structure.trace, calls, [calls.at[cut] for cut in cuts])
+        self.ends = [[calls.at[node] for node in nodes] for nodes in ends]
+        pool_first(structure.trace, calls, [node for nodes in self.ends for node in nodes])
         self.nodes = [node for node in calls.graph.nodes if node.op != "placeholder"]
-        self.cuts = [calls.at[cut] for cut in cuts]
         self.owner = {node: label.module for node, label in calls.label.items()}
-        self.read_by_losses = {calls.at[node] for auxiliary in auxiliaries for node in auxiliary.inputs}
+        self.read_by_losses = {calls.at[node] for nodes in read for node in nodes}
         self.left = {calls.at[node]: name for call in calls.opened for node, name in call.left.items()
                      if node in calls.at}
         self.tail = self._tail()
@@ -102,7 +104,7 @@ class _Emitter:
 
     def _joined(self, module: int) -> bool:
         """Whether the last loss trains a local module, whose graph then lives as long as the last one's."""
-        return self.reaches[-1].first <= module < len(self.cuts)
+        return self.reaches[-1].first <= module < len(self.ends)
 
     def _linked(self, module: int, reader: int) -> bool:
         """Whether a local loss reaches ``module`` by what ``reader`` computes."""
@@ -115,9 +117,11 @@ class _Emitter:
         for node in self.nodes:
             if self.owner.get(node) != module or not is_float(node.meta["value"]):
                 continue
-            later, is_cut = set(readers.get(node, ())), node is self.cuts[module]
+            later, is_cut = set(readers.get(node, ())), node in self.ends[module]
+            place = self.ends[module].index(node) if is_cut else 0
+            cut = f"cut_{module}_{place}" if place else f"cut_{module}"
             if any(self._linked(module, reader) for reader in later) and node not in self.cached:
-                name = f"cut_{module}" if is_cut else f"passed_{node.name}"
+                name = cut if is_cut else f"passed_{node.name}"
                 made = self.graph.create_node("call_function", passing.leaf, (self.raw[node],), name=name)
                 self.leaf[node] = self.passed[node] = self.cached[node] = made
                 if node.meta["overwritten"]:
@@ -125,7 +129,7 @@ class _Emitter:
                 continue
             if is_cut:
                 op, target = ("call_function", passing.leaf) if self.agree else ("call_method", "detach")
-                self.cut[node] = self.graph.create_node(op, target, (self.raw[node],), name=f"cut_{module}")
+                self.cut[node] = self.graph.create_node(op, target, (self.raw[node],), name=cut)
                 later.discard(module + 1)
             if later:
                 self.cache(node)
@@ -135,8 +139,8 @@ class _Emitter:
         what it is given, and its output."""
         if not self.agree:
             return {}
-        before = self.cut[self.cuts[module - 1]] if module else None
-        return {"sides": (before, self.raw[self.cuts[module]] if module < len(self.cuts) else None)}
+        before = self.cut[self.ends[module - 1][0]] if module else None
+        return {"sides": (before, self.raw[self.ends[module][0]] if module < len(self.ends) else None)}
 
     def through(self, reach: Reach) -> tuple[tuple[tuple[fx.Node, fx.Node], ...], ...]:
         """What a loss comes back by, of each local module behind which it is computed, the last one first: pairs of a
@@ -409,7 +413,7 @@ def _readers(
     last: list[fx.Node] = list(tail_inputs(out.tail))
     fx.map_arg(made, last.append)
     for source in last:
-        readers.setdefault(source, set()).add(len(out.cuts))
+        readers.setdefault(source, set()).add(len(out.ends))
     for reach, sources in zip(out.reaches, read, strict=False):
         for source in sources:
             readers.setdefault(source, set()).add(reach.until)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from glcan_fx.capture.shadow import replicate
 from glcan_fx.capture.trace import quiet, shadow
 from glcan_fx.fakes import Fakes
-from glcan_fx.structure.nodes import ancestors
+from glcan_fx.structure.nodes import ancestors, makes_new, name_of_call
 from glcan_fx.structure.structure import Structure, once
 
 log = logging.getLogger("glcan_fx")
@@ -61,7 +61,7 @@ def walked(structure: Structure) -> Walked:
 
 
 def _walk(structure: Structure) -> Walked:
-    trunk, chain = ancestors([structure.chain[-1]]), set(structure.chain)
+    trunk, chain = structure.trunk, set(structure.chain)
     joins = [node for node in _joins(structure) if node in trunk]
     mixed: dict[fx.Node, Seen] = {}
     if not joins:
@@ -108,16 +108,10 @@ def _joins(structure: Structure) -> Iterator[fx.Node]:
                 yield node
 
 
-def makes_new(node: fx.Node) -> bool:
-    """Whether a node makes a tensor of which only the size is that of another."""
-    name = _name(node)
-    return node.op != "call_module" and (name.startswith("new_") or name.endswith("_like"))
-
-
 def _may_join(module_of: Callable[[fx.Node], nn.Module | None], node: fx.Node, beside: bool) -> bool:
     """Whether an operation on data that enlarges it can add what is not data; ``beside``: it reads such."""
     def name(node: fx.Node) -> str:
-        return (_name(node) if module_of(node) is None else type(module_of(node)).__name__).lower()
+        return (name_of_call(node) if module_of(node) is None else type(module_of(node)).__name__).lower()
 
     module = module_of(node)
     if module is not None and next(module.parameters(), None) is not None:
@@ -129,10 +123,6 @@ def _may_join(module_of: Callable[[fx.Node], nn.Module | None], node: fx.Node, b
 def _grows(made: Any, sources: list[Tensor]) -> bool:
     largest = max((t.numel() for t in sources), default=0)
     return any(t.numel() > largest for t in _tensors(made))
-
-
-def _name(node: fx.Node) -> str:
-    return str(getattr(node.target, "__name__", node.target))
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -1,11 +1,15 @@
 """Questions about the nodes of a recorded graph: what they are computed from, and where they lie in the model."""
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
+from types import MappingProxyType
 
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from glcan_fx.capture.trace import is_float
+
+Groups = Mapping[fx.Node, tuple[fx.Node, ...]]
+"""Of every value that is one of several side by side (see ``structure/streams.py``), all of them."""
 
 
 def tensor_of(node: fx.Node) -> Tensor:
@@ -18,8 +22,11 @@ def is_float_tensor(node: fx.Node) -> bool:
     return node.op != "output" and isinstance(node.meta.get("value"), Tensor) and is_float(node.meta["value"])
 
 
-def ancestors(nodes: Iterable[fx.Node], known: Set[fx.Node] = frozenset()) -> set[fx.Node]:
-    """The nodes themselves and all that they are computed from, but for those ``known`` with all of theirs."""
+def ancestors(
+    nodes: Iterable[fx.Node], known: Set[fx.Node] = frozenset(), groups: Groups = MappingProxyType({})
+) -> set[fx.Node]:
+    """The nodes themselves and all that they are computed from, but for those ``known`` with all of theirs. groups:
+    with each node those that are side by side with it."""
     found: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
@@ -27,6 +34,7 @@ def ancestors(nodes: Iterable[fx.Node], known: Set[fx.Node] = frozenset()) -> se
         if node not in found and node not in known:
             found.add(node)
             stack.extend(node.all_input_nodes)
+            stack.extend(groups.get(node, ()))
     return found
 
 
@@ -48,6 +56,17 @@ def is_size(node: fx.Node) -> bool:
     return node.op == "call_function" and not tensors and not node.meta["mutates"]
 
 
+def name_of_call(node: fx.Node) -> str:
+    """The name of the function or method that a node calls, or the path of its module."""
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def makes_new(node: fx.Node) -> bool:
+    """Whether a node makes a tensor of which only the size is that of another."""
+    name = name_of_call(node)
+    return node.op != "call_module" and (name.startswith("new_") or name.endswith("_like"))
+
+
 def input_dependent(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that a step computes once: from the inputs, by drawing random numbers, or by changing a buffer."""
     found: set[fx.Node] = set()
@@ -56,12 +75,6 @@ def input_dependent(graph: fx.Graph) -> set[fx.Node]:
         if depends or node.meta.get("mutates") or node.meta.get("random"):
             found.add(node)
     return found
-
-
-def region_between(start: fx.Node, end: fx.Node) -> list[fx.Node]:
-    """Nodes between two values of the trunk (start excluded, end included), in graph order."""
-    behind, before = ancestors([end]), ancestors([start])
-    return [node for node in end.graph.nodes if node in behind and node not in before]
 
 
 def called_path(node: fx.Node) -> str:

@@ -16,10 +16,10 @@ from torch import Tensor, fx
 from glcan_fx.capture.trace import Trace, is_float, within
 from glcan_fx.errors import PlanError
 from glcan_fx.pytree import tensors_in
-from glcan_fx.structure.nodes import common_path, input_dependent, tensor_of
+from glcan_fx.structure.nodes import Groups, ancestors, common_path, input_dependent, makes_new, tensor_of
 
 START: Any = "start"  # a virtual node before all inputs
-_GROWS = 1.5  # fewer positions than this factor more are padding or an extra token, not up-sampling
+GROWS = 1.5  # fewer positions than this factor more are padding or an extra token, not up-sampling
 
 Edge = tuple[fx.Node, fx.Node]
 Weight = Callable[[fx.Node], float]
@@ -40,7 +40,7 @@ class Flow:
 
     positions: the number of spatial positions (or tokens) of every floating-point tensor. weight: of a node, by which
     one of several paths is taken for the network, the others for bypasses. bypassed: the nodes that removed bypass
-    edges led to.
+    edges led to. groups: values that are side by side, of which the graph has the first alone.
     """
 
     trace: Trace
@@ -48,6 +48,11 @@ class Flow:
     positions: dict[fx.Node, int]
     weight: Weight
     bypassed: set[fx.Node]
+    groups: Groups
+
+    def above(self, node: fx.Node, known: Set[fx.Node] = frozenset()) -> set[fx.Node]:
+        """What a value, and those that are side by side with it, are computed from, but for what is ``known``."""
+        return ancestors([node], known, self.groups)
 
     def open_chain(self) -> list[fx.Node]:
         """The chain from the inputs to the output, once the bypasses around hidden networks are removed from the graph.
@@ -80,7 +85,7 @@ class Flow:
             return _is_exit(end)
         before, after = tensor_of(start).shape, tensor_of(end).shape
         moved = sorted(before) == sorted(after)  # axes, whose meaning was mistaken
-        grows = len(before) == len(after) and not moved and self.positions[end] >= _GROWS * self.positions[start]
+        grows = len(before) == len(after) and not moved and self.positions[end] >= GROWS * self.positions[start]
         # the input itself may be padded with its mirror image, or enlarged
         return grows and end in self._computed and not self._given_back(end)
 
@@ -102,7 +107,7 @@ class Flow:
             rank = tensor_of(end).dim()  # a neck is given tokens, and gives back maps
             given = [self.positions[node] for node in call.given()
                      if node in self.positions and tensor_of(node).dim() == rank]
-            if given and self.positions[end] < _GROWS * min(given):
+            if given and self.positions[end] < GROWS * min(given):
                 return True
         return False
 
@@ -127,7 +132,7 @@ class Flow:
         inside = [self.positions[n] for n in region.nodes if n in self.positions and tensor_of(n).dim() == rank]
         outside = min(self.positions.get(region.start, 1), self.positions.get(region.end, 1))
         # one position alone is a gate of channels, or an average beside other branches
-        shrinks = any(1 < count < outside / _GROWS for count in inside)
+        shrinks = any(1 < count < outside / GROWS for count in inside)
         return shrinks and self._grows_inside(region) and not self._passes_vectors(region)
 
     def _passes_vectors(self, region: Region) -> bool:
@@ -145,7 +150,7 @@ class Flow:
         for node in nx.topological_sort(self.graph.subgraph(region.nodes | {region.end})):
             above = max(found.get(source, 1) for source in self.graph.predecessors(node))
             same_rank = node in self.positions and tensor_of(node).dim() == rank
-            if same_rank and self.positions[node] >= _GROWS * above:
+            if same_rank and self.positions[node] >= GROWS * above:
                 return True
             found[node] = self.positions[node] if same_rank else above
         return False
@@ -186,45 +191,54 @@ def elements(node: fx.Node) -> float:
 
 
 def dataflow(
-    trace: Trace, positions: dict[fx.Node, int], data: Set[fx.Node], weight: Weight, carrying: Set[fx.Node]
+    trace: Trace, positions: dict[fx.Node, int], data: Set[fx.Node], weight: Weight, carrying: Set[fx.Node],
+    groups: Groups, ignored: Set[Edge] = frozenset(),
 ) -> Flow:
     """Edges along which gradients flow from the data to the outputs; sizes, masks and context carry none.
 
     positions: of every floating-point tensor; data: the inputs that are not context, carrying: what is computed of
-    them; weight: see ``Flow``.
+    them; weight, groups: see ``Flow``; ignored: edges that are left out.
 
     Raises PlanError where no output depends on a floating-point input.
     """
-    graph = _gradients(trace, data, carrying)
+    graph = _gradients(trace, data, carrying, groups, ignored)
     if trace.output not in graph:
         raise PlanError(
             "no output depends on a floating-point input: there is nothing to cut. Pass example_inputs= with the "
             "tensors that the model is trained on."
         )
-    return Flow(trace, graph, positions, weight, set())
+    return Flow(trace, graph, positions, weight, set(), groups)
 
 
-def _gradients(trace: Trace, data: Set[fx.Node], carrying: Set[fx.Node]) -> nx.DiGraph:
+def _gradients(
+    trace: Trace, data: Set[fx.Node], carrying: Set[fx.Node], groups: Groups, ignored: Set[Edge]
+) -> nx.DiGraph:
+    def first(node: fx.Node) -> fx.Node:
+        return groups.get(node, (node,))[0]
+
     graph = nx.DiGraph()
     dependent = input_dependent(trace.graph)
     integers: set[fx.Node] = set()  # integer inputs (pixels in uint8, tokens) until they become floating-point numbers
     for node in trace.graph.nodes:
         if node.op == "placeholder" and node not in data:
             continue
-        starts = node.op == "placeholder" or any(source in integers for source in node.all_input_nodes)
+        starts = node.op == "placeholder" or any(source in integers for source in _sources(node))
         carries = node.op == "output" or (node in dependent and is_float(node.meta["value"]))
         if not carries:
             if starts and _holds_tensor(node) and node in carrying:
                 integers.add(node)
             continue
         if starts and node.op != "output":
-            graph.add_edge(START, node)
-        graph.add_edges_from((source, node) for source in _sources(node) if source in graph)
+            graph.add_edge(START, first(node))
+        graph.add_edges_from((first(source), first(node)) for source in _sources(node)
+                             if first(source) in graph and (source, node) not in ignored)
     return graph
 
 
 def _sources(node: fx.Node) -> list[fx.Node]:
-    """What a node reads, but for what it reads the shape or type of alone (``x.reshape_as(y)``)."""
+    """What a node reads, but for what it reads the shape or type of alone (``x.reshape_as(y)``, ``zeros_like(x)``)."""
+    if makes_new(node):
+        return []
     alike = node.op == "call_method" and str(node.target).endswith("_as") and isinstance(node.args[0], fx.Node)
     return [node.args[0]] if alike else node.all_input_nodes  # type: ignore[list-item]
 

@@ -14,7 +14,7 @@ from glcan_fx.layers import predictors
 from glcan_fx.pytree import tensors_in
 from glcan_fx.structure.context import carrying_data
 from glcan_fx.structure.layout import count_positions
-from glcan_fx.structure.nodes import ancestors, descendants, input_dependent, is_size, tensor_of
+from glcan_fx.structure.nodes import Groups, ancestors, descendants, input_dependent, is_size, tensor_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ class Used(NamedTuple):
 @dataclass(frozen=True)
 class Structure:
     """Where one can cut. ``chain`` is the trunk's chain of values from the input on; ``units`` partition it; ``data``
-    are the inputs that it begins with, all others are context. ``found``: what functions of it found, see ``once``."""
+    are the inputs that it begins with, all others are context. ``groups``: values that are side by side (several images
+    through one encoder), of which the chain has the first: a local module that ends with one makes all of them.
+    ``found``: what functions of it found, see ``once``."""
 
     trace: Trace
     chain: list[fx.Node]
@@ -58,7 +60,22 @@ class Structure:
     taps: list[Tap]
     channels_last: frozenset[fx.Node]
     data: frozenset[fx.Node]
+    groups: Groups = field(default_factory=dict)
     found: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def together(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """A value with those that are side by side with it, in the order of the streams."""
+        return self.groups.get(node, (node,))
+
+    def above(self, node: fx.Node, known: Set[fx.Node] = frozenset()) -> set[fx.Node]:
+        """What a value, and those that are side by side with it, are computed from, but for what is ``known``."""
+        return ancestors([node], known, self.groups)
+
+    @cached_property
+    def shares_layers(self) -> bool:
+        """Whether the same layers compute the values that are side by side."""
+        return all(len({str(node.target) for node in group}) == 1 for node, group in self.groups.items()
+                   if node in self.trace.layers)
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         return tuple(tensor_of(node).shape)
@@ -83,7 +100,7 @@ class Structure:
     @cached_property
     def trunk(self) -> frozenset[fx.Node]:
         """Nodes that the trunk's last value is computed from."""
-        return frozenset(ancestors([self.chain[-1]]))
+        return frozenset(self.above(self.chain[-1]))
 
     @cached_property
     def dependent(self) -> frozenset[fx.Node]:
@@ -127,11 +144,11 @@ class Structure:
 
     def known_by(self, cut: fx.Node) -> set[fx.Node]:
         """What a value of the trunk is computed from, and the sizes of that."""
-        return self._with_sizes(ancestors([cut]), cut)
+        return self._with_sizes(self.above(cut), cut)
 
     def _with_sizes(self, known: set[fx.Node], cut: fx.Node) -> set[fx.Node]:
         for node in self._sizes:
-            if all(source in known and source is not cut for source in node.all_input_nodes):
+            if all(source in known and source not in self.together(cut) for source in node.all_input_nodes):
                 known.add(node)
         return known
 
@@ -144,7 +161,7 @@ class Structure:
             known: set[fx.Node] = set()
             divided = self.divided(cuts)
             for index, cut in enumerate(cuts):
-                known = self._with_sizes(self._with_calls(known, ancestors([cut], known), divided), cut)
+                known = self._with_sizes(self._with_calls(known, self.above(cut, known), divided), cut)
                 for node in known - owner.keys():
                     owner[node] = index
             needed = ancestors([self.trace.output])
@@ -159,11 +176,11 @@ class Structure:
     def divided(self, cuts: Sequence[fx.Node]) -> set[Call]:
         """The calls of modules that go on behind one of the cuts with layers that have parameters."""
         found: set[Call] = set()
-        for cut in cuts:
-            calls = [call for call in cut.meta["call"].around() if call.path not in cut.meta["returned_by"]] if (
-                cut.meta.get("call")) else []
+        for end in (value for cut in cuts for value in self.together(cut)):
+            calls = [call for call in end.meta["call"].around() if call.path not in end.meta["returned_by"]] if (
+                end.meta.get("call")) else []
             if calls:
-                behind = {node for node in descendants(cut) if node in self._weighted}
+                behind = {node for node in descendants(end) if node in self._weighted}
                 found |= {call for call in calls if not behind.isdisjoint(self.trace.inside[call])}
         return found
 
@@ -212,6 +229,13 @@ def once(function: Callable[..., _T]) -> Callable[..., _T]:
         found: _T = structure.found[key]
         return found
     return remembered
+
+
+@once
+def region_between(structure: Structure, start: fx.Node, end: fx.Node) -> list[fx.Node]:
+    """Nodes between two values of the trunk (start excluded, end included), in graph order."""
+    behind, before = ancestors([end]), structure.above(start)
+    return [node for node in structure.trace.graph.nodes if node in behind and node not in before]
 
 
 def multiply_adds(structure: Structure, nodes: Iterable[fx.Node] | None = None) -> float:

@@ -4,20 +4,23 @@ The trunk is the chain of dominators from the input on. It ends where the resolu
 positions are pooled away, where images in one batch are put together, or where a bypass comes back for the last time.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 from itertools import pairwise
 from types import MappingProxyType
+from typing import Any
 
 import networkx as nx
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from glcan_fx.capture.trace import Trace, within
+from glcan_fx.pytree import tensors_in
 from glcan_fx.structure.context import carrying_data, data_inputs
 from glcan_fx.structure.layout import channels_last, count_positions
 from glcan_fx.structure.nodes import (
-    ancestors,
+    Groups,
     called_path,
     common_path,
     descendants,
@@ -26,9 +29,11 @@ from glcan_fx.structure.nodes import (
     is_size,
     tensor_of,
 )
-from glcan_fx.structure.regions import Flow, Weight, between, dataflow, elements
+from glcan_fx.structure.regions import GROWS, Edge, Flow, Weight, between, dataflow, elements
+from glcan_fx.structure.streams import streams
 from glcan_fx.structure.structure import Structure, Tap, Unit
 
+_FEW = 0.25  # of the layers: what a neck takes over of the trunk at most
 _CLEARLY = 1.5  # so many times more units: fewer are those of a neck
 
 
@@ -39,23 +44,50 @@ def analyze(trace: Trace) -> Structure:
     """
     layouts = channels_last(trace)
 
-    def most_units(weight: Weight) -> Structure:
-        found = [_structure(trace, data, layouts, weight) for data in data_inputs(trace)]
+    def most_units(weight: Weight, ignored: Set[Edge] = frozenset()) -> Structure:
+        found = [_structure(trace, data, layouts, weight, ignored) for data in data_inputs(trace)]
         return max(found, key=lambda structure: len(structure.units))
 
     # Where paths part, the network is the one with the largest values. But below nested decoders and wide heads, that
-    # is theirs, and many more blocks lie on the one with the most layers.
+    # is theirs, and many more blocks lie on the one with the most layers; and where the data go along (the positions of
+    # points, beside their features), on what layers compute.
     by_size, by_depth = most_units(elements), most_units(lambda node: node in trace.layers)
-    return by_depth if len(by_depth.units) >= _CLEARLY * len(by_size.units) else by_size
+    found = by_depth if len(by_depth.units) >= _CLEARLY * len(by_size.units) else by_size
+    along = _data_along(trace)
+    if along and _is_finer(structure := most_units(elements, along), found):
+        return structure
+    return found
 
 
-def _structure(trace: Trace, data: frozenset[fx.Node], layouts: frozenset[fx.Node], weight: Weight) -> Structure:
-    """The structure with these inputs as the data."""
+def _is_finer(structure: Structure, than: Structure) -> bool:
+    """Whether a structure has clearly more units, or as many and clearly fewer layers in the largest."""
+    def largest(structure: Structure) -> int:
+        owner = structure.assign([unit.end for unit in structure.units])
+        return _most(owner[node] for node in structure.trace.layers if node in owner)
+
+    more = len(structure.units) / len(than.units)
+    return more >= _CLEARLY or more >= 1 and largest(than) >= _CLEARLY * largest(structure)
+
+
+def _data_along(trace: Trace) -> frozenset[Edge]:
+    """The edges by which what no layer has computed joins what layers have."""
+    learned: set[fx.Node] = set()
+    for node in trace.graph.nodes:
+        if node in trace.layers or not learned.isdisjoint(node.all_input_nodes):
+            learned.add(node)
+    return frozenset((source, node) for node in learned for source in node.all_input_nodes
+                     if source not in learned and not learned.isdisjoint(node.all_input_nodes))
+
+
+def _structure(
+    trace: Trace, data: frozenset[fx.Node], layouts: frozenset[fx.Node], weight: Weight, ignored: Set[Edge]
+) -> Structure:
+    """The structure with these inputs as the data. ignored: edges on which nothing is learnt."""
     batch = next((tensor_of(node).shape[0] for node in data if tensor_of(node).dim() > 1), 0)
     positions = {node: count_positions(tuple(tensor_of(node).shape), node in layouts, batch)
                  for node in trace.graph.nodes if is_float_tensor(node)}
     carrying = carrying_data(trace, data)
-    flow = dataflow(trace, positions, data, weight, carrying)
+    flow = dataflow(trace, positions, data, weight, carrying, streams(trace, data), ignored)
     whole = flow.open_chain()
     chain = _until_tail(flow, whole)
     units = _units(flow, chain) or _units(flow, whole)[:1]  # no layer before what was taken for the tail: one unit
@@ -63,8 +95,8 @@ def _structure(trace: Trace, data: frozenset[fx.Node], layouts: frozenset[fx.Nod
     units = _without_ending(flow, whole, units, carrying)
     chain = chain if units[-1].end in chain else whole
     chain = chain[: chain.index(units[-1].end) + 1]
-    structure = Structure(trace, chain, units, [], layouts, data)
-    taps = _taps(trace, structure.trunk - structure.context, [unit.end for unit in units])
+    structure = Structure(trace, chain, units, [], layouts, data, flow.groups)
+    taps = _taps(structure, structure.trunk - structure.context)
     return replace(structure, taps=taps)
 
 
@@ -75,14 +107,20 @@ def _until_tail(flow: Flow, chain: list[fx.Node]) -> list[fx.Node]:
     # growth beside it.
     event, trunk = chain[min(stop + 1, len(chain) - 1)], chain[: stop + 1]
     for home in sorted({event.meta.get("module", "") if event.op != "output" else "", *_growing(flow, trunk)}):
-        outside = [node for node in trunk if not (within(node.meta["module"], home) or within(called_path(node), home))]
-        trunk = outside if len(outside) > len(trunk) / 2 else trunk
+        outside = [node for node in trunk if not _lies_in(node, home)]
+        layers = flow.above(trunk[-1]) & flow.trace.layers
+        few = sum(_lies_in(node, home) for node in layers) <= _FEW * len(layers)
+        trunk = outside if len(outside) > len(trunk) / 2 and few else trunk
     return trunk
+
+
+def _lies_in(node: fx.Node, home: str) -> bool:
+    return within(node.meta["module"], home) or within(called_path(node), home)
 
 
 def _growing(flow: Flow, trunk: list[fx.Node]) -> set[str]:
     """The modules in which the resolution of a value grows that the trunk does not come from."""
-    beside = flow.positions.keys() - ancestors([trunk[-1]])
+    beside = flow.positions.keys() - flow.above(trunk[-1])
     return {node.meta["module"] for node in beside for source in node.all_input_nodes[:1]
             if source in flow.positions and flow.grows_between(source, node)}
 
@@ -136,18 +174,20 @@ def _units(flow: Flow, chain: list[fx.Node]) -> list[Unit]:
     trace, kinds = flow.trace, _block_kinds(flow, chain)
     ends: list[fx.Node] = []
     cut: fx.Node | None = None  # where the present unit may end
-    at_block = weighted = False
+    at_block = weighted = apart = False
     done: set[fx.Node] = set()
     for node in chain:
-        fresh = ancestors([node], done)
+        fresh = flow.above(node, done)
         done |= fresh
         if not trace.layers.isdisjoint(fresh):
             if weighted and cut is not None:
                 ends.append(cut)
                 cut, at_block = None, False
-            weighted = True
-        may_end = weighted and not at_block and is_float_tensor(node) and not _inside_block(trace, node, kinds)
-        if may_end and (cut is None or _divides(trace, node) <= _divides(trace, cut)):
+            weighted, apart = True, False
+        apart |= _joins_positions(flow, node, fresh & trace.layers)  # a tail that reads some teaches some layers only
+        may_end = weighted and not (at_block or apart) and is_float_tensor(node) and not _inside_block(
+            trace, node, kinds)
+        if may_end and (cut is None or _no_worse(flow, node, cut)):
             cut = node
             at_block = any(type(trace.shadow.get_submodule(path)) in kinds for path in node.meta["returned_by"])
     if weighted and (cut is not None or not ends):
@@ -156,6 +196,13 @@ def _units(flow: Flow, chain: list[fx.Node]) -> list[Unit]:
         ends[-1] = chain[-1]
     inside = _nodes_in(ends)
     return [Unit(end, *_names(trace, end, inside)) for end in ends]
+
+
+def _joins_positions(flow: Flow, node: fx.Node, layers: Set[fx.Node]) -> bool:
+    """Whether a node puts values that some of these layers made, each others, beside one another as positions."""
+    sources = [source for source in node.all_input_nodes if source in flow.graph and source in flow.positions]
+    beside = len(sources) > 1 and flow.positions.get(node) == sum(flow.positions[source] for source in sources)
+    return beside and sum(not layers.isdisjoint(flow.above(source)) for source in sources) > 1
 
 
 def _is_head(flow: Flow, chain: list[fx.Node], start: fx.Node, end: fx.Node) -> bool:
@@ -171,7 +218,7 @@ def _is_head(flow: Flow, chain: list[fx.Node], start: fx.Node, end: fx.Node) -> 
         if node not in seen:
             seen.add(node)
             stack += [user for user in node.users if not is_size(user)]
-    if any(node.op == "get_attr" and node in trace.layers for node in ancestors([end], ancestors([start]))):
+    if any(node.op == "get_attr" and node in trace.layers for node in flow.above(end, flow.above(start))):
         return True
     for first, last in pairwise(chain[chain.index(start): chain.index(end) + 1]):
         inside = between(flow.graph, first, last)
@@ -198,7 +245,7 @@ def _without_ending(flow: Flow, chain: list[fx.Node], units: list[Unit], carryin
 
     index = chain.index(units[-1].end)
     while index > 1 and not belongs(chain[index]) and trace.layers.isdisjoint(
-            ancestors([chain[index]], ancestors([chain[index - 1]]))):
+            flow.above(chain[index], flow.above(chain[index - 1]))):
         index -= 1
     if index == 0 or not is_float_tensor(chain[index]):
         return units
@@ -206,14 +253,36 @@ def _without_ending(flow: Flow, chain: list[fx.Node], units: list[Unit], carryin
 
 
 def _block_kinds(flow: Flow, chain: list[fx.Node]) -> set[type[nn.Module]]:
-    """The classes of modules that close a region, but for those that hold the whole chain."""
-    kinds = set()
+    """The classes of modules that close a region, but for those that hold the whole chain, or several
+    blocks of one class (a stage)."""
+    paths = set()
     for start, end in pairwise(chain):
         region = between(flow.graph, start, end)
         path = common_path([*region, end]) if region else ""
         if path and not all(within(node.meta["module"], path) for node in chain[1:]):
-            kinds.add(type(flow.trace.shadow.get_submodule(path)))
-    return kinds
+            paths.add(path)
+    kinds = {path: type(flow.trace.shadow.get_submodule(path)) for path in paths}
+    stages = {path for path in paths if _most(kinds[other] for other in paths - {path} if within(other, path)) > 1}
+    return {kinds[path] for path in paths} - {kinds[path] for path in stages}
+
+
+def _most(values: Iterable[Any]) -> int:
+    """How many there are of the most frequent of some values."""
+    return max(Counter(values).values(), default=0)
+
+
+def _no_worse(flow: Flow, node: fx.Node, before: fx.Node) -> bool:
+    """Whether a cut at a value divides as few calls as one before it, and hands on no more, but for a few positions."""
+    def handed_on(value: fx.Node) -> int:
+        known = flow.above(value)
+        read = (each for each in known if any(user not in known and not is_size(user) for user in each.users))
+        memory = (tensor.untyped_storage() for each in read for tensor in tensors_in(each.meta["value"]))
+        return sum({storage._cdata: storage.nbytes() for storage in memory}.values())
+
+    divides, divided_before = _divides(flow.trace, node), _divides(flow.trace, before)
+    if divides != divided_before:
+        return divides < divided_before
+    return handed_on(node) - handed_on(before) <= (GROWS - 1) * tensor_of(before).nbytes
 
 
 def _divides(trace: Trace, node: fx.Node) -> int:
@@ -248,25 +317,28 @@ def _nodes_in(nodes: Iterable[fx.Node]) -> dict[str, set[fx.Node]]:
 
 
 def _names(
-    trace: Trace, node: fx.Node, inside: Mapping[str, Set[fx.Node]] = MappingProxyType({})
+    trace: Trace, node: fx.Node, inside: Mapping[str, Set[fx.Node]] = MappingProxyType({}),
+    groups: Groups = MappingProxyType({}),
 ) -> tuple[str, tuple[str, ...]]:
     """A value's name in the user's module paths, and its other names.
 
-    The name is the outermost module that returns this value and holds none of the others (``inside``, by module).
+    The name is the outermost module that returns this value and holds none of the others (``inside``, by module), but
+    for those that are side by side with it.
     """
     paths = [path for path in node.meta["returned_by"] if path]
     calls = {path: trace.returns[path].index(node) for path in paths}
     if not paths:
         inner = node.name.removeprefix(node.meta["module"].replace(".", "_") + "_")
         return ".".join(filter(None, [node.meta["module"], inner])), ()
-    own = [p for p in paths if not inside.get(p, set()) - {node}]
+    own = [p for p in paths if not inside.get(p, set()) - set(groups.get(node, (node,)))]
     unique = {path: f"{path}:{call}" if call else path for path, call in calls.items()}  # a module's later calls
     name = own[-1] if own else paths[0]
     return unique[name], tuple(unique[path] for path in paths if path != name)
 
 
-def _taps(trace: Trace, trunk: frozenset[fx.Node], ends: list[fx.Node]) -> list[Tap]:
+def _taps(structure: Structure, trunk: frozenset[fx.Node]) -> list[Tap]:
     """Values of the trunk, and inputs, that the tail reads, in graph order."""
+    trace = structure.trace
     dependent = input_dependent(trace.graph)
     found: set[fx.Node] = set()
     seen: set[fx.Node] = set()
@@ -282,9 +354,9 @@ def _taps(trace: Trace, trunk: frozenset[fx.Node], ends: list[fx.Node]) -> list[
         else:
             stack.extend(node.all_input_nodes)
 
-    inside = _nodes_in(ends)
+    inside = _nodes_in(unit.end for unit in structure.units)
     return [
-        Tap(node, str(node.target) if node.op == "placeholder" else _names(trace, node, inside)[0])
+        Tap(node, str(node.target) if node.op == "placeholder" else _names(trace, node, inside, structure.groups)[0])
         for node in trace.graph.nodes if node in found
     ]
 

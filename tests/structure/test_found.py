@@ -125,6 +125,48 @@ class ClassTokens(nn.Module):
         return self.fc(last[:, 0])
 
 
+class Stage(nn.Module):
+    """Tokens and class tokens, each made by a layer of its own, are one value in the blocks of a stage, and two
+    between stages (PiT)."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(width, out, 3, 2, 1), nn.Linear(width, out)
+        self.blocks = nn.ModuleList(Attention(out) for _ in range(3))
+
+    def forward(self, x: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        x, token = self.conv(x), self.fc(token)
+        b, c, h, w = x.shape
+        y = torch.cat((token, x.flatten(2).transpose(1, 2)), 1)
+        for block in self.blocks:
+            y = block(y)
+        return y[:, 1:].transpose(1, 2).reshape(b, c, h, w), y[:, :1]
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attention, self.mlp = nn.MultiheadAttention(width, 2, batch_first=True), Mlp(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x + self.attention(x, x, x)[0])
+
+
+class Stages(nn.Module):
+    """No cut lies where a class token stands beside the tokens that it has not looked at: it alone is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.token = nn.Conv2d(3, 8, 4, 4), nn.Parameter(torch.randn(1, 1, 8))
+        self.stages, self.fc = nn.ModuleList((Stage(8, 16), Stage(16, 32))), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, token = self.embed(x), self.token.expand(x.shape[0], -1, -1)
+        for stage in self.stages:
+            x, token = stage(x, token)
+        return self.fc(token[:, 0])
+
+
 class Blur(nn.Module):
     """A pooling whose window is a buffer, for so many channels."""
 
@@ -199,7 +241,8 @@ class Merging(nn.Module):
 
 
 @pytest.mark.parametrize(("kind", "k"), [
-    (GlobalContext, 7), (Levit, 7), (ClassTokens, 5), (Blurred, 4), (Partial, 4), (Merging, 7)])
+    (GlobalContext, 7), (Levit, 7), (ClassTokens, 5), (Blurred, 4), (Partial, 4), (Merging, 7),
+    (Stages, 6)])
 def test_blocks_are_found_and_learn(kind: type[nn.Module], k: int) -> None:
     torch.manual_seed(0)
     model, images, labels = kind(), torch.randn(4, 3, 32, 32), torch.arange(4)
