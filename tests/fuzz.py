@@ -200,6 +200,7 @@ class Model(nn.Module):
         self.head = nn.Conv2d(inputs, CLASSES, 1) if self.maps else nn.Linear(inputs, CLASSES)
         self.dropout = draw.choice([0.0, 0.0, 0.3])
         self.normalises = draw.random() < 0.3  # what it returns are logarithms of probabilities
+        self.streams = not (self.taps or self.again or self.masks) and draw.random() < 0.2  # two, of one encoder
 
     def forward(self, x: Tensor, point: Tensor | None = None) -> Tensor:
         if self.scales_input:
@@ -207,26 +208,30 @@ class Model(nn.Module):
         if self.asks and x.shape[-1] % 4:
             x = F.pad(x, (0, 4 - x.shape[-1] % 4))
         keep = (torch.rand(1, 1, *x.shape[2:]) < 0.7).float() * 1.4 if self.masks else None
+        made = self.features(x, keep)
+        if self.taps:
+            return self.ending(torch.cat([value.mean((2, 3)) for value in made[:len(self.blocks)]], 1))
+        x = made[-1] * self.features(x.flip(3), keep)[-1].sigmoid() if self.streams else made[-1]
+        if self.prompt is not None and point is not None:
+            x = x + self.prompt(point)[:, :, None, None]
+        x = x if self.maps else x.mean((2, 3))
+        return self.ending(x)
+
+    def features(self, x: Tensor, keep: Tensor | None) -> list[Tensor]:
+        """Of every block, of what a mask keeps."""
         x = self.stem(x)
         if keep is not None:
             x = x * keep
             keep = keep.mean((2, 3), keepdim=True)
         if self.nested:
-            x = self.blocks(x)
-        else:
-            pooled = []
-            for block in [*self.blocks, *self.blocks[-1:]] if self.again else self.blocks:
-                x = block(x)
-                x = x[0] if isinstance(x, tuple) else x
-                x = x if keep is None else x * keep
-                pooled.append(x.mean((2, 3)))
-            if self.taps:
-                pooled = pooled[:len(self.blocks)]
-                return self.ending(torch.cat(pooled, 1))
-        if self.prompt is not None and point is not None:
-            x = x + self.prompt(point)[:, :, None, None]
-        x = x if self.maps else x.mean((2, 3))
-        return self.ending(x)
+            return [self.blocks(x)]
+        made = []
+        for block in [*self.blocks, *self.blocks[-1:]] if self.again else self.blocks:
+            x = block(x)
+            x = x[0] if isinstance(x, tuple) else x
+            x = x if keep is None else x * keep
+            made.append(x)
+        return made
 
     def ending(self, x: Tensor) -> Tensor:
         x = self.head(F.dropout(x, self.dropout, self.training)) / self.temperature
@@ -324,6 +329,7 @@ REFUSALS = (
     "not possible",  # fewer blocks than k
     "would train all in front of it",  # a window of all local modules
     "Choose other split points",
+    "in another order than the model's",  # a pass of an encoder that draws random numbers, or runs twice
     "_local_scalar_dense",  # a block that decides by values, which cannot be copied
 )
 
@@ -427,7 +433,7 @@ def isolation(case: Case, local: Any) -> None:
     """No local loss reaches parameters that the plan gives to another module alone."""
     values, targets = case.batch(3)
     losses = local(*[v.clone() for v in values], targets).losses
-    if case.model.again:
+    if case.model.again or case.model.streams:
         return  # two local modules train one block
     owners = local.parameters_by_module()
     for index, loss in enumerate(losses):
@@ -449,7 +455,7 @@ def gradients(case: Case, local: Any) -> bool:
     if not local.plan.reads:  # it runs as Python
         return False
     alone = all(names == (cut,) for cut, names in zip(cuts, local.plan.reads, strict=True))
-    if case.model.taps:  # the last module reads more than the last cut
+    if case.model.taps or case.model.streams:  # the last module reads more than the last cut; a cut is two values
         return False
     if not alone or any(cut not in paths or isinstance(paths[cut], torch.jit.ScriptModule | Pair) for cut in cuts):
         return False

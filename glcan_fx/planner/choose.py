@@ -28,6 +28,7 @@ from glcan_fx.simulate.estimate import Estimate
 from glcan_fx.simulate.simulator import Simulator
 from glcan_fx.step.tail import sliced_tail, why_not_sliced
 from glcan_fx.structure.missed import missed_blocks
+from glcan_fx.structure.order import out_of_order
 from glcan_fx.structure.structure import Structure, Unit
 from glcan_fx.tasks.around import Around
 from glcan_fx.tasks.captured import Captured
@@ -88,7 +89,7 @@ class Choice:
         self.refused: dict[str, PlanError] = {}
         self.together: dict[str, PlanError] = {}
         if isinstance(request.k, int | str):  # the choice of cuts is ours
-            self.together = _replaced(self.structure)
+            self.together = _replaced(self.structure) | _reordered(self.structure)
             self.refused = (_hooked(self.structure, captured.model) | self.table.refused(self._plain())
                             | self.together)
         self.units = [*(unit for unit in self.table.offered(request.method) if unit.name not in self.refused),
@@ -350,6 +351,12 @@ def _hooked(structure: Structure, model: nn.Module) -> dict[str, PlanError]:
                 refused[unit.name] = PlanError(f"'{call.path}', which goes on behind it, has a hook, so that it is "
                                                "called as a whole")
     return refused
+
+
+def _reordered(structure: Structure) -> dict[str, PlanError]:
+    """Units behind which a cut would change the order of what the model draws or counts."""
+    return {unit.name: PlanError(f"behind it {what} would come in another order than the model's")
+            for unit in structure.units[:-1] if (what := out_of_order(structure, unit.end))}
 
 
 def _replaced(structure: Structure) -> dict[str, PlanError]:

@@ -10,7 +10,11 @@ from typing import Any, NamedTuple
 from glcan_fx.capture.modules import is_configuration
 
 _DEPTH = 3  # functions that a function calls
+_WRITERS = {"append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "remove", "clear"}
 _LIBRARIES = ("torch", "torchvision", "numpy", "math", "builtins", "typing", "functools", "einops")
+
+
+_CONTAINERS = (list, dict, set)
 
 
 class Variable(NamedTuple):
@@ -27,12 +31,16 @@ def variables_of(function: Any, depth: int = _DEPTH) -> Iterator[Variable]:
     if not isinstance(function, FunctionType) or _is_librarys(function.__module__):
         return
     known, names, own = function.__globals__, set[str](), set[str]()
-    for code in _codes(function.__code__):
-        own |= {step.argval for step in dis.get_instructions(code) if step.opname in ("STORE_GLOBAL", "STORE_DEREF")}
-        names |= {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    steps = [step for code in _codes(function.__code__) for step in dis.get_instructions(code)]
+    for step in steps:
+        own |= {step.argval} if step.opname in ("STORE_GLOBAL", "STORE_DEREF") else set()
+        names |= {step.argval} if step.opname == "LOAD_GLOBAL" else set()
     inner = {name for code in _codes(function.__code__) for name in code.co_names}
+    writes = not _WRITERS.isdisjoint(inner) or any(step.opname == "STORE_SUBSCR" for step in steps)
     for name in sorted(names & known.keys() - own):
         value = known[name]
+        if writes and isinstance(value, _CONTAINERS):
+            continue  # which of them it fills, as caches and logs are, nobody knows
         if isinstance(value, FunctionType) and depth:
             yield from variables_of(value, depth - 1)
         elif is_configuration(value) or isinstance(value, ModuleType) and not _is_librarys(value.__name__):
@@ -41,7 +49,7 @@ def variables_of(function: Any, depth: int = _DEPTH) -> Iterator[Variable]:
         else:
             yield Variable(f"the global '{name}'", partial(known.get, name))
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        if name not in own:
+        if name not in own and not (writes and isinstance(_content(cell), _CONTAINERS)):
             yield Variable(f"the variable '{name}' around {function.__qualname__}", partial(_content, cell))
 
 

@@ -24,7 +24,8 @@ def why_not_sliced(structure: Structure, task: Task) -> str | None:
     """What keeps the tail from running slice by slice."""
     tail = sliced_tail(structure, task)
     inside = set(tail)
-    left = {node: name for node in tail for call in node.meta["call"].around() for node, name in call.left.items()}
+    calls = [call for node in tail if node.meta.get("call") for call in node.meta["call"].around()]
+    left = {node: name for call in calls for node, name in call.left.items()}
     for node in tail:
         if node in left:
             return f"it leaves a value on '{left[node]}', which would be that of a slice"

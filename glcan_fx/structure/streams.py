@@ -1,4 +1,4 @@
-"""Streams: several inputs, or pieces of one, from which the same is computed (siamese, stereo, two streams).
+"""Streams: several inputs, pieces or views of one, from which the same is computed (siamese, stereo, two streams).
 
 They are told by value numbering: with the inputs taken for one value, two nodes are side by side where they do the same
 kind of thing to values that are side by side. Such values are cut together, and blocks are found as if there were one
@@ -9,13 +9,11 @@ import operator
 from collections.abc import Mapping, Set
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
-from glcan_fx.capture.recorder import Seeded
-from glcan_fx.capture.trace import Trace, is_float, quiet
-from glcan_fx.pytree import map_tensors
-from glcan_fx.structure.nodes import Groups, is_size, makes_new
+from glcan_fx.capture.trace import Trace
+from glcan_fx.structure.nodes import Groups, ancestors, is_size, makes_new
+from glcan_fx.structure.order import draws_random
 
 
 def streams(trace: Trace, data: Set[fx.Node]) -> Groups:
@@ -26,11 +24,29 @@ def streams(trace: Trace, data: Set[fx.Node]) -> Groups:
     found = {node: group for group in groups for node in group}
     layers = found.keys() & trace.layers
     enough = layers and 2 * len(layers) >= len(trace.layers)
-    return found if enough and not any(_draws(trace, group[0]) for group in groups) else {}
+    return found if enough and not any(draws_random(trace, group[0]) for group in groups) else {}
 
 
 def _starts(trace: Trace, data: Set[fx.Node]) -> list[fx.Node]:
-    """Where streams begin, in the order in which they are read: the data, or the pieces of the one input that is."""
+    """Where streams begin, in the order in which they are read: what the first layer is called with, where it is called
+    several times; else the data, or the pieces of the one input that is."""
+    return _passes(trace, data) or _inputs(trace, data)
+
+
+def _passes(trace: Trace, data: Set[fx.Node]) -> list[fx.Node]:
+    """What an encoder is called with, several times, before any layer has computed it: two views of an image."""
+    first = next((node for node in trace.graph.nodes if node in trace.layers and node.op == "call_module"), None)
+    if first is None:
+        return []
+    calls = [node for node in trace.graph.nodes if node.op == "call_module" and node.target == first.target]
+    given = list(dict.fromkeys(node.args[0] for node in calls if node.args and isinstance(node.args[0], fx.Node)))
+    above = [ancestors([value]) for value in given]
+    views = len(given) == len(calls) > 1 and all(
+        not known.isdisjoint(data) and known.isdisjoint(trace.layers) for known in above)
+    return given if views else []
+
+
+def _inputs(trace: Trace, data: Set[fx.Node]) -> list[fx.Node]:
     found = [node for node in trace.placeholders if node in data]
     stack = found if len(found) == 1 else []
     while stack:  # through what makes a tuple of pieces
@@ -75,21 +91,3 @@ def _what(trace: Trace, node: fx.Node, number: Mapping[fx.Node, int]) -> str:
         what = tuple(value.shape[:1]) if isinstance(value, Tensor) else what
     args: Any = fx.map_arg((node.args, node.kwargs), lambda source: f"%{number[source]}")
     return f"{node.op} {what} {args}"
-
-
-def _draws(trace: Trace, node: fx.Node) -> bool:
-    """Whether a node draws random numbers, as opaque modules may."""
-    if node.op in ("placeholder", "get_attr", "output") or is_size(node) or not is_float(node.meta["value"]):
-        return False
-    if any(opaque.path == node.target for opaque in trace.report.opaque):
-        return True
-    seeded = Seeded()
-    with quiet(), trace.mode, torch.no_grad(), seeded:
-        args, kwargs = fx.map_arg(
-            (node.args, node.kwargs), lambda source: map_tensors(source.meta["value"], Tensor.clone))
-        if node.op == "call_method":
-            getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        else:
-            function: Any = trace.module(node) or node.target
-            function(*args, **kwargs)
-    return seeded.found
