@@ -1,5 +1,6 @@
 """Networks of several streams: values side by side are one cut, so that blocks are found as in one stream."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,13 @@ class Siamese(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return F.pairwise_distance(self.embed(x), self.embed(y))
+
+
+class Views(Siamese):
+    """The distance of an image from its mirror image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x, 0.5 * x.flip(3) + 1)
 
 
 class Triplet(Siamese):
@@ -158,6 +166,7 @@ IMAGE = (4, 3, 16, 16)
 ENCODER = "encoder.0 encoder.1 encoder.2"
 CASES = {
     "siamese": Case(Siamese, (IMAGE, IMAGE), F.mse_loss, lambda: torch.rand(4), ENCODER),
+    "views": Case(Views, (IMAGE,), F.mse_loss, lambda: torch.rand(4), ENCODER),
     "triplet": Case(Triplet, ((4, 3, 3, 16, 16),), lambda out, _: F.triplet_margin_loss(*out), classes, ENCODER),
     "stereo": Case(Stereo, ((2, 3, 16, 32),) * 2, F.smooth_l1_loss, lambda: torch.randn(2, 1, 16, 32),
                    f"{ENCODER} stack decoder.0 decoder.1 decoder.2"),
@@ -281,3 +290,36 @@ def test_random_numbers_keep_their_order() -> None:
     images = CASES["siamese"].inputs()
     plan = glcan_fx.plan(Siamese(0.5), k="natural", criterion=F.mse_loss, example_inputs=images)
     assert plan.k == 1 and any("no cut between 'encoder.0' … 'encoder.3'" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("kind", ["statistics", "random numbers"])
+def test_no_cut_changes_the_order(kind: str) -> None:
+    """A step computes what only a later local module reads behind the cuts before it: not where the model counts or
+    draws it first."""
+    class Aside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.encoder, self.fc = conv(3, 8), Encoder(8), nn.Linear(24, 5)
+            self.norm = nn.BatchNorm1d(8) if kind == "statistics" else nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            aside = self.norm((2 * x).mean((2, 3)))
+            for index, block in enumerate(self.encoder):
+                x = block(x)
+                if index == 1:
+                    x = x + self.norm(x.mean((2, 3)))[:, :, None, None]
+            return self.fc(torch.cat([x.mean((2, 3)), aside], 1))
+
+    torch.manual_seed(0)
+    model, x, y = Aside(), torch.randn(4, 3, 16, 16), torch.arange(4)
+    local = glcan_fx.transform(model, k="natural", criterion=F.cross_entropy, example_inputs=x).train()
+    assert local.plan.cuts[0] == "stem"
+    assert any("in another order than the model's" in note and kind in note for note in local.plan.notes)
+    plain = copy.deepcopy(model)
+    torch.manual_seed(1)
+    expected = plain(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(local(x, y).output, expected)
+    for found, buffer in zip(model.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(found, buffer)
