@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from glcan_fx.capture.caches import Caches
@@ -32,7 +31,7 @@ from glcan_fx.capture.modules import (
 )
 from glcan_fx.capture.nodes import Nodes
 from glcan_fx.capture.patches import patched
-from glcan_fx.capture.shadow import kept_python_random, python_random
+from glcan_fx.capture.random_numbers import Seeded, kept_python_random, python_random
 from glcan_fx.capture.source_lines import (
     NotMadeYet,
     Opaque,
@@ -416,16 +415,6 @@ class Recorder(TorchFunctionMode):
             yield
         finally:
             self._paused = before
-
-
-class Seeded(TorchDispatchMode):
-    """Whether an operation draws random numbers."""
-
-    found = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.found |= torch.Tag.nondeterministic_seeded in func.tags
-        return func(*args, **(kwargs or {}))
 
 
 def _parts_of_kind(

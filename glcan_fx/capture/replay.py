@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map_only
 
-from glcan_fx.capture.shadow import RandomState, kept_python_random, random_like, real_copy, replicate, seed
+from glcan_fx.capture.random_numbers import RandomState, kept_python_random, seed
+from glcan_fx.capture.shadow import random_like, real_copy, replicate
 from glcan_fx.capture.trace import within
 from glcan_fx.capture.views import empty_stand_ins, run_to_the_end, substituted
 from glcan_fx.errors import UnsupportedError

@@ -6,7 +6,7 @@ import torch
 from transformers import Trainer
 
 from glcan_fx.api import transform
-from glcan_fx.capture.shadow import kept_python_random
+from glcan_fx.capture.random_numbers import kept_python_random
 from glcan_fx.errors import UnsupportedError
 from glcan_fx.step.local_model import LocalModel
 from glcan_fx.step.saving import check_plan_of, load_auxiliary, plain_state_dict, save_auxiliary

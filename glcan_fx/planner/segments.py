@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from glcan_fx.capture.random_numbers import cuda_devices
 from glcan_fx.capture.replay import Segments
-from glcan_fx.capture.shadow import cuda_devices
 from glcan_fx.capture.trace import Report
 from glcan_fx.errors import PlanError
 from glcan_fx.layers import weights_in

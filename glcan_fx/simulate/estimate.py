@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from glcan_fx.capture.shadow import kept_python_random
+from glcan_fx.capture.random_numbers import kept_python_random
 from glcan_fx.capture.trace import quiet
 from glcan_fx.config import OPTIMIZERS, OptimizerLike, check_optimizer
 from glcan_fx.devices import OPERATIONS, Device, Work, device_of

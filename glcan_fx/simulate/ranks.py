@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from glcan_fx.capture.shadow import kept_python_random
+from glcan_fx.capture.random_numbers import kept_python_random
 from glcan_fx.capture.trace import quiet
 from glcan_fx.config import OptimizerLike, check_count
 from glcan_fx.errors import TargetError, UnsupportedError

@@ -13,7 +13,8 @@ from glcan_fx.auxiliary.builder import Auxiliary
 from glcan_fx.auxiliary.method import head_request, remainder_behind
 from glcan_fx.auxiliary.network import auxiliary_network, readable
 from glcan_fx.auxiliary.remainder import levels_of
-from glcan_fx.capture.shadow import cuda_devices, fake_copy, replicate
+from glcan_fx.capture.random_numbers import cuda_devices
+from glcan_fx.capture.shadow import fake_copy, replicate
 from glcan_fx.errors import PlanError
 from glcan_fx.plans.plan import Plan
 from glcan_fx.step.emit import Emitted, emit, emit_whole

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from glcan_fx.auxiliary.builder import Auxiliary
-from glcan_fx.capture.shadow import python_random, random_state, set_random_state
+from glcan_fx.capture.random_numbers import python_random, random_state, set_random_state
 from glcan_fx.step.averages import Averages
 from glcan_fx.step.gradients import Passed, Sides
 from glcan_fx.step.output import parts_of_loss, reported, shape_of, total

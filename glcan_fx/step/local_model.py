@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from glcan_fx.capture.shadow import random_state
+from glcan_fx.capture.random_numbers import random_state
 from glcan_fx.errors import (
     ModelChangedError,
     PlanError,

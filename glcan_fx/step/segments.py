@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from glcan_fx.capture.random_numbers import cuda_devices
 from glcan_fx.capture.replay import Absent, Answered, Call, Record, Segments, detach_record
-from glcan_fx.capture.shadow import cuda_devices
 from glcan_fx.capture.trace import within
 from glcan_fx.capture.views import empty_stand_ins, substituted
 from glcan_fx.errors import PlanError

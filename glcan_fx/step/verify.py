@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from glcan_fx.capture.shadow import cuda_devices, kept_python_random, random_state, replicate, seed
+from glcan_fx.capture.random_numbers import cuda_devices, kept_python_random, random_state, seed
+from glcan_fx.capture.shadow import replicate
 from glcan_fx.errors import ModelChangedError, NotLearningError, TraceError
 from glcan_fx.pytree import map_tensors, tensors_in
 from glcan_fx.step import output as passing

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, fx
 
-from glcan_fx.capture.recorder import Seeded
+from glcan_fx.capture.random_numbers import Seeded
 from glcan_fx.capture.trace import Trace, is_float, quiet
 from glcan_fx.pytree import map_tensors
 from glcan_fx.structure.nodes import is_size

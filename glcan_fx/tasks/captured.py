@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_map_only
 
 from glcan_fx.capture.ladder import trace
 from glcan_fx.capture.modules import argument_names
+from glcan_fx.capture.random_numbers import cuda_devices
 from glcan_fx.capture.replay import Call, Surroundings, arguments_of, calls_of, surroundings
-from glcan_fx.capture.shadow import cuda_devices
 from glcan_fx.errors import GlcanFxError, TraceError
 from glcan_fx.layers import weights_in
 from glcan_fx.pytree import tensors_in
