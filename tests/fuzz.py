@@ -491,7 +491,7 @@ def gradients(case: Case, local: Any) -> bool:
 def joined(case: Case, local: Any) -> bool:
     """The same, where a loss trains more than its own module: those of the step's losses without boundaries."""
     if not local.plan.reads or local.plan.method.agreement or any(m.recompute for m in local.plan.modules) or (
-            case.model.again):
+            case.model.again or case.model.streams):
         return False
     values, targets = case.batch(4)
     with restored(local):

@@ -162,8 +162,12 @@ class Choice:
         beside = f"as little memory as k={plan.k}, to 2 %" if found is not plan else "no fewer need as little memory"
         tried = "; ".join(filter(None, [f"k={plan.k}: {size(least)}", search.note()]))
         same = math.ceil(ALIKE * self.simulate(found).peak)
-        notes = [f"{_named(found)}: {beside}; simulated: {tried}", *self.exactly(search, found, same)]
-        return replace(found, notes=(*found.notes, *notes))
+        notes = [f"{_named(found)}: {beside}; simulated: {tried}"]
+        exact = search.exact(same) if found.k > 1 and self.least_k == 1 else None
+        if exact is not None and self.compute(exact) <= self.compute(found):
+            return replace(exact, notes=(*exact.notes, f"exact gradients (k=1) at no more memory and "
+                                         f"{self.unit} than k={found.k}; simulated: {tried}"))
+        return replace(found, notes=(*found.notes, *notes, *self.exactly(search, found, same)))
 
     def exactly(self, search: Search, found: Plan, limit: int) -> list[str]:
         """What backpropagation's own gradients would take, where the plan has others."""

@@ -5,6 +5,7 @@ at from one on, each with the runs of blocks that cost the least operations to f
 (``predict``), and simulated only where they seem to fit.
 """
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -41,6 +42,7 @@ ALIKE = 1.02
 _SAME = 0.005  # of compute: how well it is foretold
 _MOST_ABOVE = 1.05  # more says nothing of other steps
 _SLACK = 1.07  # steps may take less than is foretold: of the exact one we want to be sure
+_FAR = 8  # times the least memory: more compute than a plan may take
 _TRIES = 3  # simulated steps for one number of local modules, whose foretold memory is off by a few per cent
 
 
@@ -130,13 +132,43 @@ class Search:
 
     def least(self) -> int:
         """The fewest bytes that a plan takes with no more compute than it may, as foretold."""
-        low = min(self._least(k) for k in self.numbers)
+        return self._least_limit(self.numbers, self._may, math.inf)
+
+    def leanest(self, limit: float = 0, any_compute: bool = False) -> Plan | None:
+        """Of plans that take as little memory as they can, one for each number of local modules, the first whose
+        simulated step takes at most ``limit`` bytes and no more compute than it may, or with ``any_compute`` the one
+        of these that takes the least; else the one that takes the least memory. For steps that take less than was
+        foretold. None where none can be simulated."""
+        may = (lambda _: math.inf) if any_compute else self._may
+        found: list[tuple[int, float, Plan]] = []
+        for k in self.rising():
+            least = self._least_limit([k], may, _FAR)
+            for candidate, savings, foretold in itertools.islice(self._fitting(k, least, may), 1):
+                plan = self.plan(candidate, savings, foretold)
+                try:
+                    step = self.simulate(plan)
+                except PlanError as error:
+                    log.debug("k=%d: %s", k, error)
+                    continue
+                self.tried[in_words(plan)] = step
+                if (compute := self.compute(step)) <= may(candidate) + _SAME:
+                    found.append((step.peak, compute, plan))
+                    if step.peak <= limit and not any_compute:
+                        return plan
+        fitting = [one for one in found if one[0] <= limit]
+        best = min(fitting, key=lambda one: one[1]) if fitting else min(found, key=lambda one: one[0], default=None)
+        return best[2] if best else None
+
+    def _least_limit(self, numbers: Sequence[int], may: Callable[[Candidate], float], most: float) -> int:
+        """The fewest bytes that seem to do for some number of local modules; at most so many times what they take with
+        any compute."""
+        low = least = min(self._least(k) for k in numbers)
         high = 2 * low
-        while not any(True for k in self.numbers for _ in self._fitting(k, high, self._may)):
+        while high < most * least and not any(True for k in numbers for _ in self._fitting(k, high, may)):
             high *= 2
         for _ in range(8):
             middle = (low + high) // 2
-            fits = any(True for k in self.numbers for _ in self._fitting(k, middle, self._may))
+            fits = any(True for k in numbers for _ in self._fitting(k, middle, may))
             low, high = (low, middle) if fits else (middle, high)
         return high
 

@@ -38,12 +38,14 @@ class WithinMemory:
         found = search.within(budget)
         if found is not None and self._allow_others_as_much(search, found):
             found = search.within(budget) or found
+        if found is None:
+            found = self._leaner_than_foretold(search, budget)
         if found is not None:
             notes = [f"memory budget {size(budget)}; simulated: {search.note()}"]
             return replace(found, notes=(*found.notes, *notes, *self.choice.exactly(search, found, budget)))
         found = search.cheapest(budget)
         if found is None:
-            found = search.smallest()
+            found = search.leanest(budget, any_compute=True) or search.smallest()
             if self.choice.simulate(found).peak > budget:
                 raise self._nothing_fits(found, budget)
         compute, most = self.choice.compute(found), self.choice.request.compute_budget
@@ -53,6 +55,11 @@ class WithinMemory:
         if most is not None:
             log.warning("%s", note)
         return replace(found, notes=(*found.notes, note))
+
+    def _leaner_than_foretold(self, search: Search, budget: int) -> Plan | None:
+        """A plan that fits though no step was foretold to."""
+        leanest = search.leanest(budget)
+        return leanest if leanest is not None and self.choice.simulate(leanest).peak <= budget else None
 
     def _allow_others_as_much(self, search: Search, found: Plan) -> bool:
         """Where local modules are to take more compute than usual, for their auxiliary networks, a plan that is closer
@@ -70,6 +77,9 @@ class WithinMemory:
         budget, found = self._least_within(search)
         if found is not None and self._allow_others_as_much(search, found):
             budget = min(budget, self._least_within(search)[0])
+        leanest = search.leanest()
+        if leanest is not None:
+            budget = min(budget, int(ALIKE * self.choice.simulate(leanest).peak))
         return budget
 
     def _least_within(self, search: Search) -> tuple[int, Plan | None]:

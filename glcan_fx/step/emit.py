@@ -57,8 +57,8 @@ class _Emitter:
                             [node for nodes in (*ends, *read) for node in nodes])
         self.calls = calls
         self.opened = tuple(dict.fromkeys(call.path for call in calls.opened))
+        pool_first(structure.trace, calls, [calls.at[node] for nodes in ends for node in nodes])
         self.ends = [[calls.at[node] for node in nodes] for nodes in ends]
-        pool_first(structure.trace, calls, [node for nodes in self.ends for node in nodes])
         self.nodes = [node for node in calls.graph.nodes if node.op != "placeholder"]
         self.owner = {node: label.module for node, label in calls.label.items()}
         self.read_by_losses = {calls.at[node] for nodes in read for node in nodes}

@@ -255,7 +255,9 @@ def _stage(module: nn.Module, source: Tensor, result: Tensor) -> nn.Module:
     conv: nn.Module = kind(source.shape[1], result.shape[1], kernel, stride, tuple(k // 2 for k in kernel))
     norm = next((part for part in module.modules() if is_norm(part)), None)
     layers = [conv.to(next(module.parameters()))]
-    if norm is not None:
+    if isinstance(norm, nn.LayerNorm | nn.RMSNorm):  # of tokens, whose channels come last
+        layers.append(nn.GroupNorm(1, result.shape[1]).to(next(module.parameters())))
+    elif norm is not None:
         before = moments(norm)
         norm = unhooked_copy(norm)
         set_width(norm, result.shape[1])

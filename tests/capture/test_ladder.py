@@ -182,6 +182,25 @@ def test_a_norm_layer_brings_its_activation(last: type[nn.Module]) -> None:
     assert isinstance(norm, NormAct) and [type(part) for part in rest] == ([nn.ReLU] if last is nn.Identity else [])
 
 
+class Tokens(nn.Module):
+    """Halves a map, and normalises its positions as tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 16, 3, 2, 1), nn.LayerNorm(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x).movedim(1, -1)).movedim(-1, 1)
+
+
+def test_a_norm_of_tokens_is_one_of_maps_in_an_auxiliary_network() -> None:
+    model = InLoop()
+    model.blocks[1] = Tokens()
+    local = compiled(model)
+    local(IMAGES, LABELS).loss.backward()
+    assert all(p.grad is not None for p in local.parameters())
+
+
 def test_activations_die_with_their_module() -> None:
     """On rung 5: what autograd keeps at a module's boundary is nothing but the running module's."""
     local, alive = compiled(InLoop()), []

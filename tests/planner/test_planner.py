@@ -372,3 +372,41 @@ def test_the_least_is_no_more_than_what_is_named_as_such() -> None:
     exact = wide(memory_budget="least", k=1)
     assert exact.k == 1 and exact.memory.plan.peak <= 1.05 * wide(k=1, memory_budget="least",
                                                                   compute_budget=3).memory.plan.peak
+
+
+class Hourglass(nn.Module):
+    """An encoder, and a decoder that joins its maps: steps of several local modules take less than is foretold."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        widths = [width, 2 * width, 4 * width, 8 * width]
+
+        def block(inputs: int, outputs: int) -> nn.Module:
+            return nn.Sequential(*[layer for i in (inputs, outputs) for layer in (
+                nn.Conv2d(i, outputs, 3, padding=1, bias=False), nn.GroupNorm(4, outputs), nn.SiLU())])
+
+        self.down = nn.ModuleList(block(i, o) for i, o in zip([3, *widths], widths, strict=False))
+        self.up = nn.ModuleList(block(i + o, o) for i, o in zip(widths[:0:-1], widths[-2::-1], strict=True))
+        self.head = nn.Conv2d(width, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps: list[Tensor] = []
+        for block in self.down:
+            maps.append(block(F.max_pool2d(maps[-1], 2) if maps else x))
+        x = maps.pop()
+        for block in self.up:
+            x = block(torch.cat([F.interpolate(x, scale_factor=2), maps.pop()], 1))
+        return self.head(x)
+
+
+def test_more_compute_never_takes_more_memory_at_least() -> None:
+    """Nor is a budget refused that a plan keeps."""
+    given: dict[str, Any] = {"task": "segmentation", "example_inputs": torch.empty(4, 3, 64, 64)}
+    least = []
+    for compute in (1.1, 1.3, 1.5):
+        plan = glcan_fx.plan(Hourglass(), memory_budget="least", compute_budget=compute, **given)
+        least.append(plan.simulated().memory.plan.peak)
+        assert least[-1] <= 1.02 * min(least)
+        budget = int(1.01 * min(least))
+        found = glcan_fx.plan(Hourglass(), memory_budget=budget, compute_budget=compute, **given)
+        assert found.memory.plan.peak <= budget
