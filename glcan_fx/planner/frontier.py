@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from glcan_fx.devices import OPERATIONS, Device
@@ -39,7 +39,7 @@ class Point:
     peak: int
     compute: float
     chosen: bool = False
-    plan: Plan | None = None
+    plan: Plan | None = field(default=None, repr=False)
     time: float | None = None
 
     @property

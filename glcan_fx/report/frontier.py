@@ -13,7 +13,8 @@ from glcan_fx.units import size
 
 TITLE = "Trade-offs: memory of a training step against compute"
 HINT = ("Exact: backpropagation's gradients. Fewer local modules train more like backpropagation. To use a row, pass "
-        "its memory_budget= and compute_budget=, or call transform(model, plan=point.plan).")
+        "its peak and compute, rounded up, as memory_budget= and compute_budget=, or call "
+        "transform(model, plan=point.plan).")
 
 
 def columns(points: Sequence[Point]) -> list[str]:

@@ -286,8 +286,13 @@ class LocalModel(SharedMembers):
                 result = step.result(self, values)
                 if stepping:
                     optimizer.refuse_used_again(list(tensors_in(result)))
-        except BaseException:
+        except BaseException as error:
             self._forget_step()
+            if isinstance(error, RuntimeError) and step is not self.__dict__["_step"]:
+                raise ModelChangedError(
+                    f"{self.plan.model} takes another branch at these sizes than at those of its example, and "
+                    f"its auxiliary networks do not run there: {error}. Compile it with an example of such sizes, or "
+                    "pad inputs in the loop.") from error
             raise
         self._after_step(result)
         return result
