@@ -161,17 +161,23 @@ class _Emitter:
             self.graph.create_node("call_module", "aux.leave", (self.left[node], self.raw[node]), name="left")
 
     def may_run_again(self, group: Sequence[fx.Node], readers: Readers) -> bool:
-        """Whether a part keeps something for backward, changes nothing that others see, and is the same twice (random
-        numbers outside torch make a module opaque)."""
+        """Whether a part keeps something for backward, makes something that others read and changes nothing that they
+        see, and is the same twice (random numbers outside torch make a module opaque)."""
         inside = set(group)
         opaque = {part.path for part in self.trace.report.opaque}
 
         def is_opaque(node: fx.Node) -> bool:
             return any(str(part.target) in opaque for part in node.meta.get("recorded", (node,)))
 
-        return sum(node.meta["saved"] for node in group) > 0 and not any(
+        return sum(node.meta["saved"] for node in group) > 0 and bool(self._ends(group, readers)) and not any(
             not node.meta["mutates"] <= inside or is_opaque(node)
             or node.meta["overwritten"] and (readers.get(node) or not inside.issuperset(node.users)) for node in group)
+
+    def _ends(self, group: Sequence[fx.Node], readers: Readers) -> list[fx.Node]:
+        """What is read of a part, outside of it."""
+        inside = set(group)
+        return [node for node in group if readers.get(node) or node in self.read_by_losses or node in self.left
+                or not inside.issuperset(node.users)]
 
     def emit_all(self, nodes: Sequence[fx.Node], module: int, readers: Readers, depth: int = 0) -> None:
         """Neighbouring nodes of one local module; runs of them that run again as one call each."""
@@ -209,8 +215,7 @@ class _Emitter:
         inputs and outputs."""
         inside = set(group)
         inputs = list(dict.fromkeys(s for node in group for s in node.all_input_nodes if s not in inside))
-        ends = [node for node in group if readers.get(node) or node in self.read_by_losses or node in self.left
-                or not inside.issuperset(node.users)]
+        ends = self._ends(group, readers)
         name = f"block_{module}_{sum(part.startswith(f'block_{module}_') for part in self.parts)}"
         self.parts[name] = graph = fx.Graph()
         made = {node: graph.placeholder(node.name) for node in inputs}
