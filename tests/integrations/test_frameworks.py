@@ -59,7 +59,7 @@ def after_the_first_step() -> Iterator[list[PeakMemory]]:
     entered = ExitStack()
 
     def begin(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if not found:
+        if not found and sum(len(group["params"]) for group in optimizer.param_groups) > 1:  # planning tries one on one
             found.append(entered.enter_context(PeakMemory(optimizer)))
 
     handle = register_optimizer_step_post_hook(begin)
