@@ -11,6 +11,7 @@ from glcan_fx.capture.trace import is_float, quiet
 from glcan_fx.structure.nodes import (
     ancestors,
     called_path,
+    computed,
     descendants,
     is_float_tensor,
     is_size,
@@ -200,7 +201,7 @@ def _fixes_size(structure: Structure, node: fx.Node) -> bool:
     sources = node.all_input_nodes
     if len(sources) != 1 or node.op not in ("call_function", "call_method", "call_module") or node.meta["mutates"]:
         return False
-    source, module = sources[0], structure.trace.module(node)
+    source = sources[0]
     if not (is_map(source) and is_map(node)) or structure.trace.parameters(node):
         return False
     shape, sizes = list(structure.shape(source)), structure.spatial(source)
@@ -212,11 +213,7 @@ def _fixes_size(structure: Structure, node: fx.Node) -> bool:
         with quiet(), structure.trace.mode, torch.no_grad():
             larger = torch.empty(shape, dtype=tensor_of(source).dtype, device="cpu")
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: larger)
-            if node.op == "call_method":
-                made = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            else:
-                function: Any = module if module is not None else node.target
-                made = function(*args, **kwargs)
+            made = computed(structure.trace, node, args, kwargs)
     except Exception:  # noqa: BLE001 - it takes maps of one size only
         return False
     return isinstance(made, Tensor) and made.shape == tensor_of(node).shape

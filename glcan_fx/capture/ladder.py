@@ -6,7 +6,7 @@ opaque, so that no batch size is frozen into the graph.
 
 import logging
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -176,10 +176,8 @@ def _multiple_of_batch(node: fx.Node, source: fx.Node, factor: int) -> fx.Node:
     made = source
     for function, key, value in ((getattr, "shape", tuple(source.meta["value"].shape)), (operator.getitem, 0, batch),
                                  (operator.mul, factor, batch * factor)):
-        with node.graph.inserting_before(node):
-            made = node.graph.call_function(function, (made, key))
-        made.meta.update({**node.meta, "value": value, "saved": 0, "storages": {}, "mutates": set(), "derived": True,
-                          "overwritten": False, "returned_by": [], "dtypes": {}, "dependent": True})
+        made = _asked(node, function, made, key, value)
+        made.meta.update(derived=True, overwritten=False, dtypes={}, dependent=True)
     return made
 
 
@@ -211,11 +209,15 @@ def _asking_for_dtype(node: fx.Node, fixed: set[Any], value: Any) -> Any:
     """In place of an argument that is the type of a tensor: a node that asks the tensor; ``fixed`` types stay."""
     if not isinstance(value, torch.dtype) or value not in node.meta["dtypes"] or value in fixed:
         return value
+    return _asked(node, getattr, node.meta["dtypes"][value], "dtype", value)
+
+
+def _asked(node: fx.Node, function: Callable[..., Any], source: fx.Node, key: Any, value: Any) -> fx.Node:
+    """A node in front of ``node``, and of the same place in the model, that asks another one for what is ``value``."""
     with node.graph.inserting_before(node):
-        asks = node.graph.call_function(getattr, (node.meta["dtypes"][value], "dtype"))
-    asks.meta.update({**node.meta, "value": value, "saved": 0, "storages": {}, "mutates": set(),
-                      "returned_by": []})
-    return asks
+        made = node.graph.call_function(function, (source, key))
+    made.meta.update({**node.meta, "value": value, "saved": 0, "storages": {}, "mutates": set(), "returned_by": []})
+    return made
 
 
 def _differing(a: Recorder, b: Recorder, reason: str) -> dict[str, Opaque]:

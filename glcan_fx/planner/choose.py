@@ -163,18 +163,25 @@ class Choice:
         tried = "; ".join(filter(None, [f"k={plan.k}: {size(least)}", search.note()]))
         same = math.ceil(ALIKE * self.simulate(found).peak)
         notes = [f"{_named(found)}: {beside}; simulated: {tried}"]
-        exact = search.exact(same) if found.k > 1 and self.least_k == 1 else None
+        exact = search.exact(same) if self._may_be_exact(found) else None
         if exact is not None and self.compute(exact) <= self.compute(found):
             return replace(exact, notes=(*exact.notes, f"exact gradients (k=1) at no more memory and "
                                          f"{self.unit} than k={found.k}; simulated: {tried}"))
-        return replace(found, notes=(*found.notes, *notes, *self.exactly(search, found, same)))
+        return replace(found, notes=(*found.notes, *notes, *self._exactly(search, found, same, exact)))
 
     def exactly(self, search: Search, found: Plan, limit: int) -> list[str]:
-        """What backpropagation's own gradients would take, where the plan has others."""
-        if found.k == 1 or self.least_k > 1 or isinstance(self.request.k, int | Sequence) and not isinstance(
-                self.request.k, str):
+        """What backpropagation's own gradients would take within a limit of bytes, where the plan has others."""
+        exact = search.exact(limit) if self._may_be_exact(found) else None
+        return self._exactly(search, found, limit, exact)
+
+    def _may_be_exact(self, found: Plan) -> bool:
+        """Whether there is something to say of exact gradients beside a plan: it has others, as nobody asked for."""
+        asked = isinstance(self.request.k, int | Sequence) and not isinstance(self.request.k, str)
+        return found.k > 1 and self.least_k == 1 and not asked
+
+    def _exactly(self, search: Search, found: Plan, limit: int, exact: Plan | None) -> list[str]:
+        if not self._may_be_exact(found):
             return []
-        exact = search.exact(limit)
         if exact is None:
             smallest = search.smallest(1)
             return [f"exact gradients (k=1) need {size(self.simulate(smallest).peak)} at least, at "

@@ -42,7 +42,7 @@ ALIKE = 1.02
 _SAME = 0.005  # of compute: how well it is foretold
 _MOST_ABOVE = 1.05  # more says nothing of other steps
 _SLACK = 1.07  # steps may take less than is foretold: of the exact one we want to be sure
-_FAR = 8  # times the least memory: more compute than a plan may take
+_HOPELESS = 8  # times the least memory: more compute than a plan may take
 _TRIES = 3  # simulated steps for one number of local modules, whose foretold memory is off by a few per cent
 
 
@@ -142,7 +142,7 @@ class Search:
         may = (lambda _: math.inf) if any_compute else self._may
         found: list[tuple[int, float, Plan]] = []
         for k in self.rising():
-            least = self._least_limit([k], may, _FAR)
+            least = self._least_limit([k], may, _HOPELESS)
             for candidate, savings, foretold in itertools.islice(self._fitting(k, least, may), 1):
                 plan = self.plan(candidate, savings, foretold)
                 try:

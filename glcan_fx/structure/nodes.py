@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Mapping, Set
 from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from glcan_fx.capture.trace import is_float
+from glcan_fx.capture.trace import Trace, is_float
 
 Groups = Mapping[fx.Node, tuple[fx.Node, ...]]
 """Of every value that is one of several side by side (see ``structure/streams.py``), all of them."""
@@ -54,6 +55,15 @@ def is_size(node: fx.Node) -> bool:
     """Whether a node computes a number, or some, from the sizes of a value."""
     tensors = any(isinstance(leaf, Tensor) for leaf in tree_leaves(node.meta.get("value")))
     return node.op == "call_function" and not tensors and not node.meta["mutates"]
+
+
+def computed(trace: Trace, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """What a node's function, method or module computes of these arguments."""
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    module = trace.module(node)
+    function: Any = node.target if module is None else module
+    return function(*args, **kwargs)
 
 
 def name_of_call(node: fx.Node) -> str:

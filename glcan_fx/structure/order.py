@@ -1,6 +1,6 @@
 """Whether a step keeps a model's order: random numbers drawn, and statistics moved, one after the other as it does."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx
@@ -8,7 +8,7 @@ from torch import Tensor, fx
 from glcan_fx.capture.random_numbers import Seeded
 from glcan_fx.capture.trace import Trace, is_float, quiet
 from glcan_fx.pytree import map_tensors
-from glcan_fx.structure.nodes import is_size
+from glcan_fx.structure.nodes import computed, is_size
 from glcan_fx.structure.structure import Structure, once
 
 
@@ -44,12 +44,8 @@ def _states(trace: Trace, nodes: Sequence[fx.Node]) -> set[str]:
         moves = module is not None and module.training and any(True for _ in module.buffers())
         if moves or str(node.target) in opaque:
             found.add(str(node.target))
-        found |= {str(source.target) for source in _changed(node) if source.op == "get_attr"}
+        found |= {str(source.target) for source in node.meta.get("mutates", ()) if source.op == "get_attr"}
     return found
-
-
-def _changed(node: fx.Node) -> Iterable[fx.Node]:
-    return node.meta.get("mutates") or ()
 
 
 @once
@@ -68,9 +64,5 @@ def draws_random(trace: Trace, node: fx.Node) -> bool:
     with quiet(), trace.mode, torch.no_grad(), seeded:
         args, kwargs = fx.map_arg(
             (node.args, node.kwargs), lambda source: map_tensors(source.meta["value"], Tensor.clone))
-        if node.op == "call_method":
-            getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        else:
-            function = trace.module(node) or node.target
-            function(*args, **kwargs)  # type: ignore[operator]
+        computed(trace, node, args, kwargs)
     return seeded.found
