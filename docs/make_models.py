@@ -43,7 +43,7 @@ bit for bit, is what tests/models/test_registry.py checks.
 - **spec.**: specialisations, the questions about sizes. **nodes**: of the recorded graph.
 - **learns**: whether in one step on two random images, at the natural k, every local module and every auxiliary
   network has gradients that are not all zero, where backpropagation has; else which has not.
-- **s**: seconds of `transform(k="natural")`: planning, building, and comparing the step with the model.
+- **s**: seconds of process time of `transform(k="natural")`: planning, building, and comparing the step with the model.
 
 Inputs: 2 x 3 x 224 x 224 (Inception 299, detectors 320, optical flow two of 128); videos of 16 frames of 112 x 112, or
 224 x 224 where the network has a fixed size.
@@ -91,10 +91,10 @@ def options(name: str) -> dict[str, Any]:
 def row(name: str) -> tuple[str, ...]:
     """A line of the table; for a network that is refused, the error's first line."""
     model, given = build(name), options(name)
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         local = glcan_fx.transform(model, k="natural", **given)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         plan = local.plan
         traced = trace(model, tree_map_only(Spec, Spec.empty, list(plan.inputs)), path=plan.network)
         learning = learns(name, local)
